@@ -1,0 +1,28 @@
+"""Errors that a user can act on, and the nearest valid name for a mistyped one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: an argument, a file, a folder, a device.
+
+    The message says what happened, with the value, and what to do. The command line prints it without a
+    traceback and exits with status 2.
+    """
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
+    """The error for a ``name`` that is not among the ``valid`` ones, with the nearest of them.
+
+    Args:
+        kind: what the name is of, e.g. ``"model"``.
+        name: what the user wrote.
+        valid: every name that would have been accepted.
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(names)}."
+    return UserError(f"unknown {kind} '{name}': {hint}")

@@ -1,0 +1,82 @@
+"""LE-SAM, Loss-Equated Sharpness-Aware Minimization (paper, Algorithm 1).
+
+    rho   = min(sigma / (||g|| + eps), rho_max)          the loss budget sigma fixes the radius
+    w_hat = w + rho * g / ||g||                          g = grad L(w), one norm over all perturbed parameters
+    w     <- base step with g_hat = grad L(w_hat)        from the exact w
+
+With ``alpha`` > 0 it is LE-SAM+ (Eq. 16), which minimises ``L(w_hat) + alpha * (L(w_hat) - L(w))``:
+
+    w     <- base step with (1 + alpha) * g_hat - alpha * g        plus_form="paper"
+    w     <- base step with g_hat - alpha * g                      plus_form="released", the authors' code
+
+Exact: the formulas above. The authors' code differs in one place: it puts ``eps`` inside the root of the norm
+as well, which puts a floor of 1e-6 under it. Cost: two forward and backward passes a step; LE-SAM+ also keeps
+one copy of g.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.base import BaseOptimizer, SharpnessAware, require_nonnegative
+from lesam_dist.optim.ops import Backend
+from lesam_dist.optim.reference import Radius
+
+
+class LESAM(SharpnessAware):
+    """LE-SAM around any torch optimizer: ``LESAM(params, torch.optim.SGD, sigma=0.3, rho_max=0.2, lr=0.1)``.
+
+    Args:
+        params: parameters or param groups; a group may set its own ``sigma``, ``rho_max``, ``norm_eps``,
+            ``plus_alpha``, and ``perturb=False`` leaves it out of the norm and of the perturbation.
+        base_optimizer: the class that makes the update, e.g. ``torch.optim.SGD``.
+        sigma: loss budget, in units of the loss, >= 0. 0 is the base optimizer. Schedule it with `CosineBudget`.
+        rho_max: cap on the radius, >= 0; None means no cap. Without one the radius grows without bound as the
+            gradient vanishes.
+        eps: added to the gradient norm, >= 0 (the paper's stability constant). In the groups it is ``norm_eps``,
+            because ``eps`` is Adam's; give Adam another one with ``functools.partial(torch.optim.AdamW, eps=1e-6)``.
+        alpha: weight of the surrogate gap in LE-SAM+, >= 0; 0 is LE-SAM. In the groups it is ``plus_alpha``.
+        plus_form: which LE-SAM+ gradient, see the module's text.
+        backend: "auto" (Triton kernels on CUDA, plain torch on the CPU), "reference" or "triton".
+        base_kwargs: go to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: BaseOptimizer,
+        *,
+        sigma: float = 0.3,
+        rho_max: float | None = 0.2,
+        eps: float = 1e-12,
+        alpha: float = 0.0,
+        plus_form: Literal["paper", "released"] = "paper",
+        backend: Backend = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.
+        own = {"norm_eps": eps, "plus_alpha": alpha, "plus_form": plus_form}
+        defaults = {"sigma": sigma, "rho_max": rho_max, **own}
+        super().__init__(params, base_optimizer, defaults, backend=backend, **base_kwargs)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        for key in ("sigma", "norm_eps", "plus_alpha"):
+            require_nonnegative("LESAM", key, group[key])
+        if group["rho_max"] is not None:
+            require_nonnegative("LESAM", "rho_max", group["rho_max"])
+        if group["plus_form"] not in ("paper", "released"):
+            raise ValueError(f"LESAM: plus_form is {group['plus_form']!r}; choose 'paper' or 'released'.")
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        rho_max = math.inf if group["rho_max"] is None else float(group["rho_max"])
+        return Radius(float(group["sigma"]), rho_max, float(group["norm_eps"]))
+
+    def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
+        alpha = float(group["plus_alpha"])
+        return (1 + alpha if group["plus_form"] == "paper" else 1.0), -alpha

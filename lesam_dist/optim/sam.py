@@ -1,0 +1,52 @@
+"""SAM, Sharpness-Aware Minimization (Foret et al., 2021, Eq. 2; paper, Eq. 2).
+
+    w_hat = w + rho * g / ||g||                          g = grad L(w), one norm over all perturbed parameters
+    w     <- base step with g_hat = grad L(w_hat)        from the exact w
+
+Exact: the direction is g/||g|| with no constant added to the norm; a zero gradient perturbs nothing. Cost: two
+forward and backward passes a step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.base import BaseOptimizer, SharpnessAware, require_nonnegative
+from lesam_dist.optim.ops import Backend
+from lesam_dist.optim.reference import Radius
+
+
+class SAM(SharpnessAware):
+    """SAM around any torch optimizer: ``SAM(params, torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)``.
+
+    Args:
+        params: parameters or param groups; a group may set its own ``rho``, and ``perturb=False`` leaves it out of
+            the norm and of the perturbation.
+        base_optimizer: the class that makes the update, e.g. ``torch.optim.SGD``.
+        rho: radius of the perturbation in parameter space, >= 0. 0 is the base optimizer.
+        backend: "auto" (Triton kernels on CUDA, plain torch on the CPU), "reference" or "triton".
+        base_kwargs: go to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: BaseOptimizer,
+        *,
+        rho: float = 0.05,
+        backend: Backend = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, {"rho": rho}, backend=backend, **base_kwargs)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        require_nonnegative("SAM", "rho", group["rho"])
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)

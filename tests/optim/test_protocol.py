@@ -1,0 +1,366 @@
+"""The optimizer's contract: exact weights whatever happens, one shared state, nothing silently wrong."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from lesam_dist import LESAM, SAM, CosineBudget, SharpnessAware
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["reference", "triton"]
+SGD = torch.optim.SGD
+UNFUSED = functools.partial(SGD, fused=False)
+
+
+def make_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)).to(DEVICE)
+
+
+def make_closure(net: nn.Module, scale: Callable[[int], float] = lambda call: 1.0) -> Callable[[], Tensor]:
+    """A fixed batch; the loss of the n-th call (from 0) is multiplied by ``scale(n)``."""
+    x = torch.randn(8, 5, device=DEVICE)
+    y = torch.randint(0, 3, (8,), device=DEVICE)
+    calls = iter(range(1000))
+
+    def run() -> Tensor:
+        loss = nn.functional.cross_entropy(net(x), y) * scale(next(calls))
+        loss.backward()
+        return loss
+
+    return run
+
+
+def snapshot(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(net: nn.Module, weights: list[Tensor]) -> bool:
+    return all(torch.equal(p, w) for p, w in zip(net.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_restore_gives_back_every_bit(seed: int, backend: str, dtype: torch.dtype) -> None:
+    params = [nn.Parameter(torch.randn(n, device=DEVICE).to(dtype)) for n in (1, 1000, 4097)]
+    before = [p.detach().clone() for p in params]
+    optimizer = LESAM(params, SGD, sigma=0.5, rho_max=None, backend=backend, lr=0.1)  # type: ignore[arg-type]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.first_step()
+    assert not torch.equal(params[-1], before[-1])
+    optimizer.restore()
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    optimizer.restore()  # harmless
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_step_form_equals_step(seed: int, backend: str) -> None:
+    net = make_net()
+    twin = copy.deepcopy(net)
+    closure = make_closure(net)
+    optimizer = LESAM(net.parameters(), SGD, backend=backend, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    by_hand = LESAM(twin.parameters(), SGD, backend=backend, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    rng = torch.get_rng_state()
+    for _ in range(3):
+        optimizer.step(closure)
+    torch.set_rng_state(rng)
+    x, y = closure.__closure__[3].cell_contents, closure.__closure__[4].cell_contents  # type: ignore[attr-defined]
+    for _ in range(3):
+        nn.functional.cross_entropy(twin(x), y).backward()
+        by_hand.first_step(zero_grad=True)
+        nn.functional.cross_entropy(twin(x), y).backward()
+        by_hand.second_step(zero_grad=True)
+    assert same(twin, snapshot(net))
+
+
+@pytest.mark.parametrize("base", [SGD, UNFUSED, torch.optim.AdamW, torch.optim.RMSprop], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad_pass", [0, 1])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_non_finite_gradient_skips_the_update(
+    seed: int, base: Callable[..., torch.optim.Optimizer], backend: str, bad_pass: int, value: float
+) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), base, backend=backend, lr=0.1)  # type: ignore[arg-type]
+    optimizer.step(make_closure(net))  # so that the base optimizer has state that a wrong step would change
+    before, state = snapshot(net), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.step(make_closure(net, lambda call: value if call == bad_pass else 1.0))
+    assert same(net, before)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    assert optimizer.telemetry["skipped"].item() == 1
+    optimizer.step(make_closure(net))
+    assert not same(net, before), "a good step after a skipped one must move"
+    assert optimizer.telemetry["skipped"].item() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_bad_element_is_enough(seed: int, backend: str) -> None:
+    params = [nn.Parameter(torch.randn(3000, device=DEVICE)) for _ in range(3)]
+    optimizer = SAM(params, SGD, backend=backend, lr=0.1)  # type: ignore[arg-type]
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.first_step()
+    params[-1].grad[-1] = float("inf")  # type: ignore[index]
+    optimizer.second_step()
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_gradient_perturbs_nothing_and_still_steps(seed: int, backend: str) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, backend=backend, lr=0.1, weight_decay=0.5)  # type: ignore[arg-type]
+    before = snapshot(net)
+    optimizer.step(make_closure(net, lambda call: 0.0))
+    for p, w in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), w * (1 - 0.1 * 0.5))
+    assert optimizer.telemetry["rho"].item() == 0
+    assert optimizer.telemetry["skipped"].item() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("missing_in", [1, 2])
+def test_gradient_missing_in_one_pass(seed: int, backend: str, missing_in: int) -> None:
+    a, b = (nn.Parameter(torch.randn(6, device=DEVICE)) for _ in range(2))
+    optimizer = LESAM([a, b], SGD, alpha=0.5, backend=backend, lr=0.1)  # type: ignore[arg-type]
+    before = b.detach().clone()
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b) if missing_in == 2 else None
+    optimizer.first_step(zero_grad=True)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b) if missing_in == 1 else None
+    optimizer.second_step()
+    # (1 + alpha) * g_hat - alpha * g, with g = 0 where it is missing; without g_hat there is no update.
+    expected = before if missing_in == 2 else before - 0.1 * 1.5
+    torch.testing.assert_close(b.detach(), expected)
+
+
+def test_unperturbed_group_is_left_out_of_norm_and_perturbation(seed: int) -> None:
+    a, b = (nn.Parameter(torch.randn(6)) for _ in range(2))
+    optimizer = LESAM([{"params": [a]}, {"params": [b], "perturb": False}], SGD, sigma=0.3, rho_max=None, lr=0.1)
+    a.grad, b.grad = torch.randn(6), torch.randn(6) * 100
+    before = a.detach().clone(), b.detach().clone()
+    optimizer.first_step()
+    assert torch.equal(b, before[1])
+    torch.testing.assert_close(a.detach(), before[0] + 0.3 * a.grad / a.grad.norm() ** 2)
+    assert optimizer.telemetry["grad_norm"].item() == pytest.approx(a.grad.norm().item())
+    optimizer.second_step()
+    torch.testing.assert_close(b.detach(), before[1] - 0.1 * b.grad)
+
+
+def test_groups_may_have_their_own_budget(seed: int) -> None:
+    a, b = (nn.Parameter(torch.randn(6)) for _ in range(2))
+    optimizer = LESAM([{"params": [a]}, {"params": [b], "sigma": 0.1}], SGD, sigma=0.3, rho_max=None, lr=0.1)
+    a.grad, b.grad = torch.randn(6), torch.randn(6)
+    before = a.detach().clone(), b.detach().clone()
+    square = a.grad.norm() ** 2 + b.grad.norm() ** 2
+    optimizer.first_step()
+    torch.testing.assert_close(a.detach(), before[0] + 0.3 * a.grad / square)
+    torch.testing.assert_close(b.detach(), before[1] + 0.1 * b.grad / square)
+    optimizer.restore()
+    assert torch.equal(a, before[0])
+    assert torch.equal(b, before[1])
+
+
+def test_exception_in_the_second_pass_restores(seed: int) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1)
+    before, good, calls = snapshot(net), make_closure(net), []
+
+    def closure() -> Tensor:
+        calls.append(None)
+        if len(calls) == 2:
+            assert not same(net, before)
+            raise KeyboardInterrupt
+        return good()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert same(net, before)
+    optimizer.step(good)  # and the optimizer goes on
+
+
+def test_order_of_calls_is_enforced(seed: int) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1)
+    with pytest.raises(RuntimeError, match="needs a first_step"):
+        optimizer.second_step()
+    make_closure(net)()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match="called twice"):
+        optimizer.first_step()
+    with pytest.raises(RuntimeError, match="perturbed"):
+        optimizer.state_dict()
+
+
+def linked(optimizer: SharpnessAware) -> bool:
+    optimizer.param_groups[0]["lr"] = 0.0123
+    return optimizer.base_optimizer.param_groups[0]["lr"] == 0.0123 and optimizer.base_optimizer.state is optimizer.state
+
+
+def test_groups_stay_shared_through_every_round_trip(seed: int) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1, momentum=0.9)
+    optimizer.step(make_closure(net))
+    assert linked(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert linked(optimizer)
+    optimizer.base_optimizer.load_state_dict(optimizer.base_optimizer.state_dict())
+    assert linked(optimizer)
+    assert linked(pickle.loads(pickle.dumps(optimizer)))
+    assert linked(copy.deepcopy(optimizer))
+    extra = nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer.add_param_group({"params": [extra], "sigma": 0.1})
+    assert linked(optimizer)
+    assert optimizer.base_optimizer.param_groups[1]["momentum"] == 0.9
+    assert optimizer.param_groups[1]["rho_max"] == 0.2
+
+
+def test_unpickled_optimizer_goes_on_identically(seed: int) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1, momentum=0.9)
+    optimizer.step(make_closure(net))
+    twin_net, twin = copy.deepcopy((net, optimizer))
+    rng = torch.get_rng_state()
+    optimizer.step(make_closure(net))
+    torch.set_rng_state(rng)
+    twin.step(make_closure(twin_net))
+    assert same(twin_net, snapshot(net))
+
+
+def test_accelerate_round_trip_and_scheduler(seed: int) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=DEVICE == "cpu")
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    _, prepared, _ = accelerator.prepare(net, optimizer, scheduler)
+    assert prepared.optimizer is optimizer
+    optimizer.step(make_closure(net))
+    scheduler.step()
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert linked(optimizer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_lr_scheduler_does_not_warn_in_a_hand_written_loop(seed: int) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    closure = make_closure(net)
+    closure()
+    optimizer.first_step(zero_grad=True)
+    closure()
+    optimizer.second_step(zero_grad=True)
+    scheduler.step()
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_state_is_interchangeable_with_the_plain_optimizer(seed: int) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1, momentum=0.9)
+    optimizer.step(make_closure(net))
+    plain = SGD(net.parameters(), lr=1.0, momentum=0.1)
+    plain.load_state_dict(optimizer.base_optimizer.state_dict())
+    assert plain.param_groups[0]["momentum"] == 0.9
+    for p in net.parameters():
+        assert torch.equal(plain.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+    fresh = LESAM(net.parameters(), SGD, lr=0.1, momentum=0.9, sigma=0.7)
+    fresh.load_state_dict(SGD(net.parameters(), lr=0.5, momentum=0.8).state_dict())
+    assert fresh.param_groups[0]["lr"] == 0.5
+    assert fresh.param_groups[0]["sigma"] == 0.7
+
+
+@pytest.mark.parametrize("base", [SGD, torch.optim.AdamW], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_distributed_checkpoint_state_dict(seed: int, base: type[torch.optim.Optimizer], steps: int) -> None:
+    """It calls step(closure=None) with zero gradients on a fresh optimizer; nothing may move or be counted."""
+    kwargs = {"lr": 0.1, "momentum": 0.9} if base is SGD else {"lr": 0.1}
+    net = make_net()
+    optimizer = LESAM(net.parameters(), base, **kwargs)
+    for _ in range(steps):
+        optimizer.step(make_closure(net))
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))  # else both share their buffers
+    twin_net = copy.deepcopy(net)
+    twin = LESAM(twin_net.parameters(), base, **kwargs)
+    before = snapshot(twin_net)
+    set_optimizer_state_dict(twin_net, twin, saved)
+    assert same(twin_net, before)
+    if base is not SGD:
+        assert all(state["step"].item() == steps for state in twin.state.values())
+    rng = torch.get_rng_state()
+    optimizer.step(make_closure(net))
+    torch.set_rng_state(rng)
+    twin.step(make_closure(twin_net))
+    assert same(twin_net, snapshot(net))
+
+
+def test_step_without_closure_is_an_error_once_there_are_gradients(seed: int) -> None:
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1, momentum=0.9)
+    before = snapshot(net)
+    optimizer.step(None)
+    make_closure(net)()
+    with pytest.raises(RuntimeError, match="without a closure"):
+        optimizer.step()
+    assert same(net, before)
+
+
+def test_no_gradient_at_all_changes_nothing(seed: int) -> None:
+    net = make_net()
+    before = snapshot(net)
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1, weight_decay=0.1)
+    optimizer.step(lambda: torch.zeros(()))
+    assert same(net, before)
+
+
+def test_channels_last_weights(seed: int) -> None:
+    w = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    w.grad = torch.randn_like(w)
+    before = w.detach().clone()
+    optimizer = LESAM([w], SGD, sigma=0.3, rho_max=None, lr=0.1)
+    optimizer.first_step()
+    torch.testing.assert_close(w.detach(), before + 0.3 * w.grad / w.grad.norm() ** 2)
+    optimizer.restore()
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sigma": -0.1}, "sigma is -0.1"),
+        ({"sigma": float("nan")}, "sigma is nan"),
+        ({"rho_max": -1.0}, "rho_max is -1.0"),
+        ({"eps": -1e-12}, "norm_eps"),
+        ({"alpha": -1.0}, "plus_alpha"),
+        ({"plus_form": "official"}, "plus_form is 'official'"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+    ],
+    ids=str,
+)
+def test_bad_hyper_parameters(kwargs: dict[str, object], message: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=message):
+        LESAM([p], SGD, lr=0.1, **kwargs).first_step()  # type: ignore[arg-type]
+
+
+def test_bad_parameters() -> None:
+    with pytest.raises(TypeError, match=r"parameter 'head' is torch\.complex64"):
+        LESAM([("head", nn.Parameter(torch.ones(2, dtype=torch.complex64)))], SGD, lr=0.1)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="both have a hyper-parameter 'rho'"):
+        SAM([nn.Parameter(torch.ones(2))], torch.optim.Adadelta)
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = LESAM(embedding.parameters(), UNFUSED, lr=0.1)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="need dense gradients"):
+        optimizer.first_step()
+    with pytest.raises(ValueError, match="SAM has none"):
+        CosineBudget(SAM([nn.Parameter(torch.ones(2))], SGD, lr=0.1), 10, 5)

@@ -1,0 +1,76 @@
+"""Independent float64 implementations that the tests compare with. They import nothing of lesam_dist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Weights = dict[str, NDArray[np.float64]]
+
+
+class SGD64:
+    """Heavy-ball SGD with L2 weight decay, as torch documents it."""
+
+    def __init__(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False) -> None:
+        self.lr, self.momentum, self.weight_decay, self.nesterov = lr, momentum, weight_decay, nesterov
+        self.buffer: Weights = {}
+
+    def __call__(self, w: Weights, g: Weights) -> None:
+        for name in g:
+            d = g[name] + self.weight_decay * w[name]
+            if self.momentum:
+                self.buffer[name] = self.momentum * self.buffer[name] + d if name in self.buffer else d.copy()
+                d = d + self.momentum * self.buffer[name] if self.nesterov else self.buffer[name]
+            w[name] = w[name] - self.lr * d
+
+
+class AdamW64:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, Algorithm 2)."""
+
+    def __init__(
+        self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2
+    ) -> None:
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.m: Weights = {}
+        self.v: Weights = {}
+        self.t = 0
+
+    def __call__(self, w: Weights, g: Weights) -> None:
+        self.t += 1
+        b1, b2 = self.betas
+        for name in g:
+            self.m[name] = b1 * self.m.get(name, 0.0) + (1 - b1) * g[name]
+            self.v[name] = b2 * self.v.get(name, 0.0) + (1 - b2) * g[name] ** 2
+            m_hat = self.m[name] / (1 - b1**self.t)
+            v_hat = self.v[name] / (1 - b2**self.t)
+            decayed = w[name] * (1 - self.lr * self.weight_decay)
+            w[name] = decayed - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
+
+
+def algorithm_1(
+    w: Weights,
+    gradient: Callable[[Weights, int], Weights],
+    base: Callable[[Weights, Weights], None],
+    *,
+    steps: int,
+    sigma: Callable[[int], float],
+    rho_max: float = np.inf,
+    eps: float = 1e-12,
+    alpha: float = 0.0,
+    released: bool = False,
+) -> tuple[Weights, list[float]]:
+    """LE-SAM line by line (paper, Algorithm 1; Eq. 16 for alpha). Returns the weights and the radii."""
+    w = {name: value.copy() for name, value in w.items()}
+    radii = []
+    for t in range(steps):
+        g = gradient(w, t)
+        norm = np.sqrt(sum(float((value**2).sum()) for value in g.values()))
+        rho = min(sigma(t) / (norm + eps), rho_max)
+        radii.append(rho)
+        perturbed = {name: w[name] + (rho * g[name] / norm if norm > 0 else 0.0) for name in w}
+        g_hat = gradient(perturbed, t)
+        scale = 1.0 if released else 1.0 + alpha
+        base(w, {name: scale * g_hat[name] - alpha * g[name] for name in g})
+    return w, radii
