@@ -5,10 +5,12 @@ Vocabulary: mesh things are axes, tensor things are dims.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,13 +92,16 @@ def process_group(device: str | None = None) -> Iterator[Distributed]:
 def wrap_ddp(model: nn.Module, here: Distributed) -> nn.Module:
     """The model as trained by these processes; alone, the model itself.
 
-    BatchNorm statistics stay local (`broadcast_buffers=False`): with two forwards a step a broadcast would run
-    twice and still leave the ranks apart. The trainer averages them where they are used.
+    BatchNorm statistics stay local: with two forwards a step a broadcast would run twice and still leave the ranks
+    apart. The trainer averages them where they are used.
     """
     if here.world_size == 1:
         return model
     ids = [here.local_rank] if here.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # torch 2.14 renamed the switch and warns about the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    switch: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **switch)
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -237,6 +238,11 @@ class SharpnessAware(Optimizer):
 
     def _base_step(self, overflow: Tensor) -> None:
         base = self.base_optimizer
+        if isinstance(base, SGD):
+            for group in self.param_groups:
+                # torch's fused SGD does not know DTensors; FSDP2 under accelerate puts them in after construction.
+                if group["fused"] and any(isinstance(p, DTensor) for p in group["params"]):
+                    group["fused"] = False
         if all(group.get("fused") for group in self.param_groups):
             # torch's fused kernels read the flag on the device (the contract of torch.amp): no host sync.
             base.found_inf = overflow.float()  # type: ignore[attr-defined]

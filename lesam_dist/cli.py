@@ -1,0 +1,46 @@
+"""The console script `lesam-dist`, and how every command reports what a user can mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from lesam_dist.errors import UserError, unknown_name
+
+
+def _train(argv: Sequence[str]) -> None:
+    from lesam_dist.train.cli import parse
+    from lesam_dist.train.trainer import train
+
+    train(parse(argv))
+
+
+_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (_train, "train a network (lesam-dist train --help)"),
+}
+
+
+def main() -> NoReturn:
+    """Entry point of `lesam-dist COMMAND ...`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: lesam-dist COMMAND ...\n\ncommands:")
+        for name, (_, text) in _COMMANDS.items():
+            print(f"  {name:10s}{text}")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    command = sys.argv.pop(1)
+    run(command)
+
+
+def run(command: str) -> NoReturn:
+    """Run a command on the process's arguments and exit: status 2 and one line for a `UserError`."""
+    try:
+        if command not in _COMMANDS:
+            raise unknown_name("command", command, _COMMANDS)
+        _COMMANDS[command][0](sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same fault; one says so
+            print(f"lesam-dist: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

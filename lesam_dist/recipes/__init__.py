@@ -1,0 +1,1 @@
+"""Complete run configurations; `--config NAME` finds `NAME.yaml` in this folder."""

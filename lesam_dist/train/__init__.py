@@ -1,0 +1,1 @@
+"""The trainer: `python -m lesam_dist.train`, alone or under torchrun."""

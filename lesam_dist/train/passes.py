@@ -1,0 +1,119 @@
+"""One forward and backward pass of one batch: the closure that a sharpness-aware optimizer calls.
+
+The optimizer decides when and how often; everything that must be equal between the passes of a step lives here:
+the batch, the random numbers (dropout, stochastic depth), and BatchNorm's running statistics, which only the
+first pass may move: later passes see perturbed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from lesam_dist.parallel import Distributed
+
+
+class BatchPasses:
+    """The passes over one batch; call it once per pass.
+
+    Args:
+        model: in training mode, wrapped (DDP) or not.
+        criterion: ``criterion(logits, labels)`` gives a 0-d loss, the mean over the samples.
+        images: (B, C, H, W), labels: (B,) int64. They must stay unchanged until the step is over.
+        autocast: dtype of the forward under `torch.autocast`; None computes in the weights' dtype.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.criterion = model, criterion
+        self.images, self.labels = images, labels
+        self.autocast = autocast
+        self._rng: list[Tensor] | None = None
+
+    def __call__(self, *, sync: bool = True, subset: Tensor | None = None, backward: bool = True) -> Tensor:
+        """One pass over the batch.
+
+        Args:
+            sync: False leaves the gradients of this pass unreduced on each rank (DDP).
+            subset: indices of the samples to use, (K,) int64; None uses all.
+            backward: False only evaluates the loss.
+
+        Returns:
+            The loss of this rank's samples, 0-d, detached.
+        """
+        images, labels = (t if subset is None else t[subset] for t in (self.images, self.labels))
+        with ExitStack() as stack:
+            if self._rng is None:
+                self._rng = _rng_state(images.device)
+            else:
+                _set_rng_state(self._rng, images.device)
+                stack.enter_context(frozen_batchnorm(self.model))
+            if not sync and isinstance(self.model, DistributedDataParallel):
+                stack.enter_context(self.model.no_sync())  # around the forward too, or DDP reduces all the same
+            if not backward:
+                stack.enter_context(torch.no_grad())
+            with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+                loss: Tensor = self.criterion(self.model(images), labels)
+            if backward:
+                loss.backward()
+        return loss.detach()
+
+
+@contextmanager
+def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises with the batch as in training, but its running statistics stand still. Re-entrant.
+
+    `num_batches_tracked` stands still too, unlike with the usual ``momentum = 0``, so that a cumulative average
+    (``momentum=None``) is not disturbed either.
+    """
+    layers = list(batchnorms(model))
+    tracked = [layer.track_running_stats for layer in layers]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, tracked, strict=True):
+            layer.track_running_stats = value
+
+
+def batchnorms(model: nn.Module) -> Iterable[_BatchNorm]:
+    """Every BatchNorm layer (1d, 2d, 3d, Sync) of a model."""
+    return (module for module in model.modules() if isinstance(module, _BatchNorm))
+
+
+@torch.no_grad()
+def average_batchnorm(model: nn.Module, here: Distributed) -> None:
+    """Give every rank the mean of all ranks' running means and variances, in one collective."""
+    buffers = [b for layer in batchnorms(model) for b in (layer.running_mean, layer.running_var) if b is not None]
+    if here.world_size == 1 or not buffers:
+        return
+    flat = torch.cat(buffers)
+    torch.distributed.all_reduce(flat)
+    flat /= here.world_size
+    for buffer, value in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(value)
+
+
+def _rng_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))  # kept on the host: no sync
+    return states
+
+
+def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,132 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard events, curves.png and the terminal. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+_SUPERSEDED = "metrics.superseded.jsonl"
+
+
+class RunLog:
+    """Writes one JSON object per logged step and per evaluation, and shows the run's progress.
+
+    Keys of a line: ``step`` (updates made so far), ``epoch`` (fractional), ``split`` ("train" or "val"), then the
+    values; numbers that are not finite are written as null.
+
+    Args:
+        run_dir: existing folder; None writes no files (a dry run).
+        total_steps: for the progress bar.
+        start_step: the step that a resumed run goes on from. Lines of later steps, left by the run that was cut off,
+            move to metrics.superseded.jsonl.
+        tensorboard: write TensorBoard events too.
+    """
+
+    def __init__(self, run_dir: Path | None, total_steps: int, start_step: int = 0, tensorboard: bool = True) -> None:
+        self._file = self._board = None
+        if run_dir is not None:
+            _supersede(run_dir, start_step)
+            self._file = (run_dir / METRICS).open("a", buffering=1)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self.console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
+        self._progress.start()
+
+    def advance(self) -> None:
+        """One more update was made."""
+        self._progress.advance(self._task)
+
+    def write(self, split: str, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Log one line of ``values`` everywhere."""
+        line = {"step": step, "epoch": round(epoch, 4), "split": split}
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        if self._file:
+            self._file.write(json.dumps(line) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.console.is_terminal and split == "train":
+            self._progress.update(self._task, description=f"epoch {epoch:.1f}  loss {values['loss']:.3f}")
+        else:
+            self.console.print(f"[{split}] step {step}  epoch {epoch:.2f}  {shown}", markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._progress.stop()
+        if self._file:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    lines = []
+    for text in (run_dir / METRICS).read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw loss, accuracy, rho and sigma over the steps into RUN_DIR/curves.png."""
+    from matplotlib.figure import Figure  # no pyplot: no global state and no display
+
+    lines = read_metrics(run_dir)
+    panels: list[tuple[str, Sequence[tuple[str, str, str]]]] = [
+        ("loss", [("train", "loss", "train"), ("train", "perturbed_loss", "train, perturbed"), ("val", "loss", "val")]),
+        ("top-1 accuracy (%)", [("val", "acc1", "val")]),
+        ("radius rho", [("train", "rho", "rho")]),
+        ("loss budget sigma", [("train", "sigma", "sigma")]),
+    ]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for split, key, label in curves:
+            points = [(e["step"], e[key]) for e in lines if e["split"] == split and e.get(key) is not None]
+            if points:
+                style = {"marker": "o", "markersize": 3} if split == "val" else {}
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "not used by this optimizer", ha="center", transform=axes.transAxes, color="gray")
+    figure.suptitle(run_dir.name)
+    target = run_dir / "curves.png"
+    figure.savefig(target, dpi=110)
+    return target
+
+
+def _supersede(run_dir: Path, start_step: int) -> None:
+    """Keep the lines up to ``start_step`` in place and move later ones aside."""
+    if not (run_dir / METRICS).exists():
+        return
+    lines = read_metrics(run_dir)
+    later = [line for line in lines if line["step"] > start_step]
+    with (run_dir / _SUPERSEDED).open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in later)
+    aside = run_dir / f".{METRICS}.partial"
+    aside.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
+    aside.replace(run_dir / METRICS)

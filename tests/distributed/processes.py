@@ -1,0 +1,30 @@
+"""Runs a function on several gloo processes and returns what each returned."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lesam_dist.parallel import Distributed
+
+
+def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """``function(here, *args)`` on every rank; its results by rank. The function must be a module's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (function, world_size, Path(folder), args), nprocs=world_size)  # type: ignore[no-untyped-call]
+        return [pickle.loads((Path(folder) / f"rank{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    here = Distributed(rank, rank, world_size, torch.device("cpu"))
+    (folder / f"rank{rank}").write_bytes(pickle.dumps(function(here, *args)))
+    dist.destroy_process_group()
