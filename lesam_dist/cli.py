@@ -43,4 +43,7 @@ def run(command: str) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same fault; one says so
             print(f"lesam-dist: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("lesam-dist: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0)

@@ -10,12 +10,18 @@ from torch import nn
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
 
-__all__ = ["build_model", "model_names"]
+__all__ = ["build_model", "model_names", "require_model"]
 
 
 def model_names() -> list[str]:
     """Every name that `build_model` takes."""
     return [*CIFAR_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def require_model(name: str) -> None:
+    """Raise a UserError unless `build_model` knows this name."""
+    if name not in model_names():
+        raise unknown_name("model", name, model_names())
 
 
 def build_model(name: str, num_classes: int, *, image_size: int = 224, zero_init_residual: bool = False) -> nn.Module:
@@ -30,10 +36,9 @@ def build_model(name: str, num_classes: int, *, image_size: int = 224, zero_init
     Raises:
         UserError: for an unknown name, or an option that this model does not have.
     """
+    require_model(name)
     if name in CIFAR_RESNETS:
         return cifar_resnet(CIFAR_RESNETS[name], num_classes, zero_init_residual)
-    if name not in model_names():
-        raise unknown_name("model", name, model_names())
     options: dict[str, Any] = {"num_classes": num_classes}
     if zero_init_residual:
         options["zero_init_residual"] = True

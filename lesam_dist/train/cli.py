@@ -69,7 +69,7 @@ def dump(config: Config) -> str:
 
 
 def _instantiate(parser: ArgumentParser, namespace: Any) -> Config:
-    values = parser.instantiate_classes(namespace)
+    values = parser.instantiate(namespace)
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})
 
 

@@ -67,7 +67,11 @@ class RunLog:
         if self.console.is_terminal and split == "train":
             self._progress.update(self._task, description=f"epoch {epoch:.1f}  loss {values['loss']:.3f}")
         else:
-            self.console.print(f"[{split}] step {step}  epoch {epoch:.2f}  {shown}", markup=False, highlight=False, soft_wrap=True)
+            self.print(f"[{split}] step {step}  epoch {epoch:.2f}  {shown}")
+
+    def print(self, text: str) -> None:
+        """A plain line on the terminal, above the progress bar."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Flush and close everything."""

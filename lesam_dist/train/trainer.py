@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from lesam_dist.data import Loader
 from lesam_dist.errors import UserError
+from lesam_dist.models import require_model
 from lesam_dist.optim import SharpnessAware
 from lesam_dist.parallel import Distributed, process_group, wrap_ddp
 from lesam_dist.train import build
@@ -22,6 +24,8 @@ from lesam_dist.train.config import Config, check_same_run, flatten
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
 from lesam_dist.train.telemetry import METRICS, RunLog, plot_curves
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def train(config: Config) -> dict[str, float]:
@@ -33,11 +37,19 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         UserError: for anything that the user can mend; raised before training where it can be known then.
     """
+    require_model(config.model.name)  # before a data set of millions of files is scanned
     with process_group(config.parallel.device) as here:
         _set_precision(config)
         trainer = _dry_trainer(config, here) if config.dry_run else _trainer(config, here)
         try:
             return trainer.fit()
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise UserError(
+                f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, then go "
+                "on with --resume auto."
+            ) from error
         finally:
             trainer.close()
 
@@ -107,7 +119,7 @@ class Trainer:
         total = self.config.epochs * self.steps_per_epoch
         if self.here.is_main:
             self.log = RunLog(self.run_dir, total, self.step, self.config.logging.tensorboard)
-            self.log.console.print(self._summary(), markup=False, highlight=False, soft_wrap=True)
+            self.log.print(self._summary())
         while self.epoch < self.config.epochs:
             self._train_epoch()
             average_batchnorm(self.model, self.here)
@@ -124,9 +136,9 @@ class Trainer:
         if self.log:
             self.log.close()
             if self.run_dir:
-                plot_curves(self.run_dir)
-                text = f"results: {self.run_dir}  (metrics.jsonl, curves.png, checkpoints/, tensorboard/)"
-                self.log.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                with suppress(OSError):  # a full disk has been reported by now
+                    plot_curves(self.run_dir)
+                self.log.print(f"results: {self.run_dir}  (metrics.jsonl, curves.png, checkpoints/, tensorboard/)")
             self.log = None
 
     def _train_epoch(self) -> None:

@@ -1,0 +1,55 @@
+"""A small data set of real images, and the command line in this process."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lesam_dist.cli import run
+from lesam_dist.data.digits import prepare_digits
+
+CLASSES = ("0", "1", "2")
+TRAIN, VAL = 20, 7  # images per class
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ROOT/train and ROOT/val with 3 classes of scanned digits."""
+    full, root = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("images")
+    prepare_digits(full)
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for path in sorted((full / split / name).iterdir())[:count]:
+                shutil.copy(path, root / split / name)
+    return root
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``command("--flag", "value")`` runs `lesam-dist train` here; returns exit status, stdout and stderr."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lesam-dist", *map(str, argv)])
+        with pytest.raises(SystemExit) as stopped:
+            run("train")
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def small(images: Path) -> tuple[str, ...]:
+    """Flags of a run of 3 epochs of 3 steps on `images`."""
+    return (
+        *("--config", "digits", "--data.root", str(images), "--data.batch_size", "20", "--data.builtin", "null"),
+        *("--epochs", "3", "--schedule.anneal_start_epoch", "1", "--logging.every_steps", "1"),
+    )

@@ -1,0 +1,117 @@
+"""What a user gets wrong ends with status 2 and one error that names the value and the remedy; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.conftest import Command
+
+FLAGS = [
+    (["--config", "digit"], "unknown recipe 'digit': did you mean 'digits'?"),
+    (["--config", "nowhere.yaml"], "config file 'nowhere.yaml' does not exist"),
+    (["--optimizer.sigm", "1"], "unknown key 'optimizer.sigm': did you mean 'optimizer.sigma'?"),
+    (["--sigma", "1"], "did you mean 'optimizer.sigma'?"),
+    (["--epoch", "1"], "did you mean 'epochs'?"),
+    (["--optimizer.name", "lesan"], "unknown optimizer 'lesan': did you mean 'lesam'?"),
+    (["--optimizer.sigma", "-0.1"], "optimizer.sigma is -0.1: it must be at least 0"),
+    (["--optimizer.rho", "-1"], "optimizer.rho is -1.0: it must be at least 0"),
+    (["--optimizer.sigma", "nan"], "optimizer.sigma: Expected a <class 'float'>. Got value: nan"),
+    (["--epochs", "-3"], "epochs is -3: it must be at least 1"),
+    (["--epochs", "many"], "epochs: Expected a <class 'int'>. Got value: many"),
+    (["--data.backend", "dalli"], "data.backend: Expected a Literal['dali', 'torchvision']. Got value: dalli"),
+    (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
+    (["--schedule.anneal_start_epoch", "12"], "anneal_start_epoch is 12.0 but the run has 12 epochs"),
+    (["--loss.label_smoothing", "1.5"], "loss.label_smoothing is 1.5"),
+    (["--data.random_area", "[0.9,0.5]"], "random_area"),
+    (["--data.val_resize", "16"], "val_resize (16) is smaller than image_size (32)"),
+    (["--model.name", "cifar_resnet9"], "unknown model 'cifar_resnet9': did you mean 'cifar_resnet"),
+    (["--model.name", "vgg11", "--model.zero_init_residual", "true"], "'vgg11' has no option zero_init_residual"),
+    (["--model.num_classes", "2"], "has 3 classes but model.num_classes is 2"),
+    (["--data.batch_size", "1000"], "fewer than one global batch of 1000"),
+    (["--data.root", "/nowhere"], "'/nowhere'"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), FLAGS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_wrong_flag(command: Command, images: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+    run_dir = tmp_path / "run"
+    base = ("--config", "digits", "--data.root", images, "--data.builtin", "null", "--data.batch_size", "20")
+    status, _, err = command(*base, "--run_dir", run_dir, *flags)
+    assert status == 2
+    assert message in err
+    assert err.startswith("lesam-dist: error: ")
+    assert "Traceback" not in err
+    assert not run_dir.exists(), "nothing was begun"
+
+
+def test_wrong_key_in_a_file(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("optimizer:\n  sigmaa: 0.3\n")
+    status, _, err = command("--config", path)
+    assert status == 2
+    assert "unknown key 'optimizer.sigmaa': did you mean 'optimizer.sigma'?" in err
+    path.write_text("optimizer: [\n")
+    assert command("--config", path)[0] == 2
+
+
+def test_no_data_root(command: Command) -> None:
+    status, _, err = command("--config", "imagenet_resnet50_lesam")
+    assert status == 2
+    assert "--data.root DIR" in err
+
+
+@pytest.mark.parametrize("shape", ["flat", "empty class"])
+def test_root_that_is_not_class_folders(command: Command, tmp_path: Path, shape: str) -> None:
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        (root / split / "cat" if shape != "flat" else root / split).mkdir(parents=True)
+    status, _, err = command("--config", "digits", "--data.builtin", "null", "--data.root", root, "--run_dir", tmp_path / "r")
+    assert status == 2
+    assert ("cat" if shape != "flat" else str(root / "train")) in err
+
+
+def test_run_dir_that_cannot_be_made(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, _, err = command(*small, "--run_dir", tmp_path / "file" / "run")
+    assert status == 2
+    assert "cannot be written" in err
+
+
+def test_batch_that_the_processes_do_not_divide(images: Path, tmp_path: Path) -> None:
+    """Under torchrun: rank 0 alone speaks, and no rank hangs."""
+    flags = ["--config", "digits", "--data.builtin", "null", "--data.root", str(images), "--data.batch_size", "21"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lesam_dist.train", *flags],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("lesam-dist: error: the global batch size 21 cannot be divided by 2 processes") == 1
+
+
+def test_module_and_console_script_agree(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    module = [sys.executable, "-m", "lesam_dist.train"]
+    script = [sys.executable, "-c", "from lesam_dist.cli import main; main()", "train"]
+    for start in (module, script):
+        result = subprocess.run(
+            [*start, "--config", "digit"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120
+        )
+        assert result.returncode == 2
+        assert result.stderr.strip() == "lesam-dist: error: unknown recipe 'digit': did you mean 'digits'?"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the remedy is for hosts without a GPU")
+def test_cuda_where_there_is_none(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    status, _, err = command(*small, "--run_dir", tmp_path / "r", "--parallel.device", "cuda")
+    assert status == 2
+    assert "no GPU" in err

@@ -1,0 +1,137 @@
+"""What the passes of one step share: random numbers, and BatchNorm statistics that only the first one moves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lesam_dist import LESAM
+from lesam_dist.parallel import Distributed, wrap_ddp
+from lesam_dist.train.passes import BatchPasses, average_batchnorm, frozen_batchnorm
+from tests.distributed.processes import run
+
+ALONE = Distributed(0, 0, 1, torch.device("cpu"))
+
+
+def make_net(dropout: float = 0.0, momentum: float | None = 0.1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.LazyLinear(5)
+    )
+
+
+def make_passes(net: nn.Module) -> BatchPasses:
+    return BatchPasses(net, nn.CrossEntropyLoss(), torch.randn(6, 3, 8, 8), torch.randint(0, 5, (6,)))
+
+
+def test_both_passes_draw_the_same_dropout_mask(seed: int) -> None:
+    passes = make_passes(make_net(dropout=0.5))
+    losses = [passes().item() for _ in range(3)]
+    assert losses[0] == losses[1] == losses[2]
+    assert make_passes(make_net(dropout=0.5))().item() != losses[0]
+
+
+def test_random_numbers_go_on_after_the_step(seed: int) -> None:
+    """Replaying must not make the next batch draw the same mask again."""
+    net = make_net(dropout=0.5)
+    passes = make_passes(net)
+    again = BatchPasses(net, passes.criterion, passes.images, passes.labels)
+    passes()
+    passes()
+    with frozen_batchnorm(net):
+        assert again().item() != passes().item()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_only_the_first_pass_moves_batchnorm_statistics(seed: int, momentum: float | None) -> None:
+    net = make_net(momentum=momentum)
+    passes = make_passes(net)
+    passes()
+    after_first = copy.deepcopy(dict(net.named_buffers()))
+    plain = make_net(momentum=momentum)
+    plain(passes.images)
+    plain[0].load_state_dict(net[0].state_dict())
+    plain[1] = nn.BatchNorm2d(4, momentum=momentum)
+    plain(passes.images)
+    torch.testing.assert_close(dict(plain.named_buffers()), after_first)
+    passes()
+    torch.testing.assert_close(dict(net.named_buffers()), after_first, rtol=0, atol=0)
+
+
+def test_frozen_batchnorm_normalises_as_in_training_and_nests(seed: int) -> None:
+    net, x = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    expected = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + net.eps).sqrt()
+    with frozen_batchnorm(net):
+        with frozen_batchnorm(net):
+            torch.testing.assert_close(net(x), expected)
+        torch.testing.assert_close(net(x), expected)
+    assert net.num_batches_tracked is not None
+    assert net.num_batches_tracked.item() == 0
+    with pytest.raises(ZeroDivisionError), frozen_batchnorm(net):
+        raise ZeroDivisionError
+    net(x)
+    assert net.num_batches_tracked.item() == 1
+
+
+def test_subset_and_evaluation_only(seed: int) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
+    passes = make_passes(net)
+    subset = torch.tensor([0, 3])
+    loss = passes(subset=subset, backward=False)
+    expected = nn.functional.cross_entropy(net(passes.images[subset]), passes.labels[subset])
+    torch.testing.assert_close(loss, expected.detach())
+    assert net[1].weight.grad is None
+
+
+def test_optimizer_step_on_a_batch_equals_two_hand_made_passes(seed: int) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
+    passes, twin = make_passes(net), copy.deepcopy(net)
+    LESAM(net.parameters(), torch.optim.SGD, sigma=0.1, rho_max=None, lr=0.1).step(passes)
+    w = twin[1].weight
+
+    def gradients() -> list[torch.Tensor]:
+        loss = nn.functional.cross_entropy(twin(passes.images), passes.labels)
+        return list(torch.autograd.grad(loss, list(twin.parameters())))
+
+    g = gradients()
+    norm = torch.stack([x.norm() for x in g]).norm()
+    before = [p.detach().clone() for p in twin.parameters()]
+    with torch.no_grad():
+        for p, x in zip(twin.parameters(), g, strict=True):
+            p += 0.1 / norm * x / norm
+    g_hat = gradients()
+    torch.testing.assert_close(net[1].weight.detach(), before[0] - 0.1 * g_hat[0])
+    assert w.shape == net[1].weight.shape
+
+
+def unsynced_and_averaged(here: Distributed, seed: int) -> tuple[bool, bool, torch.Tensor]:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    model = wrap_ddp(net, here)
+    torch.manual_seed(seed + here.rank)
+    passes = make_passes(model)
+    passes(sync=False)
+    local = net[0].weight.grad.clone()  # type: ignore[union-attr]
+    statistics = net[1].running_mean.clone()
+    net.zero_grad()
+    again = BatchPasses(model, passes.criterion, passes.images, passes.labels)
+    again()
+    mean = net[0].weight.grad.clone()  # type: ignore[union-attr]
+    both = [torch.empty_like(local) for _ in range(2)]
+    torch.distributed.all_gather(both, local)
+    gathered = [torch.empty_like(statistics) for _ in range(2)]
+    torch.distributed.all_gather(gathered, net[1].running_mean)
+    average_batchnorm(net, here)
+    averaged = torch.allclose(net[1].running_mean, (gathered[0] + gathered[1]) / 2)
+    return torch.allclose(mean, (both[0] + both[1]) / 2, atol=1e-7) and not torch.equal(*both), averaged, mean
+
+
+def test_unsynced_pass_and_averaged_statistics_on_two_ranks(seed: int) -> None:
+    first, second = run(unsynced_and_averaged, 2, seed)
+    assert first[0], "sync=False must leave the local gradient, sync=True the mean"
+    assert second[0]
+    assert first[1]
+    assert second[1]
+    assert torch.equal(first[2], second[2])

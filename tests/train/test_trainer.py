@@ -1,0 +1,161 @@
+"""Whole runs on a few real images: what they write, and that a resumed one is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from lesam_dist.train import trainer as module
+from lesam_dist.train.telemetry import read_metrics
+from tests.train.conftest import CLASSES, VAL, Command
+
+
+def final_state(run_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    latest = run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text()
+    dcp_to_torch_save(latest, tmp_path / "state.pt")
+    state: dict[str, Any] = torch.load(tmp_path / "state.pt", weights_only=False)
+    return state
+
+
+def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
+    torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
+    torch.testing.assert_close(first["optimizer"]["state"], second["optimizer"]["state"], rtol=0, atol=0)
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+
+
+def timeless(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...], tmp_path: Path, backend: str) -> None:
+    run_dir = tmp_path / "run"
+    status, out, err = command(*small, "--run_dir", run_dir, "--data.backend", backend, "--optimizer.sigma", "0.15")
+    assert (status, err) == (0, "")
+    assert str(run_dir) in out.splitlines()[-1]
+    lines = read_metrics(run_dir)
+    train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
+    assert [line["step"] for line in train] == list(range(1, 10))
+    assert [line["step"] for line in val] == [3, 6, 9]
+    assert {"loss", "perturbed_loss", "rho", "sigma", "grad_norm", "lr", "images_per_s", "data_wait", "skipped"} < set(train[0])
+    assert all(line["samples"] == VAL * len(CLASSES) for line in val)
+    for t, line in enumerate(train):
+        # Annealing from epoch 1 of 3: 3 steps at sigma, then a cosine over 6 that ends at 0.
+        sigma = 0.15 if t < 3 else 0.075 * (1 + math.cos(math.pi * (t - 3) / 5))
+        assert line["sigma"] == pytest.approx(sigma, abs=1e-12)
+        assert line["rho"] == pytest.approx(min(sigma / line["grad_norm"], 0.2))
+        lr = 0.1 * ((t + 1) / 3 if t < 3 else 0.5 * (1 + math.cos(math.pi * (t - 3) / 6)))
+        assert line["lr"] == pytest.approx(lr)
+    assert train[-1]["perturbed_loss"] == train[-1]["loss"], "sigma is 0 in the last step"
+    assert train[0]["perturbed_loss"] > train[0]["loss"]
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["optimizer"]["sigma"] == 0.15
+    assert len(list((run_dir / "checkpoints").glob("step_*"))) == 2
+
+
+@pytest.mark.parametrize("method", ["lesam", "sgd"])
+def test_resumed_run_equals_the_uninterrupted_one(
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    small = (*small, "--optimizer.name", method)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert command(*small, "--run_dir", whole)[0] == 0
+
+    class Cut(Exception):
+        pass
+
+    original = module.Trainer._log_step
+
+    def cut(self: module.Trainer, *args: Any) -> None:
+        original(self, *args)
+        if self.step == 8:
+            raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(module.Trainer, "_log_step", cut)
+        command(*small, "--run_dir", broken)
+    status, out, _ = command(*small, "--run_dir", broken, "--resume", "auto")
+    assert status == 0
+    assert "from epoch 2" in out
+    assert timeless(broken) == timeless(whole)
+    assert_same_state(final_state(broken, tmp_path), final_state(whole, tmp_path))
+    superseded = (broken / "metrics.superseded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in superseded] == [7, 8], "the lines of the cut epoch are kept aside"
+
+
+def test_resuming_a_finished_run_changes_nothing(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command(*small, "--run_dir", run_dir)
+    before = (run_dir / "metrics.jsonl").read_text()
+    assert command(*small, "--run_dir", run_dir, "--resume", "auto")[0] == 0
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_damaged_checkpoint_falls_back_with_a_warning(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command(*small, "--run_dir", run_dir)
+    expected = timeless(run_dir), final_state(run_dir, tmp_path)
+    victim = next((run_dir / "checkpoints" / "step_00000009").glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    status, out, _ = command(*small, "--run_dir", run_dir, "--resume", "auto")
+    assert status == 0
+    assert f"{victim} is truncated: 100 of" in out
+    assert "from epoch 2" in out
+    assert timeless(run_dir) == expected[0]
+    assert_same_state(final_state(run_dir, tmp_path), expected[1])
+
+
+def test_existing_run_is_not_overwritten(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command(*small, "--run_dir", run_dir)
+    before = (run_dir / "metrics.jsonl").read_text()
+    status, _, err = command(*small, "--run_dir", run_dir)
+    assert status == 2
+    assert "already holds a run" in err
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_resume_refuses_a_config_that_changes_the_run(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command(*small, "--run_dir", run_dir)
+    before = (run_dir / "config.yaml").read_text()
+    status, _, err = command(*small, "--run_dir", run_dir, "--resume", "auto", "--optimizer.sigma", "0.7", "--seed", "3")
+    assert status == 2
+    assert "optimizer.sigma: 0.1 then, 0.7 now" in err
+    assert "seed: 0 then, 3 now" in err
+    assert (run_dir / "config.yaml").read_text() == before
+    # What changes only the speed or the log may differ.
+    assert command(*small, "--run_dir", run_dir, "--resume", "auto", "--data.workers", "2", "--logging.every_steps", "7")[0] == 0
+
+
+def test_full_disk_ends_with_one_clear_error(
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def full(self: object, *_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.RunLog, "write", full)
+    status, _, err = command(*small, "--run_dir", run_dir)
+    assert status == 2
+    assert "No space left on device" in err
+    assert "--resume auto" in err
+
+
+@pytest.mark.parametrize("method", ["sam", "adamw"])
+def test_other_optimizers_run(command: Command, small: tuple[str, ...], tmp_path: Path, method: str) -> None:
+    flags = ("--optimizer.name", method, "--optimizer.rho", "0.03", "--optimizer.lr", "0.01", "--epochs", "2")
+    assert command(*small, *flags, "--run_dir", tmp_path / "run")[0] == 0
+    train = [line for line in read_metrics(tmp_path / "run") if line["split"] == "train"]
+    assert train[0].get("rho") == (pytest.approx(0.03) if method == "sam" else None)
+    assert "sigma" not in train[0]
