@@ -1,0 +1,38 @@
+# Every target makes .venv on first use; a second call installs nothing.
+PYTHON ?= python3
+# Which DALI: `dali` is built for CUDA 13, `dali-cuda120` for CUDA 12. Either runs without a GPU.
+EXTRAS ?= dali,dev
+NPROC ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/2/')
+RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: train test lint format bench clean
+
+train: $(STAMP) ## train the digits recipe with LE-SAM on all GPUs, or on two CPU processes
+	PATH="$(CURDIR)/$(BIN):$$PATH" NPROC_PER_NODE=$(NPROC) launch/torchrun.sh --config digits --run_dir $(RUN_DIR) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/optimizer_step.py $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	touch $@

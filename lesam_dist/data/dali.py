@@ -1,0 +1,213 @@
+"""Load images with NVIDIA DALI: C++ threads on the CPU, or decoding and resizing on the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import nvidia.dali
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from lesam_dist.data.errors import unreadable_image
+from lesam_dist.data.plan import Batch, Plan
+from lesam_dist.data.transform import ATTEMPTS, Transform
+
+dali: Any = nvidia.dali  # its type stubs leave out much of what it exports
+fn, math, types = dali.fn, dali.math, dali.types
+
+PREFETCH = 2  # batches that DALI works on ahead of the one being used
+
+
+class DaliLoader:
+    """See ``Loader``. DALI draws no random number: crops and flips come with each batch from the plan.
+
+    So the pipeline has no state worth saving, and one pipeline reads any epoch after any other. It is built
+    at the first batch, and anew after a file that could not be decoded: DALI gives up what failed once.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, workers: int) -> None:
+        self._plan = plan
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._threads = max(workers, 1)
+        self._pipeline: Any = None
+        self._batches: Iterator[Batch] = iter(())
+        self._ahead: deque[list[str]] = deque(maxlen=PREFETCH + 1)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._rewind()
+        self._batches = self._plan.epoch(index)
+        while outputs := self._run():
+            # No copy: DALI allocates new outputs for each batch, and they live as long as these tensors.
+            with torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext():
+                images, labels = (from_dlpack(output.as_tensor()) for output in outputs)
+            yield images, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._plan.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._plan.load_state_dict(state)
+
+    def close(self) -> None:
+        self._pipeline = None
+
+    def _run(self) -> Any:
+        """The next batch's outputs, on the current stream; None after the last one."""
+        if self._pipeline is None:
+            self._pipeline = build_pipeline(
+                self._plan.transform,
+                source=self._next_inputs,
+                train=self._plan.train,
+                batch_size=self._plan.local_batch_size,
+                num_threads=self._threads,
+                device_id=torch.zeros(0, device=self._device).get_device() if self._on_gpu else None,
+            )
+        try:
+            # Given the stream, DALI makes it wait for the outputs, and not the host.
+            return self._pipeline.run(torch.cuda.current_stream(self._device) if self._on_gpu else None)
+        except StopIteration:
+            return None
+        except RuntimeError as error:
+            self._pipeline = None
+            path = _find_unreadable([path for paths in self._ahead for path in paths], self._plan.transform)
+            if path is None:
+                raise  # not about a file, e.g. out of memory
+            raise unreadable_image(path, "DALI cannot read it") from error
+
+    def _rewind(self) -> None:
+        """Throw away what is in flight of an epoch that was left halfway."""
+        self._batches = iter(())
+        if self._pipeline is not None:
+            while self._run():
+                pass
+            self._pipeline.reset()
+
+    def _next_inputs(self) -> tuple[Any, ...]:
+        """The next batch as inputs of the graph; called by ``run``, ``PREFETCH`` batches ahead."""
+        batch = next(self._batches)
+        self._ahead.append(batch.paths)
+        paths = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in batch.paths]
+        return (paths, batch.labels, *(batch.draws or ()))
+
+
+def build_pipeline(
+    transform: Transform,
+    *,
+    source: Any,
+    train: bool,
+    batch_size: int,
+    num_threads: int,
+    device_id: int | None,
+    prefetch: int = PREFETCH,
+) -> Any:
+    """The DALI pipeline from ``source`` (file names, labels and, for training, draws) to images and labels.
+
+    Args:
+        source: called without arguments; returns the inputs of one batch, or raises StopIteration.
+        batch_size: the largest that ``source`` returns.
+        device_id: CUDA device, or None to work on the CPU.
+        prefetch: batches to work on ahead.
+    """
+    inputs = [(types.UINT8, 1), (types.INT64, 0)]  # type and dimensions of a sample: path, label
+    if train:
+        inputs += [(types.FLOAT64, 1)] * 3 + [(types.INT32, 0)]  # area, ratio, position, flip
+    decoder = {
+        "device": "cpu" if device_id is None else "mixed",
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,  # as Pillow decodes; costs nothing measurable
+    }
+    size = transform.image_size
+
+    pipeline = dali.Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=prefetch)
+    with pipeline:
+        dtype, ndim = (list(column) for column in zip(*inputs, strict=True))
+        path, label, *draws = fn.external_source(source, num_outputs=len(inputs), dtype=dtype, ndim=ndim)
+        encoded = fn.io.file.read(path)
+        shape = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
+        if train:
+            area, ratio, position, flip = draws
+            start, extent = crop_graph(shape, area, ratio, position, transform.random_aspect_ratio)
+            image = fn.decoders.image_slice(encoded, start=start, shape=extent, axes=(0, 1), **decoder)
+            image = fn.resize(image, size=(size, size))
+        else:
+            flip = 0
+            start, end = centre_graph(shape, transform.val_resize, size)
+            image = fn.decoders.image(encoded, **decoder)
+            image = fn.resize(image, size=(size, size), roi_start=start, roi_end=end)
+        image = fn.crop_mirror_normalize(
+            image,
+            mirror=flip,
+            mean=[255 * mean for mean in transform.mean],
+            std=[255 * std for std in transform.std],
+            output_layout="CHW",
+        )
+        pipeline.set_outputs(image, label if device_id is None else label.gpu())
+    return pipeline
+
+
+def _find_unreadable(paths: list[str], transform: Transform) -> str | None:
+    """The first file that DALI cannot decode; its error only tells the position in some batch in flight."""
+    tried: list[str] = []
+
+    def source() -> tuple[Any, Any]:
+        tried.append(paths[len(tried)])
+        return [np.frombuffer(os.fsencode(tried[-1]), dtype=np.uint8)], np.zeros(1, dtype=np.int64)
+
+    one_by_one = build_pipeline(
+        transform, source=source, train=False, batch_size=1, num_threads=1, device_id=None, prefetch=1
+    )
+    try:
+        for _ in paths:
+            one_by_one.run()
+    except RuntimeError:
+        return tried[-1]
+    return None
+
+
+def crop_graph(
+    shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]
+) -> tuple[Any, Any]:
+    """``transform.crop_window`` as a DALI graph; returns ``(top, left)`` and ``(height, width)``, int32."""
+    shape = fn.cast(shape, dtype=types.FLOAT64)
+    height, width = shape[0], shape[1]
+    a = width / height
+    # Python numbers would enter the graph as float32; these two are not exact in it.
+    low, high = (types.Constant(bound, dtype=types.FLOAT64) for bound in ratio_bounds)
+    widest = math.clamp(a, low, high)
+    area = fn.cat(area, fn.stack(math.min(a / widest, widest / a)))  # behind the candidates: the way out
+    ratio = fn.cat(ratio, fn.stack(widest))
+    index = types.Constant(np.arange(ATTEMPTS + 1, dtype=np.int32))
+    misfit = (area * ratio > a) | (area * a > ratio)
+    # Rounding may make even the way out a misfit: it stays the smallest index if nothing fits.
+    first = fn.reductions.min(math.min(index + fn.cast(misfit, dtype=types.INT32) * ATTEMPTS, ATTEMPTS))
+    s, r = area[first], ratio[first]
+    pixels = s * (height * width)
+    w = math.clamp(math.floor(math.sqrt(pixels * r) + 0.5), 1, width)
+    h = math.clamp(math.floor(math.sqrt(pixels / r) + 0.5), 1, height)
+    extent = fn.stack(h, w)
+    start = math.floor(position * (shape - extent + 1))
+    return fn.cast(start, dtype=types.INT32), fn.cast(extent, dtype=types.INT32)
+
+
+def centre_graph(shape: Any, resize: int, crop: int) -> tuple[Any, Any]:
+    """The part of the *original* image that torchvision's Resize + CenterCrop shows: start and end, float.
+
+    Resizing just this part gives the same pixels as resizing all and cropping, since the filter still reads
+    beyond its edge, and never makes the huge intermediate image that a thin one would need.
+    """
+    resized = resize * shape // fn.reductions.min(shape)
+    margin = resized - crop
+    # Python's round() of margin / 2, which is half to even: up if margin = 3 modulo 4.
+    offset = (margin + (margin & (margin // 2) & 1)) // 2
+    scale = fn.cast(shape, dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
+    return offset * scale, (offset + crop) * scale

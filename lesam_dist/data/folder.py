@@ -1,0 +1,112 @@
+"""Find the images of a class-folder dataset: ``ROOT/<split>/<class>/<image>``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesam_dist.errors import UserError
+
+# What both DALI and Pillow decode.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """One split of a class-folder dataset; sample ``i`` is ``(paths[i], labels[i])``.
+
+    Attributes:
+        root: the dataset's folder, above the split.
+        classes: class names in label order: label ``k`` means ``classes[k]``.
+        paths: one file per sample, sorted by class, then by file name.
+        labels: int64 ``(N,)``.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFolder:
+    """List ``root/split``. Names starting with a dot and files that are no images are passed over.
+
+    The order is that of the names' code points, so it is the same on every machine and file system, and the
+    labels are those of ``torchvision.datasets.ImageFolder``. Only directories are read, never a file.
+
+    Args:
+        root: the dataset's folder.
+        split: ``"train"`` or ``"val"``.
+        classes: the training split's classes, for any other split: its labels then mean the same. A class
+            may be missing here, but none may be new.
+
+    Raises:
+        UserError: a folder is missing, has no class folders, has an empty one, or has an unknown class.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"the dataset folder '{root}' does not exist: pass the folder that holds {split}/.")
+    folder = root / split
+    if not folder.is_dir():
+        found = ", ".join(name + "/" for name in _subfolders(root)) or "no folders"
+        raise UserError(
+            f"'{root}' has no {split}/ folder (found: {found}): arrange the images as {folder}/CLASS/IMAGE."
+        )
+    names = _subfolders(folder)
+    if not names:
+        raise UserError(
+            f"'{folder}' has no class folders: put the images of each class into a folder of their own, "
+            f"as {folder}/CLASS/IMAGE."
+        )
+    if classes is None:
+        classes = tuple(names)
+    index = {name: label for label, name in enumerate(classes)}
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise UserError(
+            f"'{folder}' has {len(unknown)} class folder(s) that the training split has not: "
+            f"{_shorten(unknown)}. Remove or rename them, or add the class to the training split."
+        )
+
+    paths: list[str] = []
+    labels = np.empty(len(names), dtype=np.int64)
+    counts = np.empty(len(names), dtype=np.int64)
+    for i, name in enumerate(names):
+        files = _images(os.path.join(folder, name))
+        if not files:
+            raise UserError(
+                f"the class folder '{folder / name}' holds no images: add some (they must lie directly in it "
+                f"and end in {', '.join(EXTENSIONS)}) or remove the folder."
+            )
+        paths += files
+        labels[i], counts[i] = index[name], len(files)
+    return ImageFolder(root, classes, tuple(paths), np.repeat(labels, counts))
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+
+def _images(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(
+            e.path
+            for e in entries
+            if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith(".") and e.is_file()
+        )
+
+
+def _shorten(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

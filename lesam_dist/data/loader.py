@@ -1,0 +1,113 @@
+"""The interface that the trainer sees, and the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lesam_dist.data.folder import ImageFolder
+from lesam_dist.data.plan import Plan
+from lesam_dist.data.transform import Transform
+from lesam_dist.errors import UserError, unknown_name
+
+BACKENDS = ("dali", "torchvision")
+
+
+class Loader(Protocol):
+    """Batches of one rank.
+
+    Epoch ``k`` is the same whenever and however often it is asked for: what was read before, a checkpoint in
+    between and the number of processes do not matter. One epoch is read at a time: asking for the next ends
+    the one before, which may have been left halfway.
+    """
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank; for training the same on all ranks."""
+        ...
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(images, labels)`` on the device: normalised float32 ``(B, 3, S, S)`` and int64 ``(B,)``.
+
+        A batch is the caller's: it stays valid for as long as it is referenced, so two passes can read it.
+
+        Raises:
+            UserError: an image cannot be decoded; names the file.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this data is, at an epoch boundary. The same on all ranks, and for any number of them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make sure that ``epoch(k)`` is that of the run which saved ``state``, or raise a UserError."""
+        ...
+
+    def close(self) -> None:
+        """Free threads, processes and buffers."""
+        ...
+
+
+def build_loader(
+    folder: ImageFolder,
+    *,
+    backend: str,
+    train: bool,
+    transform: Transform,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    workers: int,
+) -> Loader:
+    """A loader of ``folder`` for one rank. Both backends read the same samples with the same crops and flips.
+
+    Args:
+        folder: from ``scan_split``.
+        backend: ``"dali"`` or ``"torchvision"``.
+        train: shuffle, crop and flip at random, drop the last incomplete global batch.
+        transform: sizes and ranges.
+        batch_size: over all ranks for training; per rank for evaluation.
+        seed: not negative, the same on all ranks.
+        rank: of this process, below ``world_size``.
+        world_size: number of processes.
+        device: where the batches go. On a GPU, DALI decodes and resizes there.
+        workers: DALI threads (at least one), or torchvision processes (0: load in this process).
+
+    Raises:
+        UserError: an argument cannot be used, or DALI is not installed.
+    """
+    if backend not in BACKENDS:
+        raise unknown_name("data backend", backend, BACKENDS)
+    if batch_size < 1 or seed < 0 or workers < 0:
+        raise UserError(
+            f"batch_size is {batch_size}, seed is {seed}, workers is {workers}: "
+            "use a batch size of at least 1, and no negative seed or number of workers."
+        )
+    if train and batch_size % world_size:
+        raise UserError(
+            f"the global batch size {batch_size} cannot be divided by {world_size} processes: "
+            f"use a multiple of {world_size}, e.g. {-(-batch_size // world_size) * world_size}."
+        )
+    if train and len(folder) < batch_size:
+        raise UserError(
+            f"'{folder.root}' has {len(folder)} training images, fewer than one global batch of "
+            f"{batch_size}: use a batch size of at most {len(folder)}, or more images."
+        )
+    plan = Plan(folder, transform, train, batch_size, seed, rank, world_size)
+    if backend == "dali":
+        try:
+            from lesam_dist.data.dali import DaliLoader
+        except ImportError as error:
+            raise UserError(
+                f"the data backend 'dali' needs NVIDIA DALI, which cannot be imported ({error}): "
+                "pip install 'lesam-dist[dali]', or choose --data.backend torchvision."
+            ) from error
+        return DaliLoader(plan, device, workers)
+    from lesam_dist.data.torchvision_loader import TorchvisionLoader
+
+    return TorchvisionLoader(plan, device, workers)

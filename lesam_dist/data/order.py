@@ -1,0 +1,53 @@
+"""Which sample is read when, and by which process. Pure functions: nothing to save, nothing to restore.
+
+NumPy may change between its versions what a seed gives: finish a run with the one that started it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch, ...)).
+ORDER_STREAM, CROP_STREAM = 0, 1
+
+
+def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
+    """The order in which epoch ``epoch`` reads ``n`` samples, the same on every rank.
+
+    Args:
+        n: number of samples.
+        seed: not negative.
+        epoch: not negative.
+        shuffle: a permutation drawn from ``(seed, epoch)``, or else ``0, 1, ..., n - 1``.
+
+    Returns:
+        int64 ``(n,)``.
+    """
+    order = np.arange(n, dtype=np.int64)
+    if shuffle:
+        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER_STREAM, epoch))).shuffle(order)
+    return order
+
+
+def rank_batches(
+    order: NDArray[np.int64], *, batch_size: int, rank: int, world_size: int, train: bool
+) -> list[NDArray[np.int64]]:
+    """The batches of one rank in one epoch, as views of ``order``.
+
+    Training: global batch ``i`` is ``order[i * B : (i + 1) * B]`` for the *global* ``B = batch_size``, and
+    rank ``r`` takes its ``r``-th contiguous part of ``B / world_size`` samples. So a global batch holds the
+    same samples for any number of processes. The last, incomplete global batch is dropped: every rank gets
+    the same number of batches of the same size.
+
+    Evaluation: rank ``r`` takes ``order[floor(r * n / W) : floor((r + 1) * n / W)]``, in batches of
+    ``batch_size`` *on this rank*, the last one being partial. Every sample is read exactly once; a rank has
+    no batches at all where there are fewer samples than ranks.
+    """
+    n = len(order)
+    if train:
+        share = batch_size // world_size
+        first = rank * share
+        return [order[i + first : i + first + share] for i in range(0, n - batch_size + 1, batch_size)]
+    mine = order[rank * n // world_size : (rank + 1) * n // world_size]
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

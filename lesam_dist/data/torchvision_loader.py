@@ -1,0 +1,132 @@
+"""Load images with Pillow and torchvision in worker processes: no NVIDIA library, any machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sized
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
+
+from lesam_dist.data.errors import unreadable_image
+from lesam_dist.data.plan import Batch, Plan
+from lesam_dist.data.transform import Draws, Transform, crop_window
+from lesam_dist.errors import UserError
+
+
+class TorchvisionLoader:
+    """See ``Loader``. Nothing is random here: crops and flips come with each batch from the plan.
+
+    Workers decode to uint8, which goes to the device as it is (a quarter of the bytes); normalisation to
+    float32 happens there.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, workers: int) -> None:
+        self._plan = plan
+        self._device = device
+        self._mean, self._std = (
+            torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
+            for values in (plan.transform.mean, plan.transform.std)
+        )
+        self._epoch = _Epoch(plan)
+        self._loader: DataLoader[Any] | None = DataLoader(
+            _Decoder(plan.transform),
+            sampler=self._epoch,  # yields whole batches as "indices", hence batch_size=None
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context=_start_method() if workers > 0 else None,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else every epoch draws from the global one, which is the model's
+        )
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._loader is None:
+            raise RuntimeError("this loader is closed")
+        self._epoch.index = index
+        for loaded in self._loader:
+            if isinstance(loaded, UserError):
+                raise loaded
+            images, labels = (part.to(self._device, non_blocking=True) for part in loaded)
+            yield (images.float() - self._mean) / self._std, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._plan.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._plan.load_state_dict(state)
+
+    def close(self) -> None:
+        self._loader = None  # its workers end with it
+
+
+def _to_rgb(file: Image.Image) -> Image.Image:
+    if file.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
+        file = Image.fromarray((np.asarray(file) / 257).round().astype(np.uint8))
+    return file.convert("RGB")
+
+
+def _start_method() -> BaseContext:
+    """Not fork: a copy of a process that has threads (CUDA, NCCL, DALI) can hang."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # import torch once, not once per worker
+    return context
+
+
+class _Epoch(Sized):
+    """The batches of epoch ``index``, iterated in the main process."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.index = 0
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.plan.epoch(self.index)
+
+
+class _Decoder(Dataset[Any]):
+    """Batch to (uint8 images ``(B, 3, S, S)``, labels); runs in the workers and holds no list of files."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
+        size = self.transform.image_size
+        images = torch.empty((len(batch.paths), 3, size, size), dtype=torch.uint8)
+        for i, path in enumerate(batch.paths):
+            try:
+                with Image.open(path) as file:
+                    image = _to_rgb(file)
+            except Exception as error:  # Pillow raises whatever a broken file leads it to
+                # Returned, since DataLoader would wrap a raised one in the worker's traceback.
+                return unreadable_image(path, error)
+            image = self._val(image) if batch.draws is None else self._train(image, batch.draws, i)
+            images[i] = F.pil_to_tensor(image)
+        return images, torch.from_numpy(batch.labels)
+
+    def _train(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        area, ratio, position, flip = (values[i] for values in draws)
+        window = crop_window(
+            image.height, image.width, area, ratio, position, self.transform.random_aspect_ratio
+        )
+        image = F.resized_crop(image, *window, size=[self.transform.image_size] * 2)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+    def _val(self, image: Image.Image) -> Image.Image:
+        image = F.resize(image, [self.transform.val_resize])
+        cropped: Image.Image = F.center_crop(image, [self.transform.image_size])
+        return cropped

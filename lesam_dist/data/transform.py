@@ -1,0 +1,132 @@
+"""What happens to an image between its file and the model, and everything that is random in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesam_dist.data.order import CROP_STREAM
+from lesam_dist.errors import UserError
+
+ATTEMPTS = 10  # candidate crops per image, as in torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Training: random crop, resized to a square, flipped at random. Evaluation: resize, centre crop.
+
+    Both are torchvision's: ``RandomResizedCrop`` + ``RandomHorizontalFlip``, and ``Resize`` + ``CenterCrop``,
+    bilinear with antialiasing; EXIF orientation is ignored, as ``ImageFolder`` does. Then
+    ``(pixel / 255 - mean) / std`` per channel.
+
+    With DALI (measured on the CPU) pixels are within one grey level of 255 of that, by rounding; the
+    outermost pixels of an image or of a training crop may differ by a few more, as DALI's antialiasing filter
+    repeats the last row where Pillow's leaves it out. An image too thin for any candidate crop gets the
+    largest within the aspect bounds at a random place, where torchvision takes the centre.
+
+    Attributes:
+        image_size: side of the square that the model sees, in pixels.
+        val_resize: evaluation resizes the short side to this many pixels before the centre crop.
+        random_area: range of the crop's area, as a fraction of the image's.
+        random_aspect_ratio: range of the crop's width / height.
+        horizontal_flip: mirror every second training image, on average.
+        mean: of each RGB channel, on the 0..1 scale.
+        std: likewise.
+    """
+
+    image_size: int = 224
+    val_resize: int = 256
+    random_area: tuple[float, float] = (0.08, 1.0)
+    random_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal_flip: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}: it must be at least 1 pixel.")
+        if self.val_resize < self.image_size:
+            raise UserError(
+                f"val_resize ({self.val_resize}) is smaller than image_size ({self.image_size}): the centre "
+                f"crop would not fit, so set val_resize to at least {self.image_size}."
+            )
+        low, high = self.random_area
+        if not 0 < low <= high <= 1:
+            raise UserError(f"random_area is {self.random_area}: it needs 0 < low <= high <= 1.")
+        low, high = self.random_aspect_ratio
+        if not 0 < low <= high:
+            raise UserError(f"random_aspect_ratio is {self.random_aspect_ratio}: it needs 0 < low <= high.")
+        if min(self.std) <= 0:
+            raise UserError(f"std is {self.std}: every channel's must be positive.")
+
+
+class Draws(NamedTuple):
+    """The random numbers of a batch of B training images; they do not know the images' sizes.
+
+    Attributes:
+        area: float64 ``(B, ATTEMPTS)``, candidate crop areas as fractions of the image.
+        ratio: float64 ``(B, ATTEMPTS)``, candidate width / height, uniform in the logarithm.
+        position: float64 ``(B, 2)`` in [0, 1), where the crop lies: (down, across).
+        flip: int32 ``(B,)``, 1 to mirror.
+    """
+
+    area: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+    position: NDArray[np.float64]
+    flip: NDArray[np.int32]
+
+    def rows(self, part: slice) -> Draws:
+        return Draws(self.area[part], self.ratio[part], self.position[part], self.flip[part])
+
+
+def draw(transform: Transform, batch_size: int, *, seed: int, epoch: int, batch: int) -> Draws:
+    """Random numbers of global batch ``batch``, a pure function of ``(seed, epoch, batch)``.
+
+    Drawn for the whole global batch on every rank, which then takes its rows: an image is augmented in the
+    same way for any number of processes.
+    """
+    key = np.random.SeedSequence(seed, spawn_key=(CROP_STREAM, epoch, batch))
+    uniform = np.random.default_rng(key).random((batch_size, 2 * ATTEMPTS + 3))
+    low, high = transform.random_area
+    log_low, log_high = np.log(transform.random_aspect_ratio)
+    return Draws(
+        area=low + (high - low) * uniform[:, :ATTEMPTS],
+        ratio=np.exp(log_low + (log_high - log_low) * uniform[:, ATTEMPTS:-3]),
+        position=np.ascontiguousarray(uniform[:, -3:-1]),
+        flip=(uniform[:, -1] < 0.5).astype(np.int32) * np.int32(transform.horizontal_flip),
+    )
+
+
+def crop_window(
+    height: int,
+    width: int,
+    area: NDArray[np.float64],
+    ratio: NDArray[np.float64],
+    position: NDArray[np.float64],
+    ratio_bounds: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """The crop ``(top, left, height, width)`` of one image, in pixels: RandomResizedCrop without the dice.
+
+    A candidate of area s (a fraction) and aspect r has sides ``w = sqrt(s r H W)``, ``h = sqrt(s H W / r)``.
+    With a = W / H it fits into the image (w <= W, h <= H) iff ``s r <= a`` and ``s a <= r``. The first that
+    fits is taken; if none does, as in a panorama, the largest crop with an aspect within bounds.
+    This is the readable form of the graph in ``dali.py``: same operations in float64, same pixels.
+    """
+    a = width / height
+    fits = np.flatnonzero((area * ratio <= a) & (area * a <= ratio))
+    if fits.size:
+        s, r = float(area[fits[0]]), float(ratio[fits[0]])
+    else:
+        r = min(max(a, ratio_bounds[0]), ratio_bounds[1])
+        s = min(a / r, r / a)
+    pixels = s * (height * width)
+    # A side of a very thin image can round to 0 or past the edge.
+    w = min(max(math.floor(math.sqrt(pixels * r) + 0.5), 1), width)
+    h = min(max(math.floor(math.sqrt(pixels / r) + 0.5), 1), height)
+    top = math.floor(float(position[0]) * (height - h + 1))
+    left = math.floor(float(position[1]) * (width - w + 1))
+    return top, left, h, w

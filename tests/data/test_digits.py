@@ -1,0 +1,108 @@
+"""The digits on disk: all of them, once, split for good, complete or absent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lesam_dist.data import digits as module
+from lesam_dist.data.digits import prepare_digits
+from lesam_dist.errors import UserError
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.JPEG"))}
+
+
+def test_all_digits_are_there(digits: Path) -> None:
+    scans, labels = load_digits(return_X_y=True)
+    files = sorted(digits.rglob("*.JPEG"), key=lambda path: path.stem)
+    assert [path.stem for path in files] == [f"{i:04}" for i in range(1797)]
+    assert [int(path.parent.name) for path in files] == labels.tolist()
+    pixels = np.stack([np.asarray(Image.open(path)) for path in files]).astype(float)
+    assert pixels.shape == (1797, 32, 32)
+    # Averaged back to 8 x 8: the scan, but for bicubic overshoot and JPEG.
+    coarse = pixels.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)).ravel()
+    assert np.corrcoef(coarse, scans.ravel())[0, 1] > 0.98
+
+
+def test_split_is_stratified_and_fixed(digits: Path, tmp_path: Path) -> None:
+    _, labels = load_digits(return_X_y=True)
+    for digit in range(10):
+        held_out = len(list((digits / "val" / str(digit)).iterdir()))
+        assert held_out == round(0.2 * (labels == digit).sum())
+    again = prepare_digits(tmp_path / "again")
+    assert contents(again) == contents(digits)
+    other = contents(prepare_digits(tmp_path / "other", seed=1))
+    assert other.keys() != contents(digits).keys()
+    assert len(other) == 1797
+
+
+def test_second_call_does_nothing(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("written again")
+
+    monkeypatch.setattr(module, "_write", fail)
+    assert prepare_digits(digits) == digits
+
+
+def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path, seed: int) -> None:
+        (folder / "train" / "0").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_digits(tmp_path / "digits")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_may_be_faster(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overtaken(folder: Path, seed: int) -> None:
+        for root in (folder, tmp_path / "digits"):
+            for split in ("train", "val"):
+                (root / split / "0").mkdir(parents=True)
+
+    monkeypatch.setattr(module, "_write", overtaken)
+    assert prepare_digits(tmp_path / "digits") == tmp_path / "digits"
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_errors(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the digits dataset to '.*file/digits' \(.+\): choose"):
+        prepare_digits(tmp_path / "file" / "digits")
+    for name in ("file", "other"):
+        with pytest.raises(
+            UserError, match=rf"{name}' exists and is not the digits dataset .* choose another"
+        ):
+            prepare_digits(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    assert prepare_digits(tmp_path / "empty") == tmp_path / "empty"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match=r"Permission denied.*choose a folder that you may write"):
+        prepare_digits(tmp_path / "digits")
+
+
+def test_command_line(digits: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "lesam_dist.data.digits"]
+    done = subprocess.run([*command, str(digits)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{digits}: 1797 digits in train/ and val/, 32 x 32 pixels, 10 classes\n"
+    (tmp_path / "file").write_text("")
+    failed = subprocess.run([*command, str(tmp_path / "file")], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "choose another folder" in failed.stderr
+    assert "Traceback" not in failed.stderr
