@@ -85,7 +85,12 @@ def plain_sgd(params: list[Tensor], first: list[Tensor], second: list[Tensor]) -
     return step
 
 
-PROVIDERS: dict[str, Provider] = {"eager": eager, "eager_copy": eager_copy, "lesam_dist": lesam, "sgd_fused": plain_sgd}
+PROVIDERS: dict[str, Provider] = {
+    "eager": eager,
+    "eager_copy": eager_copy,
+    "lesam_dist": lesam,
+    "sgd_fused": plain_sgd,
+}
 
 
 def set_grads(params: list[Tensor], grads: list[Tensor]) -> None:
@@ -102,7 +107,7 @@ def make_tensors(model: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 def check(params: list[Tensor], first: list[Tensor], second: list[Tensor], provider: Provider) -> float:
     """Largest difference from a float64 step, relative to the largest weight."""
-    mine = [p.clone().requires_grad_() for p in params]
+    mine = [torch.nn.Parameter(p.clone()) for p in params]
     provider(mine, first, second)()
     expected = [p.double() - LR * g.double() for p, g in zip(params, second, strict=True)]
     return max(
@@ -143,12 +148,13 @@ def main() -> None:
         if error > 1e-6:
             wrong[name] = error
         else:
-            steps[name] = provider([p.clone().requires_grad_() for p in params], first, second)
+            steps[name] = provider([torch.nn.Parameter(p.clone()) for p in params], first, second)
     times = measure(steps, args.repeats)
 
     median = {name: statistics.median(values) for name, values in times.items()}
     numel = sum(p.numel() for p in params)
-    print(f"{args.model}: {len(params)} tensors, {numel / 1e6:.1f} M parameters, float32, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print(f"{args.model}: {len(params)} tensors, {numel / 1e6:.1f} M parameters, float32, {threads} threads")
     print(f"torch {torch.__version__}, {platform.machine()}, commit {commit()}, median of {args.repeats}\n")
     print("| provider | ms | of eager |\n|---|---|---|")
     for name, value in median.items():

@@ -40,7 +40,9 @@ def test_torchvision_models(name: str) -> None:
 
 
 def test_every_torchvision_classifier_is_there() -> None:
-    assert {"resnet101", "convnext_tiny", "efficientnet_b0", "swin_t", "vit_l_16", "regnet_y_400mf"} <= set(model_names())
+    assert {"resnet101", "convnext_tiny", "efficientnet_b0", "swin_t", "vit_l_16", "regnet_y_400mf"} <= set(
+        model_names()
+    )
     assert not [name for name in model_names() if "segment" in name or "rcnn" in name or "video" in name]
 
 

@@ -174,9 +174,7 @@ def _find_unreadable(paths: list[str], transform: Transform) -> str | None:
     return None
 
 
-def crop_graph(
-    shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]
-) -> tuple[Any, Any]:
+def crop_graph(shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]) -> tuple[Any, Any]:
     """``transform.crop_window`` as a DALI graph; returns ``(top, left)`` and ``(height, width)``, int32."""
     shape = fn.cast(shape, dtype=types.FLOAT64)
     height, width = shape[0], shape[1]

@@ -45,8 +45,7 @@ def prepare_digits(root: Path, seed: int = 0) -> Path:
         aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     except OSError as error:
         raise UserError(
-            f"cannot write the digits dataset to '{root}' ({error.strerror}): "
-            "choose a folder that you may write."
+            f"cannot write the digits dataset to '{root}' ({error.strerror}): choose a folder that you may write."
         ) from error
     try:
         _write(aside, seed)

@@ -120,9 +120,7 @@ class _Decoder(Dataset[Any]):
 
     def _train(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         area, ratio, position, flip = (values[i] for values in draws)
-        window = crop_window(
-            image.height, image.width, area, ratio, position, self.transform.random_aspect_ratio
-        )
+        window = crop_window(image.height, image.width, area, ratio, position, self.transform.random_aspect_ratio)
         image = F.resized_crop(image, *window, size=[self.transform.image_size] * 2)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 

@@ -1,7 +1,7 @@
 """ResNets for small images: a 3x3 stem that keeps the resolution, where ImageNet's quarters it.
 
-`cifar_resnet8/20/32/44/56/110` are the networks of He et al. (2016), Section 4.2: depth 6n + 2, three stages of 16, 32
-and 64 channels. They differ from the paper in the shortcut, a 1x1 convolution (option B) where the paper pads with zeros.
+`cifar_resnet8/20/32/44/56/110` are the networks of He et al. (2016), Section 4.2: depth 6n + 2, three stages of 16,
+32 and 64 channels. They differ from the paper in the shortcut, a 1x1 convolution (option B) where it pads with zeros.
 `cifar_resnet18/34/50` are torchvision's ResNets with the 3x3 stem and no max-pooling, as used on CIFAR since.
 """
 
@@ -29,9 +29,7 @@ class ThinResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int, zero_init_residual: bool = False) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
         self.stage1 = _stage(16, 16, blocks, stride=1)
         self.stage2 = _stage(16, 32, blocks, stride=2)
         self.stage3 = _stage(32, 64, blocks, stride=2)
@@ -61,7 +59,7 @@ def cifar_resnet(depth: int, num_classes: int, zero_init_residual: bool = False)
     if depth in _THIN_DEPTHS:
         return ThinResNet(depth, num_classes, zero_init_residual)
     block, layers = _LAYERS[depth]
-    model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=zero_init_residual)
+    model: nn.Module = ResNet(block, layers, num_classes=num_classes, zero_init_residual=zero_init_residual)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()

@@ -54,6 +54,9 @@ class SharpnessAware(Optimizer):
         ValueError: for a hyper-parameter out of range.
     """
 
+    _perturbed: list[list[Tensor]] | None  # the lists that `first_step` perturbed, None outside of a step
+    _overflow: Tensor | None  # 0-d bool: the first gradient was not finite
+
     def __init__(
         self,
         params: ParamsT,
@@ -94,7 +97,7 @@ class SharpnessAware(Optimizer):
     # ---- the protocol --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Both passes and the update; gradients are zeroed before, between and after.
 
         Args:
@@ -134,8 +137,8 @@ class SharpnessAware(Optimizer):
         """
         if self.is_perturbed:
             raise RuntimeError(
-                f"{type(self).__name__}.first_step was called twice: the weights are already perturbed. Call second_step() "
-                "to update or restore() to undo."
+                f"{type(self).__name__}.first_step was called twice: the weights are already perturbed. Call "
+                "second_step() to update or restore() to undo."
             )
         by_radius: dict[Radius, list[Tensor]] = {}
         for group in self.param_groups:
@@ -249,7 +252,7 @@ class SharpnessAware(Optimizer):
             try:
                 base.step()
             finally:
-                del base.found_inf
+                del base.found_inf  # type: ignore[attr-defined]
         elif not overflow.item():
             base.step()
 
@@ -263,7 +266,8 @@ class SharpnessAware(Optimizer):
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() was called without a closure while there are gradients. {name} needs two passes: call "
-                "step(closure), with a closure that computes the loss and calls backward, or first_step() and second_step()."
+                "step(closure), with a closure that computes the loss and calls backward, or first_step() and "
+                "second_step()."
             )
         if self.state or not params:
             return
@@ -279,7 +283,7 @@ class SharpnessAware(Optimizer):
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's: one object, so that no round trip can part them."""
         return self.base_optimizer.param_groups
@@ -288,7 +292,7 @@ class SharpnessAware(Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base_optimizer.param_groups = groups
 
-    @property  # type: ignore[override]
+    @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The base optimizer's, as `param_groups`."""
         return self.base_optimizer.state
@@ -305,8 +309,8 @@ class SharpnessAware(Optimizer):
         for name, p in zip(names, group["params"], strict=True):
             if p.dtype not in _DTYPES:
                 raise TypeError(
-                    f"{type(self).__name__}: parameter {name!r} is {p.dtype}; supported are float32, bfloat16, float16 and "
-                    "float64 (float64 not with the kernels). Leave it out of the param groups or convert it."
+                    f"{type(self).__name__}: parameter {name!r} is {p.dtype}; supported are float32, bfloat16, float16 "
+                    "and float64 (float64 not with the kernels). Leave it out of the param groups or convert it."
                 )
         self.check_group(group)
 
@@ -344,8 +348,8 @@ class SharpnessAware(Optimizer):
         self._ops: dict[Any, Ops] = {}
         self._copies: dict[Tensor, Tensor] = {}
         self._first_gradients: dict[Tensor, Tensor] = {}
-        self._perturbed: list[list[Tensor]] | None = None
-        self._overflow: Tensor | None = None
+        self._perturbed = None
+        self._overflow = None
         self.telemetry: dict[str, Tensor] = {"skipped": torch.zeros(())}
 
     def _ops_for(self, like: Tensor, slot: object) -> Ops:
@@ -380,7 +384,8 @@ def _can_fuse(base_optimizer: BaseOptimizer, groups: list[Any], base_kwargs: dic
 
 
 def _shards(params: list[Tensor]) -> list[Tensor]:
-    return [local_shard(p.detach()) for p in params]
+    """What this process stores of each parameter: a plain Parameter itself, a DTensor's shard as a plain Tensor."""
+    return [local_shard(p).detach() if isinstance(p, DTensor) else p for p in params]
 
 
 def _gradient(p: Tensor) -> Tensor:

@@ -1,18 +1,19 @@
 """The maths of one sharpness-aware step in plain torch: the executable specification, and the CPU path.
 
 The Triton kernels (`lesam_kernels`) compute the same functions and are tested against these. On the CPU these
-are also the fast path: every function walks each tensor once, in place, with no temporary of a tensor's size.
-On CUDA `perturb` reads the norm on the host (one sync); training there uses the kernels.
+are also the fast path: no temporaries, and where a parameter owns its storage the saved copy and the weights
+trade storages instead of contents, so that restoring costs nothing. On CUDA `perturb` reads the norm on the host
+(one sync); training there uses the kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Elements per partial sum in float32; beyond it is float64. Few enough that 6 digits are kept, whatever the tensor's
 # size, and enough of them that the Python loop does not show. `dot` and not `vector_norm`: over 2.4 M elements the
@@ -40,7 +41,11 @@ def sum_sq(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         0-d float64 tensor; not finite where any element is not, or where a square overflows float32.
     """
-    partial = [torch.dot(chunk, chunk) for tensor in tensors for chunk in _chunks(tensor)]
+    partial = []
+    for tensor in tensors:
+        flat = _flat(tensor)
+        chunks = flat.split(_CHUNK) if flat.numel() > _CHUNK else (flat,)
+        partial += [torch.dot(chunk, chunk) for chunk in chunks]
     return torch.stack(partial).sum(dtype=torch.float64)
 
 
@@ -56,7 +61,8 @@ def perturb(
     A zero or non-finite norm leaves ``w`` as it is. ``copy`` is written in every case, so `restore` is always exact.
 
     Args:
-        params, grads, copies: parallel lists; shapes agree, a copy has its parameter's dtype.
+        params, grads, copies: parallel lists; shapes agree, a copy has its parameter's dtype and strides, and is the
+            caller's for this purpose alone.
         sum_sq: 0-d, the squared global gradient norm, of which these lists may be a part.
         radius: how rho follows from the norm.
 
@@ -67,6 +73,10 @@ def perturb(
     usable = math.isfinite(norm) and norm > 0
     rho = min(radius.sigma / (norm + radius.eps), radius.rho_max) if usable else 0.0
     for w, g, copy in zip(params, grads, copies, strict=True):
+        if rho > 0 and _owns_storage(w):
+            torch.add(w, g, alpha=rho / norm, out=copy)
+            _trade_storages(w, copy)
+            continue
         copy.copy_(w)
         if rho > 0:
             w.add_(g, alpha=rho / norm)
@@ -75,9 +85,12 @@ def perturb(
 
 
 def restore(params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Give the parameters back the saved weights, bit for bit: ``w <- copy``."""
+    """Give the parameters back the saved weights, bit for bit: ``w <- copy``. The copies are then used up."""
     for w, copy in zip(params, copies, strict=True):
-        w.copy_(copy)
+        if _owns_storage(w):
+            _trade_storages(w, copy)
+        else:
+            w.copy_(copy)
 
 
 def mix(grads: Sequence[Tensor], first: Sequence[Tensor | None], a: float, b: float) -> None:
@@ -88,10 +101,29 @@ def mix(grads: Sequence[Tensor], first: Sequence[Tensor | None], a: float, b: fl
             g_hat.add_(g, alpha=b)
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements as flat pieces of at least float32; a sum does not mind in which order they lie."""
+def _owns_storage(w: Tensor) -> bool:
+    """Whether ``w`` is what the model reads and nothing else lies in its storage.
+
+    Not so for the shard of a DTensor (a plain Tensor; FSDP2 would go on reading the old storage), for a view into a
+    flat buffer, or for memory shared between processes.
+    """
+    return (
+        type(w) is nn.Parameter
+        and w.device.type == "cpu"
+        and w.untyped_storage().nbytes() == w.nbytes
+        and not w.is_shared()
+    )
+
+
+def _trade_storages(w: Tensor, copy: Tensor) -> None:
+    held = w.data
+    w.data = copy
+    copy.data = held
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements in one row of at least float32; a sum does not mind their order."""
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    flat = tensor.reshape(-1).to(wide)
-    yield from flat.split(_CHUNK) if flat.numel() > _CHUNK else (flat,)
+    flat = tensor.reshape(-1)
+    return flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat

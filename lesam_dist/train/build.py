@@ -99,8 +99,8 @@ def resolve_num_classes(config: Config, classes: tuple[str, ...] | None) -> int:
         return len(classes)
     if len(classes) > wanted:
         raise UserError(
-            f"the data in {config.data.root} has {len(classes)} classes but model.num_classes is {wanted}: raise it, or "
-            "leave it null to take the number from the data."
+            f"the data in {config.data.root} has {len(classes)} classes but model.num_classes is {wanted}: raise it, "
+            "or leave it null to take the number from the data."
         )
     return wanted
 

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from lesam_dist.errors import UserError
@@ -56,15 +58,15 @@ class Checkpointer:
             self.here.barrier()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
-                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
+                save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
             if self.here.is_main:
                 self._publish(aside, target, {"step": step, **progress})
-        except (OSError, dcp.api.CheckpointException) as error:
+        except (OSError, CheckpointException) as error:
             if self.here.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. Older checkpoints "
-                "are untouched: make room, then go on with --resume auto."
+                f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. Older "
+                "checkpoints are untouched: make room, then go on with --resume auto."
             ) from error
         self.here.barrier()
 
@@ -88,13 +90,11 @@ class Checkpointer:
                 raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damaged))
             return None, []
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-            dcp.load(state, checkpoint_id=self.folder / name)
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+            load(state, checkpoint_id=self.folder / name)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         progress: dict[str, Any] = json.loads((self.folder / name / _MANIFEST).read_text())
         return progress, damaged
 
@@ -105,7 +105,12 @@ class Checkpointer:
 
     def _publish(self, aside: Path, target: Path, progress: dict[str, Any]) -> None:
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        manifest = {**progress, "torch": torch.__version__, "world_size": self.here.world_size, "files": sizes}
+        manifest = {
+            **progress,
+            "torch": torch.__version__,
+            "world_size": self.here.world_size,
+            "files": sizes,
+        }
         (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         if target.exists():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(target)
@@ -125,7 +130,7 @@ class Checkpointer:
         pointer = self.folder / "latest"
         if pointer.is_file() and (latest := pointer.read_text().strip()) in names:
             names = [latest, *(name for name in names if name < latest)]
-        damaged = []
+        damaged: list[str] = []
         for name in names:
             fault = _fault(self.folder / name)
             if fault is None:

@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.train.config import Config, flatten
@@ -31,7 +32,11 @@ def build_parser() -> ArgumentParser:
     """The parser of `lesam-dist train`; its fields, types and help come from `Config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=_PROG, usage=_USAGE, description=_DESCRIPTION.format(recipes=", ".join(recipes())), exit_on_error=False, allow_abbrev=False
+        prog=_PROG,
+        usage=_USAGE,
+        description=_DESCRIPTION.format(recipes=", ".join(recipes())),
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe's name or a YAML file")
     parser.add_class_arguments(Config)
@@ -56,8 +61,6 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 def dump(config: Config) -> str:
     """The config as YAML that `--config` reads back."""
-    import yaml
-
     tree: dict[str, Any] = {}
     for path, value in flatten(config).items():
         *parents, leaf = path.split(".")

@@ -199,13 +199,13 @@ class Config:
         start = epochs if schedule.anneal_start_epoch is None else schedule.anneal_start_epoch
         if schedule.anneal_start_epoch is not None and start >= epochs:
             raise UserError(
-                f"schedule.anneal_start_epoch is {start} but the run has {epochs} epochs: the annealing would never start. "
-                "Choose an earlier epoch, or null for a constant sigma."
+                f"schedule.anneal_start_epoch is {start} but the run has {epochs} epochs: the annealing would never "
+                "start. Choose an earlier epoch, or null for a constant sigma."
             )
         if schedule.sigma_warmup_epochs > start:
             raise UserError(
-                f"schedule.sigma_warmup_epochs is {schedule.sigma_warmup_epochs}, past the start of the annealing at epoch "
-                f"{start}."
+                f"schedule.sigma_warmup_epochs is {schedule.sigma_warmup_epochs}, past the start of the annealing at "
+                f"epoch {start}: shorten it."
             )
         if schedule.lr_warmup_epochs > epochs:
             raise UserError(
@@ -238,7 +238,16 @@ _AT_LEAST = {
 }
 
 # A resumed run may differ in these: they change where things go and how fast, not what is computed.
-_FREE_ON_RESUME = ("run_dir", "resume", "dry_run", "checkpoint", "logging", "data.root", "data.workers", "data.eval_batch_size")
+_FREE_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "dry_run",
+    "checkpoint",
+    "logging",
+    "data.root",
+    "data.workers",
+    "data.eval_batch_size",
+)
 
 
 def get(config: Config, path: str) -> Any:

@@ -84,13 +84,8 @@ class RunLog:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line that was cut off is left out."""
-    lines = []
-    for text in (run_dir / METRICS).read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    whole, _, _ = (run_dir / METRICS).read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def plot_curves(run_dir: Path) -> Path:
@@ -99,7 +94,14 @@ def plot_curves(run_dir: Path) -> Path:
 
     lines = read_metrics(run_dir)
     panels: list[tuple[str, Sequence[tuple[str, str, str]]]] = [
-        ("loss", [("train", "loss", "train"), ("train", "perturbed_loss", "train, perturbed"), ("val", "loss", "val")]),
+        (
+            "loss",
+            [
+                ("train", "loss", "train"),
+                ("train", "perturbed_loss", "train, perturbed"),
+                ("val", "loss", "val"),
+            ],
+        ),
         ("top-1 accuracy (%)", [("val", "acc1", "val")]),
         ("radius rho", [("train", "rho", "rho")]),
         ("loss budget sigma", [("train", "sigma", "sigma")]),

@@ -47,8 +47,8 @@ def train(config: Config) -> dict[str, float]:
             if error.errno not in _CANNOT_WRITE:
                 raise
             raise UserError(
-                f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, then go "
-                "on with --resume auto."
+                f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, "
+                "then go on with --resume auto."
             ) from error
         finally:
             trainer.close()
@@ -104,12 +104,12 @@ class Trainer:
         self.optimizer: Optimizer = build.build_optimizer(model, config.optimizer)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
         self.autocast = torch.bfloat16 if config.precision.compute == "bf16" else None
-        self.memory_format = (
-            torch.channels_last if config.precision.channels_last else torch.contiguous_format
-        )
+        self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.epoch = self.step = 0
         self.last_evaluation: dict[str, float] = {}
-        self.checkpoints = None if run_dir is None else Checkpointer(run_dir / "checkpoints", config.checkpoint.keep, here)
+        self.checkpoints = (
+            None if run_dir is None else Checkpointer(run_dir / "checkpoints", config.checkpoint.keep, here)
+        )
         self.log: RunLog | None = None
 
     def fit(self) -> dict[str, float]:

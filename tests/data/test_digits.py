@@ -82,9 +82,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write the digits dataset to '.*file/digits' \(.+\): choose"):
         prepare_digits(tmp_path / "file" / "digits")
     for name in ("file", "other"):
-        with pytest.raises(
-            UserError, match=rf"{name}' exists and is not the digits dataset .* choose another"
-        ):
+        with pytest.raises(UserError, match=rf"{name}' exists and is not the digits dataset .* choose another"):
             prepare_digits(tmp_path / name)
     (tmp_path / "empty").mkdir()
     assert prepare_digits(tmp_path / "empty") == tmp_path / "empty"

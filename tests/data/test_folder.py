@@ -70,9 +70,7 @@ def test_val_uses_the_labels_of_train(tmp_path: Path) -> None:
 def test_errors_say_what_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere' does not exist: pass the folder that holds train/"):
         scan_split(tmp_path / "nowhere", "train")
-    write(
-        tmp_path, "training/a/1.png", "flat/1.png", "gap/full/1.png", "gap/hollow/notes.txt", "new/full/1.png"
-    )
+    write(tmp_path, "training/a/1.png", "flat/1.png", "gap/full/1.png", "gap/hollow/notes.txt", "new/full/1.png")
     write(tmp_path, "new/wolf/1.png")
     with pytest.raises(UserError, match=r"no val/ folder \(found: flat/, gap/, new/, training/\): arrange"):
         scan_split(tmp_path, "val")

@@ -34,9 +34,7 @@ def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
 
 def take(folder: ImageFolder, n: int) -> ImageFolder:
     step = len(folder) // n
-    return ImageFolder(
-        folder.root, folder.classes, folder.paths[: n * step : step], folder.labels[: n * step : step]
-    )
+    return ImageFolder(folder.root, folder.classes, folder.paths[: n * step : step], folder.labels[: n * step : step])
 
 
 # ----------------------------------------------------------------------------------------------- what is read
@@ -185,9 +183,7 @@ def test_crop_graph_equals_crop_window(rng: np.random.Generator, seed: int) -> N
         [crop_window(int(h), int(w), *row, bounds) for (h, w), *row in zip(shapes, *draws[:3], strict=True)]
     )
     assert np.array_equal(np.hstack([start, extent]), expected)
-    fits = [
-        ((a * r <= w / h) & (a * w / h <= r)).any() for (h, w), a, r in zip(shapes, *draws[:2], strict=True)
-    ]
+    fits = [((a * r <= w / h) & (a * w / h <= r)).any() for (h, w), a, r in zip(shapes, *draws[:2], strict=True)]
     assert 0.1 < np.mean(fits) < 0.99, "both branches must be tested"
     assert draws.area.shape[1] == ATTEMPTS
 
@@ -232,18 +228,14 @@ def test_a_batch_stays_valid(digits_train: ImageFolder, backend: str, load: Load
     assert all(same(a, b) for a, b in zip(kept, copies, strict=True))
 
 
-def test_worker_processes_and_threads_change_nothing(
-    digits_train: ImageFolder, backend: str, load: Load
-) -> None:
+def test_worker_processes_and_threads_change_nothing(digits_train: ImageFolder, backend: str, load: Load) -> None:
     folder = take(digits_train, 100)
     alone, helped = (load(folder, backend, batch_size=20, workers=workers) for workers in (0, 2))
     next(helped.epoch(0))  # left halfway
     assert same(read(helped, 1), read(alone, 1))
 
 
-def test_reading_leaves_the_global_random_state_alone(
-    digits_train: ImageFolder, backend: str, load: Load
-) -> None:
+def test_reading_leaves_the_global_random_state_alone(digits_train: ImageFolder, backend: str, load: Load) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     read(load(take(digits_train, 120), backend))
     assert torch.equal(before[0], torch.get_rng_state())
@@ -254,9 +246,9 @@ def test_resume_refuses_other_data(digits_train: ImageFolder, backend: str, load
     folder = take(digits_train, 150)
     state = load(folder, backend).state_dict()
     with pytest.raises(UserError, match=r"the number of images was 150 in the checkpoint and is 149 now"):
-        load(
-            ImageFolder(folder.root, folder.classes, folder.paths[1:], folder.labels[1:]), backend
-        ).load_state_dict(state)
+        load(ImageFolder(folder.root, folder.classes, folder.paths[1:], folder.labels[1:]), backend).load_state_dict(
+            state
+        )
     renamed = ImageFolder(folder.root, folder.classes, (*folder.paths[1:], folder.paths[0]), folder.labels)
     with pytest.raises(UserError, match=r"the image files was"):
         load(renamed, backend).load_state_dict(state)
@@ -291,9 +283,7 @@ def test_a_broken_image_is_named(
         message = r"cannot open the image '(.*)' .*put it back, or start again"
     else:
         path.write_bytes(broken[damage])
-        message = (
-            rf"cannot decode the image '(.*)' of {len(broken[damage])} bytes .*remove the file or re-encode"
-        )
+        message = rf"cannot decode the image '(.*)' of {len(broken[damage])} bytes .*remove the file or re-encode"
     for _ in range(2):  # and again at the next attempt
         with pytest.raises(UserError, match=message) as caught:
             read(loader, 0)
@@ -313,16 +303,12 @@ def test_errors_hold_the_value_and_the_remedy(digits_train: ImageFolder, load: L
         load(digits_train, "dalli")
     with pytest.raises(UserError, match=r"batch size 100 cannot be divided by 8 processes: .* e.g. 104"):
         load(digits_train, "torchvision", batch_size=100, world_size=8)
-    with pytest.raises(
-        UserError, match=r"1438 training images, fewer than one global batch of 2048: .*most 1438"
-    ):
+    with pytest.raises(UserError, match=r"1438 training images, fewer than one global batch of 2048: .*most 1438"):
         load(digits_train, "torchvision", batch_size=2048)
     load(digits_train, "torchvision", batch_size=2048, train=False)
     with pytest.raises(UserError, match=r"batch_size is 0.*at least 1"):
         load(digits_train, "torchvision", batch_size=0)
-    with pytest.raises(
-        UserError, match=r"val_resize \(128\) is smaller than image_size \(224\).*at least 224"
-    ):
+    with pytest.raises(UserError, match=r"val_resize \(128\) is smaller than image_size \(224\).*at least 224"):
         Transform(val_resize=128)
     with pytest.raises(UserError, match=r"random_area is \(0, 1\)"):
         Transform(random_area=(0, 1))
@@ -343,9 +329,7 @@ def test_dali_missing(digits_train: ImageFolder, load: Load, monkeypatch: pytest
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_dali)
-    with pytest.raises(
-        UserError, match=r"pip install 'lesam-dist\[dali\]', or choose --data.backend torchvision"
-    ):
+    with pytest.raises(UserError, match=r"pip install 'lesam-dist\[dali\]', or choose --data.backend torchvision"):
         load(digits_train, "dali")
 
 

@@ -11,9 +11,7 @@ from lesam_dist.data.transform import ATTEMPTS, crop_window, draw
 
 def test_epoch_order(rng: np.random.Generator, seed: int) -> None:
     n = int(rng.integers(100, 1000))
-    orders = {
-        (s, e): epoch_order(n, seed=s, epoch=e, shuffle=True) for s in (seed, seed + 1) for e in range(3)
-    }
+    orders = {(s, e): epoch_order(n, seed=s, epoch=e, shuffle=True) for s in (seed, seed + 1) for e in range(3)}
     for order in orders.values():
         assert order.dtype == np.int64
         assert np.array_equal(np.sort(order), np.arange(n))
@@ -28,8 +26,7 @@ def test_training_batches_do_not_depend_on_the_number_of_ranks(rng: np.random.Ge
     order = epoch_order(n, seed=seed, epoch=3, shuffle=True)
     for world in (1, 2, 3, 5):
         ranks = [
-            rank_batches(order, batch_size=batch_size, rank=rank, world_size=world, train=True)
-            for rank in range(world)
+            rank_batches(order, batch_size=batch_size, rank=rank, world_size=world, train=True) for rank in range(world)
         ]
         assert {len(batches) for batches in ranks} == {n // batch_size}
         assert {len(batch) for batches in ranks for batch in batches} == {batch_size // world}
@@ -41,8 +38,7 @@ def test_training_batches_do_not_depend_on_the_number_of_ranks(rng: np.random.Ge
 @pytest.mark.parametrize("n", [0, 1, 4, 59, 60, 61])
 def test_evaluation_reads_every_sample_once(n: int, world: int) -> None:
     parts = [
-        rank_batches(np.arange(n), batch_size=7, rank=rank, world_size=world, train=False)
-        for rank in range(world)
+        rank_batches(np.arange(n), batch_size=7, rank=rank, world_size=world, train=False) for rank in range(world)
     ]
     seen = [batch for batches in parts for batch in batches]
     assert all(1 <= len(batch) <= 7 for batch in seen)
@@ -75,10 +71,7 @@ def test_crop_window_is_random_resized_crop(rng: np.random.Generator, seed: int)
     height, width = (int(v) for v in rng.integers(300, 900, 2))
     draws = draw(Transform(), 4000, seed=seed, epoch=0, batch=0)
     windows = np.array(
-        [
-            crop_window(height, width, *row, bounds)
-            for row in zip(draws.area, draws.ratio, draws.position, strict=True)
-        ]
+        [crop_window(height, width, *row, bounds) for row in zip(draws.area, draws.ratio, draws.position, strict=True)]
     )
     top, left, h, w = windows.T
     assert (top >= 0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -28,3 +29,5 @@ def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: Pa
     here = Distributed(rank, rank, world_size, torch.device("cpu"))
     (folder / f"rank{rank}").write_bytes(pickle.dumps(function(here, *args)))
     dist.destroy_process_group()
+    # With FSDP2 on gloo, torch 2.14 aborts in one of ten exits ("terminate called without an active exception").
+    os._exit(0)

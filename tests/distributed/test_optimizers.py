@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from lesam_dist import LESAM, SAM
 from lesam_dist.parallel import Distributed, wrap_ddp
 from tests.distributed.processes import run
-from tests.oracles import AdamW64, SGD64, Weights, algorithm_1
+from tests.oracles import SGD64, AdamW64, Weights, algorithm_1
 
 STEPS, BATCH = 4, 12  # 12 is divisible by 2 and 3: every rank then weighs the same
 SIGMA, RHO_MAX = 0.05, 0.05

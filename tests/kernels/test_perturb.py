@@ -24,9 +24,7 @@ ULPS = {torch.float32: 1, torch.bfloat16: 1, torch.float16: 1}
 # The step itself is off by the roundings of rho/norm and of the unfused product: 2 * 2**-24, relative.
 STEP_REL = 2**-22
 
-PAIRS = pytest.mark.parametrize(
-    ("w_dtype", "g_dtype"), list(itertools.product(SUPPORTED_DTYPES, repeat=2)), ids=str
-)
+PAIRS = pytest.mark.parametrize(("w_dtype", "g_dtype"), list(itertools.product(SUPPORTED_DTYPES, repeat=2)), ids=str)
 DTYPES = pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
 
 
@@ -116,9 +114,7 @@ def check(case: Case, radius: Radius) -> None:
     ],
     ids=["aligned", "g-unaligned", "w-unaligned", "all-unaligned"],
 )
-def test_every_dtype_pair(
-    w_layout: str, g_layout: str, w_dtype: torch.dtype, g_dtype: torch.dtype, make: Make
-) -> None:
+def test_every_dtype_pair(w_layout: str, g_layout: str, w_dtype: torch.dtype, g_dtype: torch.dtype, make: Make) -> None:
     w = [make(n, w_dtype, w_layout) for n in SIZES]
     g = [make(n, g_dtype, g_layout) for n in SIZES]
     check(Case(w, g), RADII["cap-active"])
@@ -182,9 +178,7 @@ def special(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 @DTYPES
 @pytest.mark.parametrize("infinite_cap", [False, True], ids=["cap", "no-cap"])
-def test_zero_sigma_keeps_every_bit(
-    infinite_cap: bool, dtype: torch.dtype, make: Make, device: torch.device
-) -> None:
+def test_zero_sigma_keeps_every_bit(infinite_cap: bool, dtype: torch.dtype, make: Make, device: torch.device) -> None:
     w = special(dtype, device)
     case = Case(w, [make(len(t), dtype) for t in w])
     radius = Radius(sigma=0.0, rho_max=math.inf if infinite_cap else 0.2)
@@ -204,9 +198,7 @@ def test_zero_gradient_keeps_every_bit(name: str, dtype: torch.dtype, device: to
 @DTYPES
 @pytest.mark.parametrize("name", RADII)
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_non_finite_gradient_keeps_every_bit(
-    bad: float, name: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_non_finite_gradient_keeps_every_bit(bad: float, name: str, dtype: torch.dtype, device: torch.device) -> None:
     w = special(dtype, device)
     case = Case(w, [torch.full_like(t, bad) for t in w])
     grad_norm, rho, non_finite = case.run(bad, RADII[name])
@@ -246,9 +238,7 @@ def test_nothing_else_is_written(
 ) -> None:
     """Tensors in the middle of a larger buffer leave what is around them alone."""
     pad, numel = 32 + shift, 2048 + 333
-    w, g, copies = (
-        torch.full((numel + 80,), 7.0, dtype=d, device=device) for d in (w_dtype, g_dtype, w_dtype)
-    )
+    w, g, copies = (torch.full((numel + 80,), 7.0, dtype=d, device=device) for d in (w_dtype, g_dtype, w_dtype))
     inner = [t[pad : pad + numel] for t in (w, g, copies)]
     inner[0].copy_(make(numel, w_dtype))
     table = TensorTable(device, chunk=SMALL_CHUNK)

@@ -55,9 +55,7 @@ def test_sum_sq_reads_16_bytes(arch: str, compiled: dict[str, dict[str, Any]]) -
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", ELEMENTWISE)
-def test_elementwise_kernels_move_16_bytes(
-    kernel: str, arch: str, compiled: dict[str, dict[str, Any]]
-) -> None:
+def test_elementwise_kernels_move_16_bytes(kernel: str, arch: str, compiled: dict[str, dict[str, Any]]) -> None:
     """perturb reads w and g, writes w and the copy; and has a copy alone for rho = 0, as restore is."""
     accesses = compiled[f"{kernel}-{arch}"]["global"]
     mixed = kernel == "perturb-fp32-bf16"
@@ -75,9 +73,7 @@ def test_no_layout_conversion(name: str, compiled: dict[str, dict[str, Any]]) ->
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", ["sum_sq", *ELEMENTWISE])
-def test_unaligned_tensors_have_narrow_accesses(
-    kernel: str, arch: str, compiled: dict[str, dict[str, Any]]
-) -> None:
+def test_unaligned_tensors_have_narrow_accesses(kernel: str, arch: str, compiled: dict[str, dict[str, Any]]) -> None:
     """An alignment promise that leaked into the second loop would leave no access of a single element."""
     narrow = {"ld.b32", "ld.b16"} if kernel == "sum_sq" else {"ld.b16" if "bf16" in kernel else "ld.b32"}
     assert narrow <= set(compiled[f"{kernel}-{arch}"]["global"])

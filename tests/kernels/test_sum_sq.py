@@ -46,9 +46,7 @@ def test_default_chunk(numel: int, dtype: torch.dtype, make: Make, device: torch
     assert run(tensors, device, CHUNK).item() == pytest.approx(oracle(tensors), rel=REL[dtype])
 
 
-def test_long_list_of_mixed_dtypes_and_layouts(
-    make: Make, device: torch.device, rng: torch.Generator
-) -> None:
+def test_long_list_of_mixed_dtypes_and_layouts(make: Make, device: torch.device, rng: torch.Generator) -> None:
     sizes = torch.randint(0, 3000, (60,), generator=rng).tolist()
     layouts = ["contiguous", "offset1"]
     tensors = [make(n, SUPPORTED_DTYPES[i % 3], layouts[i % 2]) for i, n in enumerate(sizes)]
@@ -81,9 +79,7 @@ def test_workspace_is_written_before_it_is_read(make: Make, device: torch.device
 @DTYPES
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("position", ["first", "last"])
-def test_non_finite_element(
-    position: str, value: float, dtype: torch.dtype, make: Make, device: torch.device
-) -> None:
+def test_non_finite_element(position: str, value: float, dtype: torch.dtype, make: Make, device: torch.device) -> None:
     tensors = [make(n, dtype) for n in (2049, 16, 4099)]
     tensor, index = (tensors[0], 0) if position == "first" else (tensors[-1], -1)
     tensor[index] = value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lesam_dist import LESAM, SAM, CosineBudget
-from tests.oracles import AdamW64, SGD64, Weights, algorithm_1
+from tests.oracles import SGD64, AdamW64, Weights, algorithm_1
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 6
@@ -70,7 +70,9 @@ CASES = [("reference", torch.float64), ("reference", torch.float32), ("triton", 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=lambda v: str(v).replace("torch.", ""))
 @pytest.mark.parametrize("rho_max", [None, 0.02], ids=["uncapped", "capped"])
-def test_lesam_follows_algorithm_1(seed: int, base: str, backend: str, dtype: torch.dtype, rho_max: float | None) -> None:
+def test_lesam_follows_algorithm_1(
+    seed: int, base: str, backend: str, dtype: torch.dtype, rho_max: float | None
+) -> None:
     problem = Problem(dtype)
     cls, kwargs, oracle = BASES[base]
     optimizer = LESAM(problem.net.parameters(), cls, sigma=0.05, rho_max=rho_max, backend=backend, **kwargs)  # type: ignore[arg-type]

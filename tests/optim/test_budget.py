@@ -10,7 +10,10 @@ from lesam_dist import LESAM, CosineBudget
 
 
 def make(sigma: float = 0.35, second: float = 0.35) -> LESAM:
-    params = [{"params": [nn.Parameter(torch.ones(2))]}, {"params": [nn.Parameter(torch.ones(2))], "sigma": second}]
+    params = [
+        {"params": [nn.Parameter(torch.ones(2))]},
+        {"params": [nn.Parameter(torch.ones(2))], "sigma": second},
+    ]
     return LESAM(params, torch.optim.SGD, sigma=sigma, lr=0.1)
 
 
@@ -22,14 +25,26 @@ def test_values_of_the_released_schedule() -> None:
     for _ in range(200):
         sigmas.append(optimizer.param_groups[0]["sigma"])
         budget.step()
-    expected = {0: 0, 1: 0.038889, 5: 0.194444, 9: 0.35, 100: 0.35, 159: 0.35, 160: 0.35, 170: 0.296227, 180: 0.167953}
+    expected = {
+        0: 0,
+        1: 0.038889,
+        5: 0.194444,
+        9: 0.35,
+        100: 0.35,
+        159: 0.35,
+        160: 0.35,
+        170: 0.296227,
+        180: 0.167953,
+    }
     for epoch, value in expected.items():
         assert sigmas[epoch] == pytest.approx(value, abs=5e-7)
     assert sigmas[199] == 0.0
     assert optimizer.param_groups[0]["sigma"] == 0.0, "past the end it stays zero"
 
 
-@pytest.mark.parametrize(("total", "anneal", "warmup"), [(1, 1, 0), (1, 0, 1), (5, 1, 0), (2, 1, 1), (7, 7, 0), (3, 0, 0)])
+@pytest.mark.parametrize(
+    ("total", "anneal", "warmup"), [(1, 1, 0), (1, 0, 1), (5, 1, 0), (2, 1, 1), (7, 7, 0), (3, 0, 0)]
+)
 def test_short_runs(total: int, anneal: int, warmup: int) -> None:
     optimizer = make(1.0)
     budget = CosineBudget(optimizer, total, anneal, warmup)
@@ -61,7 +76,8 @@ def test_resume_continues_the_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [((0, 0, 0), "total_steps=0"), ((10, -1, 0), "anneal_steps=-1"), ((10, 6, 5), "do not fit")]
+    ("args", "message"),
+    [((0, 0, 0), "total_steps=0"), ((10, -1, 0), "anneal_steps=-1"), ((10, 6, 5), "do not fit")],
 )
 def test_bad_lengths(args: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

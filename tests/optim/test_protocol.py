@@ -201,7 +201,9 @@ def test_order_of_calls_is_enforced(seed: int) -> None:
 
 def linked(optimizer: SharpnessAware) -> bool:
     optimizer.param_groups[0]["lr"] = 0.0123
-    return optimizer.base_optimizer.param_groups[0]["lr"] == 0.0123 and optimizer.base_optimizer.state is optimizer.state
+    return (
+        optimizer.base_optimizer.param_groups[0]["lr"] == 0.0123 and optimizer.base_optimizer.state is optimizer.state
+    )
 
 
 def test_groups_stay_shared_through_every_round_trip(seed: int) -> None:
@@ -364,3 +366,42 @@ def test_bad_parameters() -> None:
         optimizer.first_step()
     with pytest.raises(ValueError, match="SAM has none"):
         CosineBudget(SAM([nn.Parameter(torch.ones(2))], SGD, lr=0.1), 10, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_view_into_a_flat_buffer_is_perturbed_in_place(seed: int, backend: str) -> None:
+    """Flat-parameter schemes read the buffer: the CPU path must not give the view another storage."""
+    flat = torch.randn(10, device=DEVICE)
+    w = nn.Parameter(flat[2:8])
+    before = flat.clone()
+    optimizer = LESAM([w], SGD, sigma=0.3, rho_max=None, backend=backend, lr=0.1)  # type: ignore[arg-type]
+    w.grad = torch.randn_like(w)
+    optimizer.first_step()
+    torch.testing.assert_close(flat[2:8], before[2:8] + 0.3 * w.grad / w.grad.norm() ** 2)
+    assert torch.equal(flat[:2], before[:2])
+    optimizer.second_step()
+    torch.testing.assert_close(flat[2:8], before[2:8] - 0.1 * w.grad)
+
+
+def test_references_to_the_weights_see_every_update(seed: int) -> None:
+    """A state_dict taken once stays the live weights, as with any torch optimizer."""
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1)
+    alias = net.state_dict()
+    for _ in range(3):
+        optimizer.step(make_closure(net))
+    assert same(net, list(alias.values()))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_memory_is_one_copy_of_the_parameters(seed: int, alpha: float) -> None:
+    """LE-SAM keeps one copy, LE-SAM+ one of the first gradient too; both are allocated once and used again."""
+    net = make_net()
+    optimizer = LESAM(net.parameters(), SGD, alpha=alpha, lr=0.1)
+    optimizer.step(make_closure(net))
+    kept = [*optimizer._copies.values(), *optimizer._first_gradients.values()]
+    numel = sum(p.numel() for p in net.parameters())
+    assert sum(t.numel() for t in kept) == numel * (2 if alpha else 1)
+    storages = {t.data_ptr() for t in kept}
+    optimizer.step(make_closure(net))
+    assert {t.data_ptr() for t in [*optimizer._copies.values(), *optimizer._first_gradients.values()]} == storages

@@ -24,14 +24,20 @@ FLAGS = [
     (["--optimizer.sigma", "nan"], "optimizer.sigma: Expected a <class 'float'>. Got value: nan"),
     (["--epochs", "-3"], "epochs is -3: it must be at least 1"),
     (["--epochs", "many"], "epochs: Expected a <class 'int'>. Got value: many"),
-    (["--data.backend", "dalli"], "data.backend: Expected a Literal['dali', 'torchvision']. Got value: dalli"),
+    (
+        ["--data.backend", "dalli"],
+        "data.backend: Expected a Literal['dali', 'torchvision']. Got value: dalli",
+    ),
     (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
     (["--schedule.anneal_start_epoch", "12"], "anneal_start_epoch is 12.0 but the run has 12 epochs"),
     (["--loss.label_smoothing", "1.5"], "loss.label_smoothing is 1.5"),
     (["--data.random_area", "[0.9,0.5]"], "random_area"),
     (["--data.val_resize", "16"], "val_resize (16) is smaller than image_size (32)"),
     (["--model.name", "cifar_resnet9"], "unknown model 'cifar_resnet9': did you mean 'cifar_resnet"),
-    (["--model.name", "vgg11", "--model.zero_init_residual", "true"], "'vgg11' has no option zero_init_residual"),
+    (
+        ["--model.name", "vgg11", "--model.zero_init_residual", "true"],
+        "'vgg11' has no option zero_init_residual",
+    ),
     (["--model.num_classes", "2"], "has 3 classes but model.num_classes is 2"),
     (["--data.batch_size", "1000"], "fewer than one global batch of 1000"),
     (["--data.root", "/nowhere"], "'/nowhere'"),
@@ -71,7 +77,9 @@ def test_root_that_is_not_class_folders(command: Command, tmp_path: Path, shape:
     root = tmp_path / "data"
     for split in ("train", "val"):
         (root / split / "cat" if shape != "flat" else root / split).mkdir(parents=True)
-    status, _, err = command("--config", "digits", "--data.builtin", "null", "--data.root", root, "--run_dir", tmp_path / "r")
+    status, _, err = command(
+        "--config", "digits", "--data.builtin", "null", "--data.root", root, "--run_dir", tmp_path / "r"
+    )
     assert status == 2
     assert ("cat" if shape != "flat" else str(root / "train")) in err
 
@@ -85,9 +93,27 @@ def test_run_dir_that_cannot_be_made(command: Command, small: tuple[str, ...], t
 
 def test_batch_that_the_processes_do_not_divide(images: Path, tmp_path: Path) -> None:
     """Under torchrun: rank 0 alone speaks, and no rank hangs."""
-    flags = ["--config", "digits", "--data.builtin", "null", "--data.root", str(images), "--data.batch_size", "21"]
+    flags = [
+        "--config",
+        "digits",
+        "--data.builtin",
+        "null",
+        "--data.root",
+        str(images),
+        "--data.batch_size",
+        "21",
+    ]
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lesam_dist.train", *flags],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "lesam_dist.train",
+            *flags,
+        ],
         capture_output=True,
         text=True,
         timeout=240,

@@ -36,7 +36,9 @@ def train_a_step(net: nn.Module, optimizer: LESAM) -> None:
     optimizer.step(closure)
 
 
-def save_steps(folder: Path, keep: int, steps: range) -> tuple[Checkpointer, nn.Module, LESAM, dict[int, dict[str, Any]]]:
+def save_steps(
+    folder: Path, keep: int, steps: range
+) -> tuple[Checkpointer, nn.Module, LESAM, dict[int, dict[str, Any]]]:
     net, optimizer = make()
     checkpointer = Checkpointer(folder, keep, ALONE)
     states = {}
@@ -106,8 +108,8 @@ def test_interrupted_save_leaves_the_older_one(tmp_path: Path, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.dcp, "save", full)
-    with pytest.raises(UserError, match="step 2 could not be written.*No space left"):
+    monkeypatch.setattr(module, "save", full)
+    with pytest.raises(UserError, match=r"step 2 could not be written.*No space left"):
         checkpointer.save(2, net, optimizer, {})
     monkeypatch.undo()
     assert [p.name for p in tmp_path.glob("*step*")] == ["step_00000001"]

@@ -18,7 +18,12 @@ ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
 def make_net(dropout: float = 0.0, momentum: float | None = 0.1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.LazyLinear(5)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, momentum=momentum),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Flatten(),
+        nn.LazyLinear(5),
     )
 
 

@@ -40,6 +40,15 @@ def test_imagenet_recipes_hold_table_9(depth: int) -> None:
     assert config.model.name == f"resnet{depth}"
     assert (config.epochs, config.data.batch_size, config.data.image_size) == (90, 512, 224)
     optimizer = config.optimizer
-    assert (optimizer.name, optimizer.base, optimizer.lr, optimizer.weight_decay) == ("lesam", "sgd", 0.2, 1e-4)
+    assert (optimizer.name, optimizer.base, optimizer.lr, optimizer.weight_decay) == (
+        "lesam",
+        "sgd",
+        0.2,
+        1e-4,
+    )
     assert (optimizer.sigma, optimizer.rho_max, config.schedule.anneal_start_epoch) == (0.3, 0.2, 60)
-    assert (config.data.backend, config.precision.compute, config.parallel.strategy) == ("dali", "bf16", "ddp")
+    assert (config.data.backend, config.precision.compute, config.parallel.strategy) == (
+        "dali",
+        "bf16",
+        "ddp",
+    )
