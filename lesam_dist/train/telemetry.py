@@ -117,6 +117,8 @@ def plot_curves(run_dir: Path) -> Path:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
+            if title == "loss":
+                axes.set_yscale("log")  # a first evaluation with young BatchNorm statistics can be off the scale
         else:
             axes.text(0.5, 0.5, "not used by this optimizer", ha="center", transform=axes.transAxes, color="gray")
     figure.suptitle(run_dir.name)

@@ -138,6 +138,9 @@ class Trainer:
             if self.run_dir:
                 with suppress(OSError):  # a full disk has been reported by now
                     plot_curves(self.run_dir)
+                if self.last_evaluation:
+                    top1, samples = self.last_evaluation["acc1"], self.last_evaluation["samples"]
+                    self.log.print(f"top-1 {top1:.2f} % of {samples:.0f} validation images after epoch {self.epoch}")
                 self.log.print(f"results: {self.run_dir}  (metrics.jsonl, curves.png, checkpoints/, tensorboard/)")
             self.log = None
 

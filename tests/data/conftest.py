@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,6 @@ from PIL import Image
 
 from lesam_dist.data import BACKENDS, ImageFolder, Loader, Transform, build_loader, scan_split
 from lesam_dist.data.digits import prepare_digits
-
-
-@pytest.fixture
-def seed() -> int:
-    value = secrets.randbelow(2**31)
-    print(f"seed = {value}")  # pytest shows it when the test fails
-    return value
 
 
 @pytest.fixture

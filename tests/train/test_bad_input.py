@@ -29,7 +29,7 @@ FLAGS = [
         "data.backend: Expected a Literal['dali', 'torchvision']. Got value: dalli",
     ),
     (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
-    (["--schedule.anneal_start_epoch", "12"], "anneal_start_epoch is 12.0 but the run has 12 epochs"),
+    (["--schedule.anneal_start_epoch", "15"], "anneal_start_epoch is 15.0 but the run has 15 epochs"),
     (["--loss.label_smoothing", "1.5"], "loss.label_smoothing is 1.5"),
     (["--data.random_area", "[0.9,0.5]"], "random_area"),
     (["--data.val_resize", "16"], "val_resize (16) is smaller than image_size (32)"),

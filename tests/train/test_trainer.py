@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lesam_dist.train import trainer as module
 from lesam_dist.train.telemetry import read_metrics
 from tests.train.conftest import CLASSES, VAL, Command
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def final_state(run_dir: Path, tmp_path: Path) -> dict[str, Any]:
@@ -181,3 +188,46 @@ def test_other_optimizers_run(command: Command, small: tuple[str, ...], tmp_path
     train = [line for line in read_metrics(tmp_path / "run") if line["split"] == "train"]
     assert train[0].get("rho") == (pytest.approx(0.03) if method == "sam" else None)
     assert "sigma" not in train[0]
+
+
+def test_odd_images_train_through_dali(command: Command, seed: int, tmp_path: Path) -> None:
+    """Odd sizes, grayscale, CMYK, one-pixel-thin, and a PNG named .JPEG, as real data sets have them."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 12), ("val", 5)):
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = (1, 57) if i == 4 else rng.integers(20, 90, 2)
+                pixels = rng.integers(0, 90, (height, width, 3)) + 160 * label
+                image = Image.fromarray(pixels.astype(np.uint8)).convert(("RGB", "L", "CMYK")[i % 3])
+                is_png = i % 3 != 2 and i % 2 == 0
+                image.save(folder / f"{i}.JPEG", "PNG" if is_png else "JPEG")
+    flags = ("--config", "digits", "--data.builtin", "null", "--data.root", tmp_path / "data", "--data.batch_size", "8")
+    status, _, err = command(*flags, "--epochs", "6", "--run_dir", tmp_path / "run")
+    assert (status, err) == (0, "")
+    val = [line for line in read_metrics(tmp_path / "run") if line["split"] == "val"]
+    assert val[-1]["samples"] == 10
+    assert val[-1]["acc1"] == 100, "brightness alone tells the classes apart"
+
+
+def test_digits_recipe_on_two_processes(tmp_path: Path) -> None:
+    """What `make train` runs where there is no GPU, to its end."""
+    result = subprocess.run(
+        [REPOSITORY / "launch" / "torchrun.sh", "--config", "digits", "--run_dir", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=420,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "NPROC_PER_NODE": str(torch.cuda.device_count() or 2),
+        },
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"results: {tmp_path / 'run'}" in result.stdout
+    val = [line for line in read_metrics(tmp_path / "run") if line["split"] == "val"]
+    assert val[-1]["samples"] == 359
+    assert val[-1]["acc1"] >= 97

@@ -1,0 +1,38 @@
+"""The README's code runs, and the repository keeps the shape that packaging relies on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "tensor(" in capsys.readouterr().out
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(
+        re.findall(r'^  "((?:lesam_dist|lesam_kernels)[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M)
+    )
+    found = {path.parent.relative_to(ROOT) for path in (ROOT / "lesam_dist").rglob("__init__.py")}
+    assert listed == {".".join(folder.parts) for folder in found} | {"lesam_kernels"}
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "PyPI has another package of the name `kernels`"
+
+
+def test_import_is_light() -> None:
+    """The library must not drag in what only the trainer or a GPU needs."""
+    code = "import sys, lesam_dist; print([m for m in ('triton', 'nvidia.dali', 'torchvision', 'rich') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "rich" not in result.stdout
+    assert "nvidia.dali" not in result.stdout
+    assert "torchvision" not in result.stdout
