@@ -113,11 +113,12 @@ class SharpnessAware(Optimizer):
         """
         if closure is None:
             return self._create_state()
+        self._require_exact_weights("step")
         self.zero_grad()
         with torch.enable_grad():
             loss = closure()
-        self.first_step(zero_grad=True)
         try:
+            self.first_step(zero_grad=True)
             with torch.enable_grad():
                 perturbed_loss = closure()
         except BaseException:
@@ -135,23 +136,14 @@ class SharpnessAware(Optimizer):
         Raises:
             RuntimeError: if the weights are perturbed already.
         """
-        if self.is_perturbed:
-            raise RuntimeError(
-                f"{type(self).__name__}.first_step was called twice: the weights are already perturbed. Call "
-                "second_step() to update or restore() to undo."
-            )
+        self._require_exact_weights("first_step")
         by_radius: dict[Radius, list[Tensor]] = {}
         for group in self.param_groups:
-            if group["perturb"]:
-                with_grad = [p for p in group["params"] if p.grad is not None]
+            with_grad = [p for p in group["params"] if p.grad is not None]
+            if group["perturb"] and with_grad:
                 by_radius.setdefault(self.radius(group), []).extend(with_grad)
-        params = [p for members in by_radius.values() for p in members]
-        self._overflow = None
-        self._perturbed = [members for members in by_radius.values() if members]
         self._keep_first_gradients()
-        if params:
-            sum_sq = self._sum_sq(params)
-            self._perturb({radius: members for radius, members in by_radius.items() if members}, sum_sq)
+        self._perturb(by_radius)
         if zero_grad:
             self.zero_grad()
 
@@ -204,14 +196,16 @@ class SharpnessAware(Optimizer):
         ]
         return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
-    def _perturb(self, by_radius: dict[Radius, list[Tensor]], sum_sq: Tensor) -> None:
+    def _perturb(self, by_radius: dict[Radius, list[Tensor]]) -> None:
+        self._perturbed, self._overflow = [], None
+        if not by_radius:
+            return
+        sum_sq = self._sum_sq(p for params in by_radius.values() for p in params)
         for index, (radius, params) in enumerate(by_radius.items()):
-            for p in params:
-                if p not in self._copies:
-                    self._copies[p] = torch.empty_like(local_shard(p))
-            copies = [self._copies[p] for p in params]
-            grads = [_gradient(p) for p in params]
-            stats = self._ops_for(params[0], index).perturb(_shards(params), grads, copies, sum_sq, radius)
+            shards, grads = _shards(params), [_gradient(p) for p in params]
+            copies = [_buffer(self._copies, p, shard) for p, shard in zip(params, shards, strict=True)]
+            stats = self._ops_for(params[0], index).perturb(shards, grads, copies, sum_sq, radius)
+            self._perturbed.append(params)
             if index == 0:
                 self._overflow = stats[2].bool()
                 self.telemetry["grad_norm"], self.telemetry["rho"] = stats[0], stats[1]
@@ -226,10 +220,8 @@ class SharpnessAware(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     self._first_gradients.pop(p, None)
-                    continue
-                if p not in self._first_gradients:
-                    self._first_gradients[p] = torch.empty_like(_gradient(p))
-                self._first_gradients[p].copy_(_gradient(p))
+                else:
+                    _buffer(self._first_gradients, p, _gradient(p)).copy_(_gradient(p))
 
     def _mix_gradients(self) -> None:
         for group in self.param_groups:
@@ -320,10 +312,7 @@ class SharpnessAware(Optimizer):
         Raises:
             RuntimeError: while the weights are perturbed, so that no checkpoint can hold them.
         """
-        if self.is_perturbed:
-            raise RuntimeError(
-                f"{type(self).__name__}.state_dict: the weights are perturbed. Call second_step() or restore() first."
-            )
+        self._require_exact_weights("state_dict")
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -344,6 +333,7 @@ class SharpnessAware(Optimizer):
 
     def _set_transient(self, backend: Backend) -> None:
         """What is never saved: tables, copies, telemetry."""
+        operations.require_backend(backend)
         self._backend: Backend = backend
         self._ops: dict[Any, Ops] = {}
         self._copies: dict[Tensor, Tensor] = {}
@@ -351,6 +341,13 @@ class SharpnessAware(Optimizer):
         self._perturbed = None
         self._overflow = None
         self.telemetry: dict[str, Tensor] = {"skipped": torch.zeros(())}
+
+    def _require_exact_weights(self, call: str) -> None:
+        if self.is_perturbed:
+            raise RuntimeError(
+                f"{type(self).__name__}.{call}: the weights are perturbed, by an earlier first_step(). Call "
+                "second_step() to update or restore() to undo, then go on."
+            )
 
     def _ops_for(self, like: Tensor, slot: object) -> Ops:
         if slot not in self._ops:
@@ -381,6 +378,14 @@ def _can_fuse(base_optimizer: BaseOptimizer, groups: list[Any], base_kwargs: dic
     members = [m for g in groups for m in (g["params"] if isinstance(g, dict) else [g])]
     tensors = [m[1] if isinstance(m, tuple) else m for m in members]
     return all(isinstance(t, Tensor) and t.is_floating_point() and t.device.type in ("cpu", "cuda") for t in tensors)
+
+
+def _buffer(buffers: dict[Tensor, Tensor], key: Tensor, like: Tensor) -> Tensor:
+    """The buffer kept for a parameter; a new one at first, or where the model was converted or moved since."""
+    buffer = buffers.get(key)
+    if buffer is None or (buffer.dtype, buffer.device, buffer.shape) != (like.dtype, like.device, like.shape):
+        buffer = buffers[key] = torch.empty_like(like)
+    return buffer
 
 
 def _shards(params: list[Tensor]) -> list[Tensor]:

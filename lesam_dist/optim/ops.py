@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -84,11 +84,8 @@ def select(backend: Backend, device: torch.device) -> Ops:
     """The operations for ``device``: "auto" is Triton on CUDA where it is installed, the reference elsewhere.
 
     Raises:
-        ValueError: for an unknown backend.
         RuntimeError: for "triton" on a device that it cannot run on.
     """
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; choose 'auto', 'reference' or 'triton'.")
     if backend == "auto":
         has_triton = importlib.util.find_spec("triton") is not None
         backend = "triton" if device.type == "cuda" and has_triton else "reference"
@@ -97,6 +94,12 @@ def select(backend: Backend, device: torch.device) -> Ops:
     if device.type != "cuda":
         _require_interpreter(device)
     return TritonOps(device)
+
+
+def require_backend(backend: str) -> None:
+    """Raise ValueError for an unknown backend."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(get_args(Backend))}.")
 
 
 def _require_interpreter(device: torch.device) -> None:

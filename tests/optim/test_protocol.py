@@ -193,10 +193,10 @@ def test_order_of_calls_is_enforced(seed: int) -> None:
         optimizer.second_step()
     make_closure(net)()
     optimizer.first_step()
-    with pytest.raises(RuntimeError, match="called twice"):
-        optimizer.first_step()
-    with pytest.raises(RuntimeError, match="perturbed"):
-        optimizer.state_dict()
+    calls = {"first_step": optimizer.first_step, "state_dict": optimizer.state_dict}
+    for name, call in {**calls, "step": lambda: optimizer.step(make_closure(net))}.items():
+        with pytest.raises(RuntimeError, match=rf"LESAM\.{name}: the weights are perturbed"):
+            call()
 
 
 def linked(optimizer: SharpnessAware) -> bool:
@@ -405,3 +405,19 @@ def test_memory_is_one_copy_of_the_parameters(seed: int, alpha: float) -> None:
     storages = {t.data_ptr() for t in kept}
     optimizer.step(make_closure(net))
     assert {t.data_ptr() for t in [*optimizer._copies.values(), *optimizer._first_gradients.values()]} == storages
+
+
+def test_model_converted_between_steps(seed: int) -> None:
+    """The copies follow the parameters' dtype, or restoring would round."""
+    net = make_net()
+    optimizer = LESAM(net.parameters(), UNFUSED, lr=0.1)
+    optimizer.step(make_closure(net))
+    net.bfloat16()
+    before = snapshot(net)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.first_step()
+    assert not same(net, before)
+    optimizer.restore()
+    assert same(net, before)
+    assert all(p.dtype == torch.bfloat16 for p in net.parameters())
