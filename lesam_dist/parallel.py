@@ -1,23 +1,20 @@
-"""Processes, meshes and wrapping: who holds which part of a tensor, and over which group a sum must run.
+"""Processes and meshes: who holds which part of a tensor, and over which group a sum must run.
 
 Vocabulary: mesh things are axes, tensor things are dims.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from lesam_dist.errors import UserError
 
@@ -32,6 +29,7 @@ class Distributed:
     local_rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1  # processes on this node
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +76,8 @@ def process_group(device: str | None = None) -> Iterator[Distributed]:
             )
         torch.cuda.set_device(local_rank)
     target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    here = Distributed(rank, local_rank, world_size, target)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = Distributed(rank, local_rank, world_size, target, local_world_size)
     if world_size == 1:
         yield here
         return
@@ -87,21 +86,6 @@ def process_group(device: str | None = None) -> Iterator[Distributed]:
         yield here
     finally:
         dist.destroy_process_group()
-
-
-def wrap_ddp(model: nn.Module, here: Distributed) -> nn.Module:
-    """The model as trained by these processes; alone, the model itself.
-
-    BatchNorm statistics stay local: with two forwards a step a broadcast would run twice and still leave the ranks
-    apart. The trainer averages them where they are used.
-    """
-    if here.world_size == 1:
-        return model
-    ids = [here.local_rank] if here.device.type == "cuda" else None
-    # torch 2.14 renamed the switch and warns about the old name.
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    switch: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **switch)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -128,3 +112,9 @@ def reduce_over_shards(value: Tensor, axes: ShardAxes | None) -> Tensor:
         for axis in mesh_axes:
             dist.all_reduce(value, group=mesh.get_group(axis))
     return value
+
+
+def reduce_max(value: Tensor) -> None:
+    """The largest of all processes' values, in place; alone, the value itself."""
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)

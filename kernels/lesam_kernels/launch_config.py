@@ -17,7 +17,13 @@ SUPPORTED_DTYPES = tuple(TRITON_DTYPES)
 CHUNK = 16384
 """Elements per program; one number for every dtype, so that one launch can cover a list of mixed dtypes."""
 
-_NUM_WARPS = 8
+NUM_WARPS = 8
+
+MAX_REGISTERS = 64
+"""Per thread: then half of a multiprocessor's threads find room. A kernel near it is compiled with this limit, because
+the assembler spills on its own to get below 48 (two thirds of the threads).
+"""
+
 _VECTOR_BYTES = 16
 
 
@@ -28,15 +34,16 @@ class LaunchConfig(NamedTuple):
     num_warps: int
 
 
-def launch_config(*dtypes: torch.dtype) -> LaunchConfig:
+def launch_config(*dtypes: torch.dtype, vectors: int = 1) -> LaunchConfig:
     """The launch for a kernel that touches one element of each of ``dtypes`` at a time.
 
-    A thread gets 16 bytes of the widest dtype. With fp32 next to bf16 that is 4 elements: with 8, Triton
-    would convert layouts through shared memory.
+    A thread gets 16 bytes of the widest dtype, ``vectors`` times: a kernel that only reads needs more loads under way
+    to cover the memory's latency. With fp32 next to bf16 that is 4 elements: with 8,
+    Triton would convert layouts through shared memory.
     """
-    elements_per_thread = _VECTOR_BYTES // max(dtype.itemsize for dtype in dtypes)
-    return LaunchConfig(elements_per_thread * 32 * _NUM_WARPS, _NUM_WARPS)
+    elements_per_thread = vectors * _VECTOR_BYTES // max(dtype.itemsize for dtype in dtypes)
+    return LaunchConfig(elements_per_thread * 32 * NUM_WARPS, NUM_WARPS)
 
 
 MAX_BLOCK = launch_config(torch.bfloat16).block
-"""The largest block of any dtype: a chunk is a whole number of these."""
+"""A chunk is a whole number of these, the largest block of a kernel that writes."""

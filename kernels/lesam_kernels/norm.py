@@ -1,5 +1,5 @@
-"""Sum of squares of a list of tensors: the squared global gradient norm."""
-# ruff: noqa: N803 (constexpr arguments are upper case, as everywhere in Triton)
+"""Sum of squares over all rows: the squared global gradient norm."""
+# ruff: noqa: N803, N806 (constexprs are upper case, as everywhere in Triton)
 
 from __future__ import annotations
 
@@ -8,113 +8,183 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lesam_kernels.alignment import aligned_ptr, vectorised
-from lesam_kernels.launch_config import SUPPORTED_DTYPES, launch_config
-from lesam_kernels.tensor_table import TensorTable
+from lesam_kernels.alignment import pointer, vectorised
+from lesam_kernels.arguments import check_argument
+from lesam_kernels.direction import check_direction, load_direction
+from lesam_kernels.launch_config import NUM_WARPS
+from lesam_kernels.program import group_of, is_last, load_address, locate, segment_of
+from lesam_kernels.tensor_table import GRAD_COLUMNS, TensorTable
 
-_FP32 = tl.constexpr(SUPPORTED_DTYPES.index(torch.float32))
-_BF16 = tl.constexpr(SUPPORTED_DTYPES.index(torch.bfloat16))
 _FINISH_BLOCK = 1024
 
 
 @triton.jit
-def _sum_sq_chunk(g_address, start, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of g^2 over ``count`` elements from ``start``, in fp32."""
-    vector_count = vectorised(g_address, count)
-    acc = tl.zeros([BLOCK], tl.float32)
-    g_ptr = aligned_ptr(g_address, DTYPE) + start
-    for o in range(0, vector_count, BLOCK):
+def _sum_sq_span(
+    acc,
+    addresses,
+    start,
+    first,
+    last,
+    scalars,
+    TYPES: tl.constexpr,
+    METRIC: tl.constexpr,
+    EMA: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """acc + the squares of elements [first, last) from ``start``."""
+    w_address, g_address, ema_address = addresses
+    p, q, ema_scale, inv_scale = scalars
+    BLOCK: tl.constexpr = TYPES[2]
+    g_ptr = pointer(g_address, TYPES[1], ALIGNED) + start
+    w_ptr = pointer(w_address, TYPES[0], ALIGNED) + start
+    ema_ptr = pointer(ema_address, TYPES[1], ALIGNED) + start
+    # Element i goes to lane i % BLOCK in every span, so that the bits do not depend on the alignment.
+    for o in range(first // BLOCK * BLOCK, last, BLOCK):
         off = o + tl.arange(0, BLOCK)
-        g = tl.load(g_ptr + off, mask=off < vector_count, other=0.0).to(tl.float32)
-        acc = tl.fma(g, g, acc)
-
-    # Element i goes to lane i % BLOCK here as well, so that the bits do not depend on the alignment.
-    g_ptr = g_address.to(tl.pointer_type(DTYPE)) + start
-    for o in range(vector_count // BLOCK * BLOCK, count, BLOCK):
-        off = o + tl.arange(0, BLOCK)
-        mask = (off >= vector_count) & (off < count)
-        g = tl.load(g_ptr + off, mask=mask, other=0.0).to(tl.float32)
-        acc = tl.fma(g, g, acc)
-    return tl.sum(acc)
+        mask = off < last if ALIGNED else (off >= first) & (off < last)
+        v = tl.load(g_ptr + off, mask=mask, other=0.0).to(tl.float32) * inv_scale
+        if EMA:
+            v = tl.fma(tl.load(ema_ptr + off, mask=mask, other=0.0).to(tl.float32), -ema_scale, v)
+        if METRIC:
+            v *= tl.fma(tl.abs(tl.load(w_ptr + off, mask=mask, other=0.0).to(tl.float32)), p, q)
+        acc = tl.fma(v, v, acc)
+    return acc
 
 
 @triton.jit
-def _sum_sq_kernel(
-    g_ptrs,
-    numels,
-    dtype_codes,
-    block_tensor,
-    block_chunk,
-    partials_ptr,
-    CHUNK: tl.constexpr,
-    BLOCK_32: tl.constexpr,
-    BLOCK_16: tl.constexpr,
-):
-    """partials[block] = sum of g^2 over the block's chunk.
-
-    Per element: reads g. Squares and sums in fp32 in a fixed order; only the rounding of sums is inexact.
-    """
-    block = tl.program_id(0)
-    row = tl.load(block_tensor + block)
-    start = tl.load(block_chunk + block).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(numels + row) - start, CHUNK).to(tl.int32)
-    g_address = tl.load(g_ptrs + row)
-    code = tl.load(dtype_codes + row)
-    if code == _FP32:
-        partial = _sum_sq_chunk(g_address, start, count, tl.float32, BLOCK_32)
-    elif code == _BF16:
-        partial = _sum_sq_chunk(g_address, start, count, tl.bfloat16, BLOCK_16)
-    else:
-        partial = _sum_sq_chunk(g_address, start, count, tl.float16, BLOCK_16)
-    tl.store(partials_ptr + block, partial)
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _finish_sum_sq_kernel(partials_ptr, sum_sq_ptr, num_blocks, BLOCK: tl.constexpr):
-    """sum_sq = sum of partials, in fp64 and in a fixed order: one program. Reads each partial once."""
-    offsets = tl.arange(0, BLOCK)
+def _finish(partials_ptr, ticket_ptr, sum_sq_ptr, found_inf_ptr, BLOCK: tl.constexpr):
+    """sum_sq = sum of partials, in fp64 and in a fixed order; found_inf = 1 where that is not finite."""
+    num_blocks = tl.num_programs(0)
     acc = tl.zeros([BLOCK], tl.float64)
     for o in range(0, num_blocks, BLOCK):
-        off = o + offsets
-        acc += tl.load(partials_ptr + off, mask=off < num_blocks, other=0.0).to(tl.float64)
-    tl.store(sum_sq_ptr, tl.sum(acc))
+        off = o + tl.arange(0, BLOCK)
+        # .cg: from the cache that all programs share, where the others' partials are.
+        partial = tl.load(partials_ptr + off, mask=off < num_blocks, other=0.0, cache_modifier=".cg")
+        acc += partial.to(tl.float64)
+    total = tl.sum(acc)
+    tl.store(sum_sq_ptr, total)
+    if found_inf_ptr is not None:
+        finite = total < float("inf")
+        tl.store(found_inf_ptr, 1.0, mask=finite == 0)
+    tl.store(ticket_ptr, 0)
 
 
-def sum_sq(table: TensorTable) -> Tensor:
-    """Sum of squares over all elements of the table's one list; of a gradient, its squared norm.
+@triton.jit(
+    do_not_specialize_on_alignment=["metric_ptr", "ema_scale_ptr", "inv_scale_ptr", "sum_sq_ptr", "found_inf_ptr"]
+)
+def _sum_sq_kernel(
+    g_ptrs,
+    w_ptrs,
+    ema_ptrs,
+    copy_ptrs,
+    rows_ptr,
+    blocks_ptr,
+    metric_ptr,
+    ema_scale_ptr,
+    inv_scale_ptr,
+    partials_ptr,
+    ticket_ptr,
+    sum_sq_ptr,
+    found_inf_ptr,
+    TYPES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FINISH_BLOCK: tl.constexpr,
+):
+    """sum_sq = sum of (T*v)^2, with v and T as in `direction`.
 
-    Accumulated in float32 per chunk and in float64 beyond, in an order that depends on the list alone: equal
-    lists give equal bits. Two launches whatever the dtypes, no host sync.
+    TYPES has (dtype of w, dtype of g, BLOCK) of each segment. Per element: reads g; with a metric also w, with an
+    average also ema. Squares and sums in fp32 within a chunk, in a fixed order; only the rounding of sums is inexact.
+    """
+    block = tl.program_id(0)
+    row, start, count = locate(rows_ptr, blocks_ptr, block, CHUNK)
+    segment = segment_of(rows_ptr, row)
+    scalars = load_direction(metric_ptr, ema_scale_ptr, inv_scale_ptr, group_of(rows_ptr, row))
+    g_address = tl.load(g_ptrs + row)
+    METRIC: tl.constexpr = metric_ptr is not None
+    EMA: tl.constexpr = ema_scale_ptr is not None
+    w_address = load_address(w_ptrs, row)
+    ema_address = load_address(ema_ptrs, row)
+    addresses = w_address, g_address, ema_address
+    counted = g_address != 0
+    if copy_ptrs is not None:
+        counted = counted & (tl.load(copy_ptrs + row) != 0)
+    count = tl.where(counted, count, 0)
+    vector_count = vectorised(g_address | w_address | ema_address, count)
+    partial = 0.0
+    for i in tl.static_range(len(TYPES)):
+        if segment == i:
+            acc = tl.zeros([TYPES[i][2]], tl.float32)
+            acc = _sum_sq_span(acc, addresses, start, 0, vector_count, scalars, TYPES[i], METRIC, EMA, True)
+            acc = _sum_sq_span(acc, addresses, start, vector_count, count, scalars, TYPES[i], METRIC, EMA, False)
+            partial = tl.sum(acc)
+    tl.store(partials_ptr + block, partial)
+    if is_last(ticket_ptr):
+        _finish(partials_ptr, ticket_ptr, sum_sq_ptr, found_inf_ptr, FINISH_BLOCK)
+
+
+def sum_sq(
+    table: TensorTable,
+    column: str,
+    *,
+    metric: Tensor | None = None,
+    ema_scale: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    perturbed_only: bool = False,
+) -> Tensor:
+    """Sum over all rows of ``(T*v)^2`` with ``v = inv_scale*g - ema_scale*ema``, ``T = p*|w| + q``: a squared norm.
+
+    Without the optional tensors it is the sum of squares of a column. Accumulated in float32 per chunk and in float64
+    beyond, in an order that depends on the table alone: equal values give equal bits. One launch whatever the dtypes,
+    no host sync.
 
     Args:
-        table: one list.
+        table: rows without a tensor in ``column`` count nothing.
+        column: g, one of `GRAD_COLUMNS`.
+        metric: float32 (G, 2), p and q of each param group: (1, eta) is ASAM's. Reads column "w".
+        ema_scale: float32 (G,). Reads column "ema", which must have a tensor wherever ``column`` has.
+        inv_scale: one float32 element, as torch.amp's scaler has it: multiplies g before all else.
+        found_inf: one float32 element: set to 1.0 where the result is not finite, else left as it is.
+        perturbed_only: rows without a tensor in column "copy" count nothing either.
 
     Returns:
-        New 0-d float64 tensor on the table's device, 0.0 for an empty list. Not finite where any element is
+        New 0-d float64 tensor on the table's device, 0.0 for an empty table. Not finite where any element is
         not, or where a chunk's sum overflows float32 (elements of about 1e19).
 
     Raises:
-        ValueError: the table does not hold one list.
+        ValueError: ``column`` is none of gradients; a column that is read is not set or lacks a tensor; an argument
+            of another shape or device.
+        TypeError: an argument is not float32.
     """
-    if table.num_lists != 1:
-        raise ValueError(f"the table holds {table.num_lists} lists; sum_sq takes one (the gradients).")
+    if column not in GRAD_COLUMNS:
+        raise ValueError(f"sum_sq takes a column of gradients, one of {GRAD_COLUMNS}; got {column!r}.")
+    g_ptrs = table.column(column)
+    check_direction(table, metric, ema_scale, inv_scale)
+    if ema_scale is not None:
+        table.require("ema", where=column)
+    if found_inf is not None:
+        check_argument("found_inf", found_inf, torch.float32, (), table.device)
+    if not table.num_blocks:
+        return torch.zeros((), dtype=torch.float64, device=table.device)
     result = torch.empty((), dtype=torch.float64, device=table.device)
-    partials = torch.empty(table.num_blocks, dtype=torch.float32, device=table.device)
-    config = launch_config(torch.float32)
     with table.device_guard():
-        if table.num_blocks:
-            _sum_sq_kernel[(table.num_blocks,)](
-                table.addresses,
-                table.numels,
-                table.dtype_codes,
-                table.block_tensor,
-                table.block_chunk,
-                partials,
-                CHUNK=table.chunk,
-                BLOCK_32=config.block,
-                BLOCK_16=launch_config(torch.bfloat16).block,
-                num_warps=config.num_warps,
-            )
-        _finish_sum_sq_kernel[(1,)](partials, result, table.num_blocks, BLOCK=_FINISH_BLOCK)
-    table.release()
+        _sum_sq_kernel[(table.num_blocks,)](
+            g_ptrs,
+            None if metric is None else table.column("w"),
+            None if ema_scale is None else table.column("ema"),
+            table.column("copy") if perturbed_only else None,
+            table.rows,
+            table.blocks,
+            metric,
+            ema_scale,
+            inv_scale,
+            table.partials,
+            table.ticket,
+            result,
+            found_inf,
+            TYPES=table.types,
+            CHUNK=table.chunk,
+            FINISH_BLOCK=_FINISH_BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return result

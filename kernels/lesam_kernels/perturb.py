@@ -1,5 +1,5 @@
 """Save the weights and climb along the gradient."""
-# ruff: noqa: N803 (constexpr arguments are upper case, as everywhere in Triton)
+# ruff: noqa: N803, N806 (constexprs are upper case, as everywhere in Triton)
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lesam_kernels.alignment import aligned_ptr, vectorised
-from lesam_kernels.launch_config import TRITON_DTYPES, launch_config
-from lesam_kernels.restore import check_copy_dtype, copy_chunk
+from lesam_kernels.alignment import is_aligned, pointer, vectorised
+from lesam_kernels.arguments import check_argument
+from lesam_kernels.direction import check_direction, load_direction
+from lesam_kernels.program import group_of, load_address, locate
+from lesam_kernels.restore import copy_chunk
 from lesam_kernels.tensor_table import TensorTable
 
 
 @triton.jit
-def _load_radius(sum_sq_ptr, radius_ptr):
+def _load_radius(sum_sq_ptr, radius_ptr, group):
     """norm = sqrt(sum_sq), rho = min(sigma/(norm + eps), rho_max), rho/norm, and whether norm is finite.
 
     All in fp64. rho is 0 where norm is 0 or not finite.
     """
     norm = tl.sqrt(tl.load(sum_sq_ptr))
-    sigma = tl.load(radius_ptr)
-    rho_max = tl.load(radius_ptr + 1)
-    eps = tl.load(radius_ptr + 2)
+    sigma = tl.load(radius_ptr + 3 * group)
+    rho_max = tl.load(radius_ptr + 3 * group + 1)
+    eps = tl.load(radius_ptr + 3 * group + 2)
     finite = norm < float("inf")
     usable = finite & (norm > 0)
     safe_norm = tl.where(usable, norm, 1.0)
@@ -43,50 +45,59 @@ def _store_stats(stats_ptr, norm, rho, finite):
 
 
 @triton.jit
-def _perturb_chunk(
-    w_address,
-    g_address,
-    copy_address,
+def _perturb_span(
+    addresses,
     start,
-    count,
+    first,
+    last,
     scale,
+    scalars,
     W_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
+    METRIC: tl.constexpr,
+    EMA: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    G_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """copy <- w, w <- w + scale*g over ``count`` elements from ``start``."""
-    vector_count = vectorised(w_address | g_address | copy_address, count)
-    w_ptr = aligned_ptr(w_address, W_DTYPE) + start
-    g_ptr = aligned_ptr(g_address, G_DTYPE) + start
-    copy_ptr = aligned_ptr(copy_address, W_DTYPE) + start
-    for o in range(0, vector_count, BLOCK):
+    """copy <- w, w <- w + scale * T^2*v for elements [first, last) from ``start``."""
+    w_address, g_address, ema_address, copy_address = addresses
+    p, q, ema_scale, inv_scale = scalars
+    w_ptr = pointer(w_address, W_DTYPE, ALIGNED) + start
+    g_ptr = pointer(g_address, G_DTYPE, G_ALIGNED) + start
+    ema_ptr = pointer(ema_address, G_DTYPE, G_ALIGNED) + start
+    copy_ptr = pointer(copy_address, W_DTYPE, ALIGNED) + start
+    for o in range(first, last, BLOCK):
         off = o + tl.arange(0, BLOCK)
-        mask = off < vector_count
-        w = tl.load(w_ptr + off, mask=mask)
-        g = tl.load(g_ptr + off, mask=mask)
-        tl.store(copy_ptr + off, w, mask=mask)
-        tl.store(w_ptr + off, tl.fma(g.to(tl.float32), scale, w.to(tl.float32)).to(W_DTYPE), mask=mask)
-
-    w_ptr = w_address.to(tl.pointer_type(W_DTYPE)) + start
-    g_ptr = g_address.to(tl.pointer_type(G_DTYPE)) + start
-    copy_ptr = copy_address.to(tl.pointer_type(W_DTYPE)) + start
-    for o in range(vector_count, count, BLOCK // 2):
-        off = o + tl.arange(0, BLOCK // 2)
-        mask = off < count
-        w = tl.load(w_ptr + off, mask=mask)
-        g = tl.load(g_ptr + off, mask=mask)
-        tl.store(copy_ptr + off, w, mask=mask)
-        tl.store(w_ptr + off, tl.fma(g.to(tl.float32), scale, w.to(tl.float32)).to(W_DTYPE), mask=mask)
+        mask = off < last
+        saved = tl.load(w_ptr + off, mask=mask)
+        w = saved.to(tl.float32)
+        v = tl.load(g_ptr + off, mask=mask).to(tl.float32) * inv_scale
+        if EMA:
+            v = tl.fma(tl.load(ema_ptr + off, mask=mask).to(tl.float32), -ema_scale, v)
+        if METRIC:
+            metric = tl.fma(tl.abs(w), p, q)
+            v *= metric * metric
+        tl.store(copy_ptr + off, saved, mask=mask)
+        tl.store(w_ptr + off, tl.fma(v, scale, w).to(W_DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_block"], do_not_specialize_on_alignment=["sum_sq_ptr", "radius_ptr"])
+@triton.jit(
+    do_not_specialize=["first_block"],
+    do_not_specialize_on_alignment=["sum_sq_ptr", "radius_ptr", "metric_ptr", "ema_scale_ptr", "inv_scale_ptr"],
+)
 def _perturb_kernel(
-    w_g_copy_ptrs,
-    numels,
-    block_tensor,
-    block_chunk,
+    w_ptrs,
+    g_ptrs,
+    ema_ptrs,
+    copy_ptrs,
+    rows_ptr,
+    blocks_ptr,
     sum_sq_ptr,
     radius_ptr,
+    metric_ptr,
+    ema_scale_ptr,
+    inv_scale_ptr,
     stats_ptr,
     first_block,
     W_DTYPE: tl.constexpr,
@@ -94,33 +105,64 @@ def _perturb_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """copy <- w, w <- w + rho * g/norm, with norm and rho as in `_load_radius`.
+    """copy <- w, w <- w + rho/norm * T^2*v, with norm and rho as in `_load_radius`, v and T as in `direction`.
 
-    Per element: reads w and g, writes copy and w; where rho is 0, reads w and writes copy only.
+    Per element: reads w and g (and ema), writes copy and w; where rho is 0, reads w and writes copy only.
     The copy is exact. rho/norm is fp64 rounded to fp32, w one fp32 fma rounded to w's dtype.
     """
-    norm, rho, scale, finite = _load_radius(sum_sq_ptr, radius_ptr)
-    if tl.program_id(0) == 0:
-        _store_stats(stats_ptr, norm, rho, finite)
     block = first_block + tl.program_id(0)
-    row = tl.load(block_tensor + block)
-    start = tl.load(block_chunk + block).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(numels + row) - start, CHUNK).to(tl.int32)
-    w_address = tl.load(w_g_copy_ptrs + 3 * row)
-    g_address = tl.load(w_g_copy_ptrs + 3 * row + 1)
-    copy_address = tl.load(w_g_copy_ptrs + 3 * row + 2)
+    row, start, count = locate(rows_ptr, blocks_ptr, block, CHUNK)
+    group = group_of(rows_ptr, row)
+    norm, rho, scale, finite = _load_radius(sum_sq_ptr, radius_ptr, group)
+    if block == 0:
+        _store_stats(stats_ptr, norm, rho, finite)
+    scalars = load_direction(metric_ptr, ema_scale_ptr, inv_scale_ptr, group)
+    METRIC: tl.constexpr = metric_ptr is not None
+    EMA: tl.constexpr = ema_scale_ptr is not None
+    w_address = tl.load(w_ptrs + row)
+    g_address = tl.load(g_ptrs + row)
+    ema_address = load_address(ema_ptrs, row)
+    copy_address = tl.load(copy_ptrs + row)
+    addresses = w_address, g_address, ema_address, copy_address
+    count = tl.where((g_address != 0) & (copy_address != 0), count, 0)
     # Adding 0*g instead would not leave every w as it is: not where g is inf or NaN, nor where w is -0.
     if rho > 0:
-        _perturb_chunk(
-            w_address,
-            g_address,
-            copy_address,
+        scale_32 = scale.to(tl.float32)
+        vector_count = vectorised(w_address | copy_address, count)
+        # Gradients are often views at any offset (FSDP2): weights and copies stay vectorised next to them.
+        all_count = vector_count * is_aligned(g_address | ema_address)
+        _perturb_span(
+            addresses, start, 0, all_count, scale_32, scalars, W_DTYPE, G_DTYPE, METRIC, EMA, True, True, BLOCK
+        )
+        _perturb_span(
+            addresses,
             start,
-            count,
-            scale.to(tl.float32),
+            all_count,
+            vector_count,
+            scale_32,
+            scalars,
             W_DTYPE,
             G_DTYPE,
+            METRIC,
+            EMA,
+            True,
+            False,
             BLOCK,
+        )
+        _perturb_span(
+            addresses,
+            start,
+            vector_count,
+            count,
+            scale_32,
+            scalars,
+            W_DTYPE,
+            G_DTYPE,
+            METRIC,
+            EMA,
+            False,
+            False,
+            BLOCK // 2,
         )
     else:
         copy_chunk(copy_address, w_address, start, count, W_DTYPE, BLOCK)
@@ -128,71 +170,71 @@ def _perturb_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["sum_sq_ptr", "radius_ptr"])
 def _stats_kernel(sum_sq_ptr, radius_ptr, stats_ptr):
-    """The stats of `_perturb_kernel` alone, for a rank that holds no element."""
-    norm, rho, _, finite = _load_radius(sum_sq_ptr, radius_ptr)
+    """The stats of `_perturb_kernel` alone, of group 0, for a rank that holds no element."""
+    norm, rho, _, finite = _load_radius(sum_sq_ptr, radius_ptr, 0)
     _store_stats(stats_ptr, norm, rho, finite)
 
 
-def perturb(table: TensorTable, sum_sq: Tensor, radius: Tensor) -> Tensor:
-    """Save the weights and climb: ``copy <- w``, ``w <- w + rho * g/norm``.
+def perturb(
+    table: TensorTable,
+    sum_sq: Tensor,
+    radius: Tensor,
+    *,
+    metric: Tensor | None = None,
+    ema_scale: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+) -> Tensor:
+    """Save the weights and climb: ``copy <- w``, ``w <- w + rho * T^2*v/norm``.
 
-    With ``norm = sqrt(sum_sq)`` and ``rho = min(sigma/(norm + eps), rho_max)``, computed on the device in
-    float64. A norm of zero or that is not finite makes rho 0. Where rho is 0 every ``w`` keeps its bits.
-    ``copy`` is written in every case, so that `restore` is always right.
+    ``v = inv_scale*g - ema_scale*ema`` and ``T = p*|w| + q`` are those of `sum_sq`, which see; without them the
+    direction is ``g/norm``. With ``norm = sqrt(sum_sq)`` and ``rho = min(sigma/(norm + eps), rho_max)``, computed on
+    the device in float64. A norm of zero or that is not finite makes rho 0. Where rho is 0 every ``w`` keeps its bits.
+    ``copy`` is written in every case, so that `restore` is always right. A row without a tensor in column "g" or
+    "copy" is left alone, its copy too.
 
     One launch per pair of dtypes of w and g, no host sync. The parameters' autograd version counters go up.
 
     Args:
-        table: three lists: parameters w, gradients g, copies; a copy has its parameter's dtype.
-        sum_sq: one float64 element: the squared norm of the whole gradient, of which the table may hold a
-            part.
-        radius: float64 (3,): sigma, rho_max, eps. One of sigma and rho_max may be +inf: an infinite sigma
-            gives the fixed radius rho_max.
+        table: columns "g" and "copy" must be set.
+        sum_sq: one float64 element: the squared norm of the whole direction, of which the table may hold a part.
+        radius: float64 (G, 3): sigma, rho_max, eps of each param group. One of sigma and rho_max may be +inf: an
+            infinite sigma gives the fixed radius rho_max.
+        metric, ema_scale, inv_scale: as `sum_sq` had them.
 
     Returns:
-        New float64 tensor (3,): norm, rho, and 1.0 where the norm is not finite, else 0.0.
+        New float64 tensor (3,): norm, rho, and 1.0 where the norm is not finite, else 0.0; rho is that of the param
+        group of the table's first row, of group 0 for an empty table.
 
     Raises:
-        ValueError: the table does not hold three lists; ``sum_sq`` or ``radius`` has another size or device.
-        TypeError: a copy's dtype is not its parameter's; ``sum_sq`` or ``radius`` is not float64.
+        ValueError: a column that is read is not set or lacks a tensor; an argument of another shape or device.
+        TypeError: an argument of another dtype.
     """
-    if table.num_lists != 3:
-        raise ValueError(f"the table holds {table.num_lists} lists; perturb takes three (w, g, copies).")
-    for group in table.groups:
-        check_copy_dtype(group.dtypes[0], group.dtypes[2])
-    _check_argument("sum_sq", sum_sq, 1, table.device)
-    _check_argument("radius", radius, 3, table.device)
+    g_ptrs, copy_ptrs = table.column("g"), table.column("copy")
+    check_argument("sum_sq", sum_sq, torch.float64, (), table.device)
+    check_argument("radius", radius, torch.float64, (table.num_groups, 3), table.device)
+    check_direction(table, metric, ema_scale, inv_scale)
+    if ema_scale is not None:
+        table.require("ema", where="g")
     stats = torch.empty(3, dtype=torch.float64, device=table.device)
     with table.device_guard():
-        for group in table.groups:
-            config = launch_config(*group.dtypes)
-            _perturb_kernel[(group.num_blocks,)](
-                table.addresses,
-                table.numels,
-                table.block_tensor,
-                table.block_chunk,
+        for segment in table.segments:
+            _perturb_kernel[(segment.num_blocks,)](
+                table.column("w"),
+                g_ptrs,
+                None if ema_scale is None else table.column("ema"),
+                copy_ptrs,
+                table.rows,
+                table.blocks,
                 sum_sq,
                 radius,
+                metric,
+                ema_scale,
+                inv_scale,
                 stats,
-                group.first_block,
-                W_DTYPE=TRITON_DTYPES[group.dtypes[0]],
-                G_DTYPE=TRITON_DTYPES[group.dtypes[1]],
-                CHUNK=table.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
+                segment.first_block,
+                **segment.constants,
             )
-        if not table.groups:
+        if not table.segments:
             _stats_kernel[(1,)](sum_sq, radius, stats)
-    table.release()
     increment_version(table.written)
     return stats
-
-
-def _check_argument(name: str, value: Tensor, numel: int, device: torch.device) -> None:
-    if value.dtype != torch.float64:
-        raise TypeError(f"{name} is {value.dtype}; it must be float64.")
-    if value.numel() != numel or value.device != device or not value.is_contiguous():
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and is on '{value.device}'; it must hold {numel} "
-            f"contiguous element(s) on '{device}'."
-        )

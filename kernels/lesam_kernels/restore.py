@@ -3,41 +3,62 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch.autograd.graph import increment_version
 
-from lesam_kernels.alignment import aligned_ptr, vectorised
+from lesam_kernels.alignment import pointer, vectorised
 from lesam_kernels.launch_config import TRITON_DTYPES, launch_config
+from lesam_kernels.program import locate
 from lesam_kernels.tensor_table import TensorTable
+
+
+@triton.jit
+def _copy_span(
+    to_address,
+    from_address,
+    start,
+    first,
+    last,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    to_ptr = pointer(to_address, DTYPE, ALIGNED) + start
+    from_ptr = pointer(from_address, DTYPE, ALIGNED) + start
+    for o in range(first, last, BLOCK):
+        off = o + tl.arange(0, BLOCK)
+        mask = off < last
+        tl.store(to_ptr + off, tl.load(from_ptr + off, mask=mask), mask=mask)
 
 
 @triton.jit
 def copy_chunk(to_address, from_address, start, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Copy ``count`` elements from ``start`` without converting them: the bits stay."""
     vector_count = vectorised(to_address | from_address, count)
-    to_ptr = aligned_ptr(to_address, DTYPE) + start
-    from_ptr = aligned_ptr(from_address, DTYPE) + start
-    for o in range(0, vector_count, BLOCK):
-        off = o + tl.arange(0, BLOCK)
-        mask = off < vector_count
-        tl.store(to_ptr + off, tl.load(from_ptr + off, mask=mask), mask=mask)
+    _copy_span(to_address, from_address, start, 0, vector_count, DTYPE, True, BLOCK)
+    _copy_span(to_address, from_address, start, vector_count, count, DTYPE, False, BLOCK // 2)
 
-    to_ptr = to_address.to(tl.pointer_type(DTYPE)) + start
-    from_ptr = from_address.to(tl.pointer_type(DTYPE)) + start
-    for o in range(vector_count, count, BLOCK // 2):
-        off = o + tl.arange(0, BLOCK // 2)
-        mask = off < count
-        tl.store(to_ptr + off, tl.load(from_ptr + off, mask=mask), mask=mask)
+
+@triton.jit
+def load_exact(w_ptrs, copy_ptrs, g_ptrs, row):
+    """Addresses of w and of the exact weights, and whether `perturb` moved them to the copy.
+
+    It did where there are a copy and a first gradient: what that one's address holds by now does not matter.
+    """
+    w_address = tl.load(w_ptrs + row)
+    copy_address = tl.load(copy_ptrs + row)
+    perturbed = (copy_address != 0) & (tl.load(g_ptrs + row) != 0)
+    return w_address, tl.where(perturbed, copy_address, w_address), perturbed
 
 
 @triton.jit(do_not_specialize=["first_block"])
 def _restore_kernel(
-    w_copy_ptrs,
-    numels,
-    block_tensor,
-    block_chunk,
+    w_ptrs,
+    copy_ptrs,
+    g_ptrs,
+    rows_ptr,
+    blocks_ptr,
     first_block,
     DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -47,51 +68,37 @@ def _restore_kernel(
 
     Per element: reads copy, writes w. Exact, bit for bit.
     """
-    block = first_block + tl.program_id(0)
-    row = tl.load(block_tensor + block)
-    start = tl.load(block_chunk + block).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(numels + row) - start, CHUNK).to(tl.int32)
-    w_address = tl.load(w_copy_ptrs + 2 * row)
-    copy_address = tl.load(w_copy_ptrs + 2 * row + 1)
-    copy_chunk(w_address, copy_address, start, count, DTYPE, BLOCK)
+    row, start, count = locate(rows_ptr, blocks_ptr, first_block + tl.program_id(0), CHUNK)
+    w_address, exact_address, perturbed = load_exact(w_ptrs, copy_ptrs, g_ptrs, row)
+    copy_chunk(w_address, exact_address, start, tl.where(perturbed, count, 0), DTYPE, BLOCK)
 
 
 def restore(table: TensorTable) -> None:
-    """Write the copies back into the parameters, bit for bit: ``w <- copy``.
+    """Write the copies back into the parameters that `perturb` moved, bit for bit: ``w <- copy``.
 
-    One launch per dtype, no host sync. The parameters' autograd version counters go up.
+    These are the rows with a tensor in both columns "copy" and "g". One launch per pair of dtypes, no host sync. The
+    parameters' autograd version counters go up.
 
     Args:
-        table: two lists, parameters and copies; a copy has its parameter's dtype.
+        table: columns "copy" and "g" must be set, as they were for `perturb`.
 
     Raises:
-        ValueError: the table does not hold two lists.
-        TypeError: a copy's dtype is not its parameter's.
+        ValueError: one of them is not.
     """
-    if table.num_lists != 2:
-        raise ValueError(f"the table holds {table.num_lists} lists; restore takes two (parameters, copies).")
-    for group in table.groups:
-        check_copy_dtype(*group.dtypes)
+    copy_ptrs, g_ptrs = table.column("copy"), table.column("g")
     with table.device_guard():
-        for group in table.groups:
-            dtype = group.dtypes[0]
-            config = launch_config(dtype)
-            _restore_kernel[(group.num_blocks,)](
-                table.addresses,
-                table.numels,
-                table.block_tensor,
-                table.block_chunk,
-                group.first_block,
-                DTYPE=TRITON_DTYPES[dtype],
+        for segment in table.segments:
+            config = launch_config(segment.w_dtype)
+            _restore_kernel[(segment.num_blocks,)](
+                table.column("w"),
+                copy_ptrs,
+                g_ptrs,
+                table.rows,
+                table.blocks,
+                segment.first_block,
+                DTYPE=TRITON_DTYPES[segment.w_dtype],
                 CHUNK=table.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
             )
-    table.release()
     increment_version(table.written)
-
-
-def check_copy_dtype(param: torch.dtype, copy: torch.dtype) -> None:
-    """Raise TypeError where a copy could not hold its parameter's bits."""
-    if copy != param:
-        raise TypeError(f"a parameter is {param} but its copy {copy}; give the copy the parameter's dtype.")

@@ -1,44 +1,71 @@
-"""Pointer tables on the device: how one launch reaches every tensor of a list."""
+"""Pointer tables on the device: how one launch reaches every tensor of an optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lesam_kernels.launch_config import CHUNK, MAX_BLOCK, SUPPORTED_DTYPES
+from lesam_kernels.launch_config import CHUNK, MAX_BLOCK, TRITON_DTYPES, launch_config
+from lesam_kernels.layout import (
+    Layout,
+    check_dense,
+    check_device,
+    check_dtype,
+    check_memory,
+    check_parallel,
+)
 
-# Everything but the address that a kernel or a check depends on.
-_Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+PARAM_COLUMNS = ("w", "copy", "momentum_buffer", "exp_avg", "exp_avg_sq")
+"""Columns of the parameter's dtype."""
+
+GRAD_COLUMNS = ("g", "g_hat", "g_kept", "ema")
+"""Columns of the gradient's dtype: first pass, second pass, a saved first one, its moving average."""
+
+STEP_COLUMN = "step"
+"""The column of 0-d float32 step counts, as in torch.optim's state."""
 
 
-class Group(NamedTuple):
-    """A run of blocks whose tensors share their dtypes, list by list: one launch of a typed kernel."""
+class Segment(NamedTuple):
+    """A run of rows that share their dtypes: one launch of an elementwise kernel.
 
-    dtypes: tuple[torch.dtype, ...]
+    ``constants`` is what such a launch passes by name, prepared once.
+    """
+
+    w_dtype: torch.dtype
+    g_dtype: torch.dtype
+    first_row: int
+    num_rows: int
     first_block: int
     num_blocks: int
+    constants: dict[str, Any]
+
+
+class _Column(NamedTuple):
+    buffer: Tensor
+    addresses: list[int | None]  # of all parameters, empty ones too
+    missing: frozenset[int]  # the rows without a tensor
 
 
 class TensorTable:
-    """Device pointer tables for k parallel lists of N tensors.
+    """Addresses on the device: a row per parameter, a column per kind of tensor (weights, gradients, state).
 
-    The caller (an optimizer) owns the table and calls `update` before each launch. The table keeps the
-    tensors alive from `update` to the launch, and beyond it only those that are written: it does not hold
-    gradients back. `update` and the launches belong on one stream.
+    The caller (an optimizer) owns the table: it calls `build` once, `set` whenever tensors may have moved, and the
+    launches. The table keeps the parameters alive and nothing else: what `set` is given must live until the launches
+    that use it are queued. All of these calls belong on one stream.
 
     Attributes:
-        addresses: int64 (n, k), row t holds the addresses of the t-th non-empty tensors of all lists.
-        numels: int64 (n,), elements of row t.
-        dtype_codes: int32 (n,), position of the first list's dtype in `SUPPORTED_DTYPES`.
-        block_tensor: int32 (num_blocks,), the row that a block works on.
-        block_chunk: int32 (num_blocks,), which chunk of ``chunk`` elements of that row.
-        groups: the blocks by dtypes, in order.
-        written: the tensors of the first list when there are several (kernels write that one), else empty.
+        rows: int64 (n, 3): elements, param group and segment of each row.
+        blocks: int32 (num_blocks, 2): the row that a program works on, and which chunk of ``chunk`` elements of it.
+        segments: the rows by pair of dtypes (w, gradient), pairs in order of first appearance.
+        types: (w dtype, gradient dtype, block) of each segment, for a launch over all of them that only reads.
+        num_groups: rows that per-group scalar tensors must have; at least 1.
+        written: the parameters, whose autograd versions the launches increment.
+        partials, ticket: workspace of reductions; the ticket is 0 between launches.
     """
 
     def __init__(self, device: torch.device | str, chunk: int = CHUNK) -> None:
@@ -55,170 +82,250 @@ class TensorTable:
             raise ValueError(f"chunk is {chunk}; it must be a positive multiple of {MAX_BLOCK}.")
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
         self.chunk = chunk
-        self.written: tuple[Tensor, ...] = ()
-        self._held: list[tuple[Tensor, ...]] = []
-        self._layouts: list[list[_Layout]] = []
-        self._rows: list[int] = []
-        self._addresses: list[int] = []
-        self._build([], [], [])
-
-    @property
-    def num_lists(self) -> int:
-        """How many parallel lists the last `update` gave."""
-        return len(self._layouts)
+        self.build([], [])
 
     @property
     def num_blocks(self) -> int:
-        return len(self.block_tensor)
+        return len(self.blocks)
 
-    def update(self, *lists: Sequence[Tensor]) -> None:
-        """Make the table describe ``lists``; cheap when little or nothing changed since the last call.
+    def build(
+        self, params: Sequence[Tensor], groups: Sequence[int], grad_dtypes: Sequence[torch.dtype] | None = None
+    ) -> None:
+        """Make a row of each parameter with elements; forgets all columns but "w", which it sets.
 
-        Rebuilds when the number of tensors or a tensor's shape, strides, dtype or device changed, refreshes
-        the addresses in place where only they changed (new gradients), and else copies nothing. Empty
-        tensors are skipped, and a list may be empty. No host sync: staging memory is pinned and new for each
-        copy, so that torch does not reuse it before the copy ran.
+        To be called again when a parameter's shape, strides or dtype, its group or its gradient's dtype changed.
 
         Args:
-            lists: at least one; the i-th tensors of all lists agree in elements and strides, so that walking
-                their memory pairs the right elements. Any shapes and alignment; float32, bfloat16, float16.
+            params: dense tensors on the table's device, of any shapes and alignment; float32, bfloat16, float16.
+            groups: for each, the index of its param group: its row in the scalar tensors that launches take.
+            grad_dtypes: for each, the dtype of its gradients; None where it is the parameter's.
 
         Raises:
-            TypeError: a tensor's dtype is not supported.
-            ValueError: no list; lists that differ in length, or at an index in elements or strides; a tensor
-                on another device, not dense in memory, or without memory of its own. The table is unchanged.
-            RuntimeError: a copy is needed while a CUDA graph is captured.
+            TypeError: a dtype is not supported.
+            ValueError: lists that differ in length, a negative group; a tensor on another device, not dense in
+                memory, or without memory of its own. The table is unchanged.
+            RuntimeError: a CUDA graph is captured.
         """
-        if not lists:
-            raise ValueError("no list of tensors was given.")
-        layouts = [[(t.dtype, t.device, t.shape, t.stride()) for t in tensors] for tensors in lists]
-        changed = layouts != self._layouts
-        if changed:
-            _check(layouts, self.device)
-        rows = _rows(layouts) if changed else self._rows
-        addresses = [tensors[row].data_ptr() for row in rows for tensors in lists]
-        if changed or addresses != self._addresses:
-            self._check_copy(rows, addresses, len(lists))
-            if changed:
-                self._build(layouts, rows, addresses)
-            else:
-                self.addresses.copy_(self._stage(addresses).view_as(self.addresses), non_blocking=True)
-            self._addresses = addresses
-        self._held = [tuple(tensors) for tensors in lists]
-        self.written = self._held[0] if len(lists) > 1 else ()
+        if grad_dtypes is None:
+            grad_dtypes = [p.dtype for p in params]
+        if not len(params) == len(groups) == len(grad_dtypes):
+            raise ValueError(
+                f"there are {len(params)} params, {len(groups)} groups and {len(grad_dtypes)} grad_dtypes; each "
+                "parameter has one of each."
+            )
+        if min(groups, default=0) < 0:
+            raise ValueError(f"groups has {min(groups)}; a group is an index >= 0.")
+        layouts = [Layout.of(p) for p in params]
+        for index, (p, layout, g_dtype) in enumerate(zip(params, layouts, grad_dtypes, strict=True)):
+            name = f"parameter {index}"
+            check_dtype(name, p.dtype)
+            check_dtype(f"the gradient of {name}", g_dtype)
+            check_device(name, p.device, self.device)
+            if p.numel():
+                check_dense(name, layout)
+                check_memory(name, p)
+        self._refuse_capture()
 
-    def release(self) -> None:
-        """Let go of the tensors that are only read or private: called by each launch, once it is queued."""
-        self._held = []
+        self._layouts, self._grad_dtypes = layouts, list(grad_dtypes)
+        self._param_dtypes = [p.dtype for p in params]
+        pairs = list(zip(self._param_dtypes, self._grad_dtypes, strict=True))
+        self._order = _order_of_rows(pairs, [p.numel() for p in params])
+        self.num_groups = max(groups, default=0) + 1
+        self._lay_out([pairs[i] for i in self._order], [params[i].numel() for i in self._order], list(groups))
+        self.partials = torch.empty(self.num_blocks, dtype=torch.float32, device=self.device)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._columns: dict[str, _Column] = {}
+        self.set("w", params)
+
+    def set(self, column: str, tensors: Sequence[Tensor | None]) -> None:
+        """Tell where a column's tensors are; cheap when all addresses are those of the last call.
+
+        Changed addresses are written into the same device buffer, so a captured CUDA graph keeps reading the right
+        place. No host sync: staging memory is pinned and new for each copy, so that torch does not reuse it before
+        the copy ran.
+
+        Args:
+            column: one of `PARAM_COLUMNS`, `GRAD_COLUMNS` or `STEP_COLUMN`.
+            tensors: one per parameter given to `build`, None where there is none; of the column's dtype, and with the
+                elements in the parameter's order in memory. Steps are single float32 elements.
+
+        Raises:
+            KeyError: no such column.
+            TypeError: a tensor has another dtype than its column.
+            ValueError: another number of tensors than of parameters; a tensor on another device, not dense in memory,
+                unlike its parameter in elements or their order, or without memory of its own. The table is unchanged.
+            RuntimeError: addresses changed while a CUDA graph is captured.
+        """
+        known = self._columns.get(column)
+        # An address that did not change needs no other check: the row's number of elements is that of its parameter,
+        # and autograd gives a gradient its parameter's strides.
+        try:
+            addresses = [None if t is None else t.data_ptr() for t in tensors]
+        except RuntimeError:  # a sparse tensor
+            addresses = []
+        if known is not None and addresses == known.addresses:
+            return
+        self._check_column(column, tensors, known.addresses if known else [], addresses)
+        self._refuse_capture()
+        values = [addresses[i] for i in self._order]
+        staged = self._pin(torch.tensor([value or 0 for value in values], dtype=torch.int64))
+        if known is None:
+            buffer = staged.to(self.device, non_blocking=True)
+        else:
+            buffer = known.buffer
+            buffer.copy_(staged, non_blocking=True)
+        missing = frozenset(i for i, value in zip(self._order, values, strict=True) if value is None)
+        self._columns[column] = _Column(buffer, addresses, missing)
+        if column == "w":
+            self.written = tuple(t for t in tensors if t is not None)
+
+    def clear(self, column: str) -> None:
+        """Forget a column; harmless where it is not set."""
+        self._columns.pop(column, None)
+
+    def has(self, column: str) -> bool:
+        """Whether the column is set."""
+        return column in self._columns
+
+    def column(self, name: str) -> Tensor:
+        """The addresses, int64 (n,), 0 where a row has no tensor; ValueError where the column is not set."""
+        try:
+            return self._columns[name].buffer
+        except KeyError:
+            raise ValueError(f"the table has no column '{name}'; call table.set('{name}', ...) first.") from None
+
+    def column_if_set(self, name: str) -> Tensor | None:
+        """As `column`, None where it is not set."""
+        return self._columns[name].buffer if name in self._columns else None
+
+    def require(self, name: str, *, where: str) -> None:
+        """Raise ValueError unless every row that has a tensor in column ``where`` has one in column ``name``."""
+        self.column(name)
+        unpaired = self._columns[name].missing - self._columns[where].missing
+        if unpaired:
+            raise ValueError(f"parameter {min(unpaired)} has a tensor in column '{where}' but none in '{name}'.")
 
     def device_guard(self) -> AbstractContextManager[object]:
         """Makes the table's device current: Triton launches on the current one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _build(self, layouts: list[list[_Layout]], rows: list[int], addresses: list[int]) -> None:
-        dtypes = [tuple(layout[row][0] for layout in layouts) for row in rows]
-        numels = [layouts[0][row][2].numel() for row in rows]
+    def _lay_out(self, pairs: list[tuple[torch.dtype, torch.dtype]], numels: list[int], groups: list[int]) -> None:
+        """Fill rows, blocks and segments."""
         chunks_of = torch.tensor([-(-numel // self.chunk) for numel in numels], dtype=torch.int64)
-        block_tensor = torch.repeat_interleave(chunks_of)
+        row_of_block = torch.repeat_interleave(chunks_of)
         first_blocks = chunks_of.cumsum(0) - chunks_of
-        block_chunk = torch.arange(len(block_tensor)) - first_blocks[block_tensor]
+        chunk_of_block = torch.arange(len(row_of_block)) - first_blocks[row_of_block]
+        blocks = torch.stack([row_of_block, chunk_of_block], dim=1).int()
 
-        self.addresses = self._to_device(self._stage(addresses).view(len(rows), len(layouts)))
-        self.numels = self._to_device(self._stage(numels))
-        codes = torch.tensor([SUPPORTED_DTYPES.index(key[0]) for key in dtypes], dtype=torch.int32)
-        self.dtype_codes = self._to_device(codes)
-        self.block_tensor = self._to_device(block_tensor.int())
-        self.block_chunk = self._to_device(block_chunk.int())
-
-        groups, first_block = [], 0
-        for key, run in groupby(zip(dtypes, chunks_of.tolist(), strict=True), key=lambda row: row[0]):
-            num_blocks = sum(chunks for _, chunks in run)
-            groups.append(Group(key, first_block, num_blocks))
+        segments: list[Segment] = []
+        rows: list[tuple[int, int, int]] = []
+        first_block = 0
+        for pair, run in groupby(range(len(pairs)), key=pairs.__getitem__):
+            members = list(run)
+            rows += [(numels[row], groups[self._order[row]], len(segments)) for row in members]
+            num_blocks = int(chunks_of[members].sum())
+            segments.append(self._segment(*pair, members, first_block, num_blocks))
             first_block += num_blocks
-        self.groups = tuple(groups)
-        self._layouts, self._rows = layouts, rows
+        self.segments = tuple(segments)
+        self.types = tuple(
+            (TRITON_DTYPES[s.w_dtype], TRITON_DTYPES[s.g_dtype], launch_config(s.w_dtype, s.g_dtype, vectors=2).block)
+            for s in segments
+        )
+        self.rows = self._pin(torch.tensor(rows, dtype=torch.int64).view(-1, 3)).to(self.device, non_blocking=True)
+        self.blocks = self._pin(blocks).to(self.device, non_blocking=True)
 
-    def _stage(self, values: list[int]) -> Tensor:
-        return self._pin(torch.tensor(values, dtype=torch.int64))
+    def _segment(
+        self, w_dtype: torch.dtype, g_dtype: torch.dtype, members: list[int], first_block: int, num_blocks: int
+    ) -> Segment:
+        config = launch_config(w_dtype, g_dtype)
+        constants = {
+            "W_DTYPE": TRITON_DTYPES[w_dtype],
+            "G_DTYPE": TRITON_DTYPES[g_dtype],
+            "CHUNK": self.chunk,
+            "BLOCK": config.block,
+            "num_warps": config.num_warps,
+        }
+        return Segment(w_dtype, g_dtype, members[0], len(members), first_block, num_blocks, constants)
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return self._pin(tensor).to(self.device, non_blocking=True)
+    def _check_column(
+        self,
+        column: str,
+        tensors: Sequence[Tensor | None],
+        known: list[int | None],
+        addresses: list[int | None],
+    ) -> None:
+        """Check the tensors whose address is new."""
+        if column not in (*PARAM_COLUMNS, *GRAD_COLUMNS, STEP_COLUMN):
+            raise KeyError(f"no column is called {column!r}; there are {(*PARAM_COLUMNS, *GRAD_COLUMNS, STEP_COLUMN)}.")
+        if len(tensors) != len(self._layouts):
+            raise ValueError(
+                f"column '{column}' got {len(tensors)} tensors for {len(self._layouts)} parameters; give None where a "
+                "parameter has none."
+            )
+        dtypes = self._grad_dtypes if column in GRAD_COLUMNS else self._param_dtypes
+        comparable = len(known) == len(addresses) == len(tensors)
+        for index, tensor in enumerate(tensors):
+            if comparable and addresses[index] == known[index]:
+                continue
+            if tensor is None:
+                if column == "w":
+                    raise ValueError(f"column 'w', parameter {index}: there is no tensor, but each has weights.")
+                continue
+            shape, strides, device = self._layouts[index]
+            # First what is nearly always so, and quick: gradients get new addresses in every step.
+            if column == STEP_COLUMN or not (
+                tensor.dtype == dtypes[index]
+                and tensor.shape == shape
+                and tensor.device == device
+                and tensor.layout == torch.strided
+                and tensor.stride() == strides
+                and addresses[index]
+            ):
+                self._check_tensor(column, index, tensor, dtypes[index])
+
+    def _check_tensor(self, column: str, index: int, tensor: Tensor, dtype: torch.dtype) -> None:
+        name, param = f"column '{column}', parameter {index}: the tensor", self._layouts[index]
+        if param.shape.numel() == 0:
+            return
+        if column == STEP_COLUMN:
+            if tensor.dtype != torch.float32 or tensor.numel() != 1:
+                raise TypeError(
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a step is one float32 element."
+                )
+            check_device(name, tensor.device, self.device)
+            return
+        if tensor.dtype != dtype:
+            raise TypeError(_dtype_message(name, column, tensor.dtype, dtype))
+        layout = Layout.of(tensor)
+        check_device(name, layout.device, self.device)
+        check_parallel(name, layout, param)
+        check_memory(name, tensor)
 
     def _pin(self, tensor: Tensor) -> Tensor:
         """From pageable memory a copy would wait for the device."""
         return tensor.pin_memory() if self.device.type == "cuda" and tensor.numel() else tensor
 
-    def _check_copy(self, rows: list[int], addresses: list[int], num_lists: int) -> None:
-        if 0 in addresses:
-            position = addresses.index(0)
-            raise ValueError(
-                f"tensor {rows[position // num_lists]} of list {position % num_lists} has no memory of its "
-                "own (a DTensor, or a meta or fake tensor); pass its local tensor."
-            )
+    def _refuse_capture(self) -> None:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the tensors changed while a CUDA graph is captured, and the graph would replay a copy from "
-                "freed memory. Update it before the capture; keep gradients in place (set_to_none=False)."
+                "freed memory. Set them before the capture; keep gradients in place (set_to_none=False)."
             )
 
 
-def _rows(layouts: list[list[_Layout]]) -> list[int]:
-    """Indices of the non-empty tensors, those of equal dtypes together."""
-    keys = [tuple(layout[0] for layout in column) for column in zip(*layouts, strict=True)]
-    first_seen = {key: position for position, key in reversed(list(enumerate(keys)))}
-    filled = [index for index, layout in enumerate(layouts[0]) if layout[2].numel()]
-    return sorted(filled, key=lambda index: first_seen[keys[index]])
+def _order_of_rows(pairs: list[tuple[torch.dtype, torch.dtype]], numels: list[int]) -> list[int]:
+    """Indices of the non-empty parameters, those of equal dtypes together."""
+    filled = [index for index, numel in enumerate(numels) if numel]
+    first_seen = {pairs[index]: index for index in reversed(filled)}
+    return sorted(filled, key=lambda index: first_seen[pairs[index]])
 
 
-def _check(layouts: list[list[_Layout]], device: torch.device) -> None:
-    lengths = [len(layout) for layout in layouts]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"the lists have {lengths} tensors; parallel lists have equally many.")
-    for index, column in enumerate(zip(*layouts, strict=True)):
-        for position, layout in enumerate(column):
-            _check_tensor(f"tensor {index} of list {position}", layout, column[0], device)
-
-
-def _check_tensor(name: str, layout: _Layout, first: _Layout, device: torch.device) -> None:
-    """Check one tensor, called ``name`` in messages, by itself and against the one of the first list."""
-    dtype, where, shape, strides = layout
-    if dtype not in SUPPORTED_DTYPES:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
-        raise TypeError(f"{name} is {dtype}; supported dtypes are {supported}. Convert it or leave it out.")
-    if where != device:
-        raise ValueError(f"{name} is on '{where}', the table on '{device}'; use one table per device.")
-    if shape.numel() != first[2].numel():
-        raise ValueError(
-            f"{name} has {shape.numel()} elements (shape {tuple(shape)}), but the one of list 0 has "
-            f"{first[2].numel()} (shape {tuple(first[2])})."
+def _dtype_message(name: str, column: str, dtype: torch.dtype, expected: torch.dtype) -> str:
+    if column in GRAD_COLUMNS:
+        return (
+            f"{name} is {dtype}, but the table was built for gradients of {expected}; build it again with the "
+            "grad_dtypes of these gradients."
         )
-    if shape.numel() == 0:
-        return
-    if not _is_dense(shape, strides):
-        raise ValueError(
-            f"{name} is not dense in memory (shape {tuple(shape)}, strides {strides}); pass a dense tensor, "
-            "e.g. its clone(memory_format=torch.contiguous_format)."
-        )
-    if _order(shape, strides) != _order(first[2], first[3]):
-        raise ValueError(
-            f"{name} has shape {tuple(shape)} and strides {strides}, but the one of list 0 has shape "
-            f"{tuple(first[2])} and strides {first[3]}: their elements do not lie in the same order. Give "
-            "both one memory format."
-        )
-
-
-def _order(shape: torch.Size, strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The dims that decide where elements lie: the stride of a dim of size 1 means nothing."""
-    return [(stride, size) for size, stride in zip(shape, strides, strict=False) if size > 1]
-
-
-def _is_dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in any order of dims."""
-    if len(shape) != len(strides):  # a sparse tensor
-        return False
-    expected = 1
-    for stride, size in sorted(_order(shape, strides)):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+    if column == "w":
+        return f"{name} is {dtype}, but the table was built for {expected}; build it again."
+    return f"{name} is {dtype} but its parameter {expected}; give it the parameter's dtype."

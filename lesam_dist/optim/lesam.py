@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import BaseOptimizer, SharpnessAware, require_nonnegative
+from lesam_dist.optim.base import Scope, SharpnessAware, require_nonnegative
 from lesam_dist.optim.ops import Backend
 from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.shared import BaseOptimizer
 
 
 class LESAM(SharpnessAware):
@@ -41,6 +42,7 @@ class LESAM(SharpnessAware):
         alpha: weight of the surrogate gap in LE-SAM+, >= 0; 0 is LE-SAM. In the groups it is ``plus_alpha``.
         plus_form: which LE-SAM+ gradient, see the module's text.
         backend: "auto" (Triton kernels on CUDA, plain torch on the CPU), "reference" or "triton".
+        scope, check_second, static_grads: see `SharpnessAware`.
         base_kwargs: go to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
     Raises:
@@ -58,12 +60,17 @@ class LESAM(SharpnessAware):
         alpha: float = 0.0,
         plus_form: Literal["paper", "released"] = "paper",
         backend: Backend = "auto",
+        scope: Scope = "global",
+        check_second: bool = True,
+        static_grads: bool = False,
         **base_kwargs: Any,
     ) -> None:
         # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.
         own = {"norm_eps": eps, "plus_alpha": alpha, "plus_form": plus_form}
         defaults = {"sigma": sigma, "rho_max": rho_max, **own}
-        super().__init__(params, base_optimizer, defaults, backend=backend, **base_kwargs)
+        options: dict[str, Any] = {"backend": backend, "scope": scope}
+        options |= {"check_second": check_second, "static_grads": static_grads}
+        super().__init__(params, base_optimizer, defaults, **options, **base_kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
         for key in ("sigma", "norm_eps", "plus_alpha"):

@@ -4,102 +4,137 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lesam_dist.optim import reference
+from lesam_dist.optim.base_update import BaseUpdate
 from lesam_dist.optim.reference import Radius
-
-if TYPE_CHECKING:
-    from lesam_kernels import TensorTable
+from lesam_dist.optim.rows import Gradients, Rows
 
 Backend = Literal["auto", "reference", "triton"]
 
 
 class Ops(Protocol):
-    """What a sharpness-aware step needs done to one list of tensors; `reference` documents each function.
+    """What a sharpness-aware step needs done to its rows; `reference` says what each of it means.
 
-    An instance serves one list (the same tensors, in the same order, step after step) and may cache for it.
+    An object serves one `Rows` and may cache for it. Scalars per param group come as a list over the groups.
     """
 
-    def sum_sq(self, tensors: Sequence[Tensor]) -> Tensor: ...
+    def sum_sq_first(self, grads: Gradients) -> Tensor:
+        """Sum of squares of the first gradients over the perturbed rows, float64 0-d."""
 
-    def perturb(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        copies: Sequence[Tensor],
-        sum_sq: Tensor,
-        radius: Radius,
-    ) -> Tensor: ...
+    def sum_sq_second(self, grads: Gradients) -> Tensor:
+        """Sum of squares of the second gradients over all rows, float64 0-d."""
 
-    def restore(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None: ...
+    def perturb(self, grads: Gradients, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
+        """Save and perturb the rows that have a first gradient; float64 (3,): grad_norm, rho, not finite."""
 
+    def restore(self) -> None:
+        """Give back the saved weights to the rows that `perturb` touched."""
 
-class TritonOps:
-    """The kernels with their pointer tables, which live and die with the optimizer that owns this object."""
+    def fuses(self) -> bool:
+        """Whether there is a `restore_and_update`."""
 
-    def __init__(self, device: torch.device) -> None:
-        import lesam_kernels  # here, so that triton is needed only where it is used
+    def restore_and_update(self, update: BaseUpdate, grads: Gradients, overflow: Tensor) -> None:
+        """Restore, and unless ``overflow`` (float32 0-d) is set make the base optimizer's update with ``grads``."""
 
-        self._kernels = lesam_kernels
-        self._device = device
-        self._tables: dict[str, TensorTable] = {}
-        self._radius: tuple[Radius, Tensor] | None = None
-
-    def sum_sq(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self._kernels.sum_sq(self._table("sum_sq", tensors))
-
-    def perturb(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        copies: Sequence[Tensor],
-        sum_sq: Tensor,
-        radius: Radius,
-    ) -> Tensor:
-        table = self._table("perturb", params, grads, copies)
-        return self._kernels.perturb(table, sum_sq, self._on_device(radius))
-
-    def restore(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        self._kernels.restore(self._table("restore", params, copies))
-
-    def _table(self, name: str, *lists: Sequence[Tensor]) -> TensorTable:
-        if name not in self._tables:
-            self._tables[name] = self._kernels.TensorTable(self._device)
-        self._tables[name].update(*lists)
-        return self._tables[name]
-
-    def _on_device(self, radius: Radius) -> Tensor:
-        if self._radius is None or self._radius[0] != radius:
-            # From pinned memory the copy does not wait for the device.
-            values = torch.tensor(radius, dtype=torch.float64, pin_memory=self._device.type == "cuda")
-            self._radius = radius, values.to(self._device, non_blocking=True)
-        return self._radius[1]
+    def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
+        """Copy scheduled values to where the kernels read them; see `SharpnessAware.push_scalars`."""
 
 
-def select(backend: Backend, device: torch.device) -> Ops:
-    """The operations for ``device``: "auto" is Triton on CUDA where it is installed, the reference elsewhere.
+class ReferenceOps:
+    """Plain torch, list by list."""
 
-    Raises:
-        RuntimeError: for "triton" on a device that it cannot run on.
-    """
-    if backend == "auto":
-        has_triton = importlib.util.find_spec("triton") is not None
-        backend = "triton" if device.type == "cuda" and has_triton else "reference"
-    if backend == "reference":
-        return reference
-    if device.type != "cuda":
-        _require_interpreter(device)
-    return TritonOps(device)
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._touched: list[int] = []
+
+    def sum_sq_first(self, grads: Gradients) -> Tensor:
+        return self._sum_sq([g for g, on in zip(grads, self._rows.perturbed, strict=True) if on])
+
+    def sum_sq_second(self, grads: Gradients) -> Tensor:
+        return self._sum_sq(grads)
+
+    def perturb(self, grads: Gradients, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
+        rows = self._rows
+        by_radius: dict[Radius, list[int]] = {}
+        for row in allocate_copies(rows, grads):
+            by_radius.setdefault(radii[rows.groups[row]], []).append(row)
+        stats = None
+        for radius, members in by_radius.items():
+            shards, first = _take(rows.shards, members), _take(grads, members)
+            result = reference.perturb(shards, first, _take(rows.copies, members), sum_sq, radius)
+            self._touched += members
+            stats = result if stats is None else stats
+        return torch.zeros(3, dtype=torch.float64, device=rows.device) if stats is None else stats
+
+    def restore(self) -> None:
+        rows = self._rows
+        reference.restore(_take(rows.shards, self._touched), _take(rows.copies, self._touched))
+        self._touched = []
+
+    def fuses(self) -> bool:
+        return False
+
+    def restore_and_update(self, *_: object) -> None:
+        raise NotImplementedError("the reference restores, then the base optimizer steps by itself")
+
+    def push(self, *_: object) -> None:
+        pass
+
+    def _sum_sq(self, grads: Gradients) -> Tensor:
+        present = [g for g in grads if g is not None]
+        require_dense(present)
+        if not present:
+            return torch.zeros((), dtype=torch.float64, device=self._rows.device)
+        return reference.sum_sq(present)
+
+
+def allocate_copies(rows: Rows, grads: Gradients) -> list[int]:
+    """The rows to perturb: those with a first gradient, in a perturbed group. Gives each its buffer for the weights."""
+    touched = [row for row, g in enumerate(grads) if g is not None and rows.perturbed[row]]
+    for row in touched:
+        if rows.copies[row] is None:
+            rows.copies[row] = torch.empty_like(rows.shards[row])
+    return touched
+
+
+def require_dense(grads: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for a sparse gradient."""
+    for g in grads:
+        if g.layout != torch.strided:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(g.shape)} is {g.layout}; sharpness-aware optimizers need dense gradients "
+                "(nn.Embedding: sparse=False)."
+            )
 
 
 def require_backend(backend: str) -> None:
     """Raise ValueError for an unknown backend."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(get_args(Backend))}.")
+
+
+def select(backend: Backend, rows: Rows) -> Ops:
+    """The operations for ``rows``: "auto" is Triton on CUDA where it is installed, the reference elsewhere.
+
+    Raises:
+        RuntimeError: for "triton" on a device that it cannot run on.
+    """
+    device = rows.device
+    if backend == "auto":
+        has_triton = importlib.util.find_spec("triton") is not None
+        backend = "triton" if device.type == "cuda" and has_triton else "reference"
+    if backend == "reference":
+        return ReferenceOps(rows)
+    if device.type != "cuda":
+        _require_interpreter(device)
+    from lesam_dist.optim.triton_ops import TritonOps  # here, so that triton is needed only where it is used
+
+    return TritonOps(rows)
 
 
 def _require_interpreter(device: torch.device) -> None:
@@ -110,3 +145,7 @@ def _require_interpreter(device: torch.device) -> None:
             f"backend='triton' was chosen but the parameters are on '{device}'. Move the model to CUDA, choose "
             "backend='auto', or set TRITON_INTERPRET=1 before the first import to debug the kernels on the CPU."
         )
+
+
+def _take(column: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor]:
+    return [tensor for row in rows if (tensor := column[row]) is not None]

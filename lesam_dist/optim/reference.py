@@ -93,12 +93,11 @@ def restore(params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
             w.copy_(copy)
 
 
-def mix(grads: Sequence[Tensor], first: Sequence[Tensor | None], a: float, b: float) -> None:
-    """Combine both gradients in place: ``g_hat <- a * g_hat + b * g``, with g from ``first`` (None counts as zero)."""
-    for g_hat, g in zip(grads, first, strict=True):
-        g_hat.mul_(a)
-        if g is not None:
-            g_hat.add_(g, alpha=b)
+def mix(g_hat: Tensor, g: Tensor | None, a: float, b: float) -> None:
+    """Combine both gradients in place: ``g_hat <- a * g_hat + b * g``; a missing g counts as zero."""
+    g_hat.mul_(a)
+    if g is not None:
+        g_hat.add_(g, alpha=b)
 
 
 def _owns_storage(w: Tensor) -> bool:

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import BaseOptimizer, SharpnessAware, require_nonnegative
+from lesam_dist.optim.base import Scope, SharpnessAware, require_nonnegative
 from lesam_dist.optim.ops import Backend
 from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.shared import BaseOptimizer
 
 
 class SAM(SharpnessAware):
@@ -28,6 +29,7 @@ class SAM(SharpnessAware):
         base_optimizer: the class that makes the update, e.g. ``torch.optim.SGD``.
         rho: radius of the perturbation in parameter space, >= 0. 0 is the base optimizer.
         backend: "auto" (Triton kernels on CUDA, plain torch on the CPU), "reference" or "triton".
+        scope, check_second, static_grads: see `SharpnessAware`.
         base_kwargs: go to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
     Raises:
@@ -41,9 +43,14 @@ class SAM(SharpnessAware):
         *,
         rho: float = 0.05,
         backend: Backend = "auto",
+        scope: Scope = "global",
+        check_second: bool = True,
+        static_grads: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho}, backend=backend, **base_kwargs)
+        options: dict[str, Any] = {"backend": backend, "scope": scope}
+        options |= {"check_second": check_second, "static_grads": static_grads}
+        super().__init__(params, base_optimizer, {"rho": rho}, **options, **base_kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
         require_nonnegative("SAM", "rho", group["rho"])

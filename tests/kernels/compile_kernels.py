@@ -5,12 +5,12 @@ Whether a kernel is interpreted is decided where it is decorated, so the test pr
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,78 +18,98 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lesam_kernels.launch_config import CHUNK, TRITON_DTYPES, launch_config
-from lesam_kernels.norm import _FINISH_BLOCK, _finish_sum_sq_kernel, _sum_sq_kernel
+from lesam_kernels.launch_config import CHUNK, MAX_REGISTERS, NUM_WARPS, TRITON_DTYPES, launch_config
+from lesam_kernels.norm import _FINISH_BLOCK, _sum_sq_kernel
 from lesam_kernels.perturb import _perturb_kernel, _stats_kernel
 from lesam_kernels.restore import _restore_kernel
+from lesam_kernels.restore_adamw import _STEPS_BLOCK, _restore_adamw_kernel
+from lesam_kernels.restore_sgd import _restore_sgd_kernel
 
-FP32, BF16 = torch.float32, torch.bfloat16
-TABLE = {"numels": "*i64", "block_tensor": "*i32", "block_chunk": "*i32"}
+Pair = tuple[torch.dtype, torch.dtype]
+Spec = tuple[str, Any, dict[str, Any], set[str]]  # name, kernel, constexprs, arguments that are None
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+COMMON: tuple[Pair, ...] = ((F32, F32), (BF16, BF16), (F32, BF16))
+ALL: tuple[Pair, ...] = (*COMMON, (BF16, F32), (F16, F16), (F16, F32), (F16, BF16))
 
-def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """Name -> kernel, types of its runtime arguments, constexprs, warps; as the launchers launch it."""
-    found = {
-        "sum_sq": (
-            _sum_sq_kernel,
-            {"g_ptrs": "*i64", "dtype_codes": "*i32", "partials_ptr": "*fp32", **TABLE},
-            {"CHUNK": CHUNK, "BLOCK_32": launch_config(FP32).block, "BLOCK_16": launch_config(BF16).block},
-            launch_config(FP32).num_warps,
-        ),
-        "finish_sum_sq": (
-            _finish_sum_sq_kernel,
-            {"partials_ptr": "*fp32", "sum_sq_ptr": "*fp64", "num_blocks": "i32"},
-            {"BLOCK": _FINISH_BLOCK},
-            4,
-        ),
-        "stats": (_stats_kernel, dict.fromkeys(("sum_sq_ptr", "radius_ptr", "stats_ptr"), "*fp64"), {}, 4),
-    }
-    for w, g in ((FP32, FP32), (BF16, BF16), (FP32, BF16)):
-        config = launch_config(w, g)
-        constants = {"W_DTYPE": TRITON_DTYPES[w], "G_DTYPE": TRITON_DTYPES[g], "CHUNK": CHUNK}
-        scalars = dict.fromkeys(("sum_sq_ptr", "radius_ptr", "stats_ptr"), "*fp64")
-        found[f"perturb-{constants['W_DTYPE']}-{constants['G_DTYPE']}"] = (
-            _perturb_kernel,
-            {"w_g_copy_ptrs": "*i64", "first_block": "i32", **scalars, **TABLE},
-            {**constants, "BLOCK": config.block},
-            config.num_warps,
-        )
-    for dtype in (FP32, BF16):
-        config = launch_config(dtype)
-        found[f"restore-{TRITON_DTYPES[dtype]}"] = (
-            _restore_kernel,
-            {"w_copy_ptrs": "*i64", "first_block": "i32", **TABLE},
-            {"DTYPE": TRITON_DTYPES[dtype], "CHUNK": CHUNK, "BLOCK": config.block},
-            config.num_warps,
-        )
-    return found
+DOUBLES = {"sum_sq_ptr", "radius_ptr", "stats_ptr"}
+INTS = {"blocks_ptr", "ticket_ptr"}
+NO_METRIC, NO_EMA = {"metric_ptr", "w_ptrs"}, {"ema_scale_ptr", "ema_ptrs"}
 
 
-def compile_one(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int, capability: int
-) -> dict[str, Any]:
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+def name_of(dtype: torch.dtype) -> str:
+    return str(TRITON_DTYPES[dtype])
+
+
+def specs() -> Iterator[Spec]:
+    """Kernels as the launchers launch them: for every pair of dtypes that is used, with options for the common ones."""
+    yield sum_sq_spec("", ALL, NO_METRIC | NO_EMA | {"inv_scale_ptr"})
+    yield "stats", _stats_kernel, {}, set()
+    for dtype in (F32, BF16, F16):
+        constants = {"DTYPE": TRITON_DTYPES[dtype], "CHUNK": CHUNK, "BLOCK": launch_config(dtype).block}
+        yield f"restore-{name_of(dtype)}", _restore_kernel, constants, set()
+    for pair in ALL:
+        name, constants = f"{name_of(pair[0])}-{name_of(pair[1])}", elementwise(pair)
+        steps = {**constants, "STEPS_BLOCK": _STEPS_BLOCK}
+        yield f"perturb-{name}", _perturb_kernel, constants, NO_EMA | {"metric_ptr", "inv_scale_ptr"}
+        yield f"restore_sgd-{name}", _restore_sgd_kernel, constants, {"g_kept_ptrs"}
+        yield f"restore_adamw-{name}", _restore_adamw_kernel, steps, {"g_kept_ptrs"}
+    for pair in COMMON:
+        name, constants = f"{name_of(pair[0])}-{name_of(pair[1])}", elementwise(pair)
+        steps = {**constants, "STEPS_BLOCK": _STEPS_BLOCK}
+        yield sum_sq_spec(f"-metric-{name}", [pair], NO_EMA)
+        yield sum_sq_spec(f"-ema-{name}", [pair], NO_METRIC)
+        yield f"perturb-metric-{name}", _perturb_kernel, constants, NO_EMA
+        yield f"perturb-ema-{name}", _perturb_kernel, constants, {"metric_ptr"}
+        yield f"restore_sgd-kept-{name}", _restore_sgd_kernel, constants, set()
+        yield f"restore_adamw-kept-{name}", _restore_adamw_kernel, steps, set()
+    yield "restore_sgd-plain", _restore_sgd_kernel, elementwise(COMMON[0]), {"g_kept_ptrs", "buf_ptrs"}
+
+
+def sum_sq_spec(name: str, pairs: Any, absent: set[str]) -> Spec:
+    types = tuple((TRITON_DTYPES[w], TRITON_DTYPES[g], launch_config(w, g, vectors=2).block) for w, g in pairs)
+    constants = {"TYPES": types, "CHUNK": CHUNK, "FINISH_BLOCK": _FINISH_BLOCK}
+    return f"sum_sq{name}", _sum_sq_kernel, constants, absent
+
+
+def elementwise(pair: Pair) -> dict[str, Any]:
+    w, g = pair
+    block = launch_config(w, g).block
+    return {"W_DTYPE": TRITON_DTYPES[w], "G_DTYPE": TRITON_DTYPES[g], "CHUNK": CHUNK, "BLOCK": block}
+
+
+def type_of(argument: str, kernel: Any) -> str:
+    if argument in DOUBLES or (argument == "scalars_ptr" and kernel is _restore_adamw_kernel):
+        return "*fp64"
+    if argument.endswith("_ptrs") or argument == "rows_ptr":
+        return "*i64"
+    if argument in INTS:
+        return "*i32"
+    return "*fp32" if argument.endswith("_ptr") else "i32"
+
+
+def compile_one(kernel: Any, constants: dict[str, Any], absent: set[str], arch: int) -> dict[str, Any]:
+    constants = {**constants, **dict.fromkeys(absent)}
+    signature = {a: "constexpr" if a in constants else type_of(a, kernel) for a in kernel.arg_names}
+    options = {"num_warps": NUM_WARPS}
+    if kernel is _restore_adamw_kernel:
+        options["maxnreg"] = MAX_REGISTERS
+    assembler = io.StringIO()
+    with contextlib.redirect_stdout(assembler):
+        source = ASTSource(kernel, signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     accesses = re.findall(r"\b(ld|st)\.global[\w.:]*?((?:\.v\d)?\.[bfus]\d+)\b", ptx)
     return {
         "ptx": ptx,
         "shared": compiled.metadata.shared,
         "global": [operation + width for operation, width in accesses],
-        **resource_use(ptx, capability),
+        **resource_use(assembler.getvalue()),
     }
 
 
-def resource_use(ptx: str, capability: int) -> dict[str, int]:
-    ptxas = triton.knobs.nvidia.ptxas.path
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        arch = f"sm_{capability}a" if f"sm_{capability}a" in ptx else f"sm_{capability}"
-        command = [ptxas, "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+def resource_use(report: str) -> dict[str, int]:
+    """What ptxas said of the kernel."""
     patterns = {
         "registers": r"Used (\d+) registers",
         "spill_stores": r"(\d+) bytes spill stores",
@@ -100,8 +120,8 @@ def resource_use(ptx: str, capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    capabilities = [int(argument) for argument in sys.argv[1:]]
+    triton.knobs.nvidia.dump_ptxas_log = True
     json.dump(
-        {f"{name}-sm{c}": compile_one(*spec, c) for name, spec in kernels().items() for c in capabilities},
+        {f"{name}-sm{arch}": compile_one(*spec, int(arch)) for arch in sys.argv[1:] for name, *spec in specs()},
         sys.stdout,
     )

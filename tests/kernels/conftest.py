@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import lesam_kernels  # noqa: F401 (so that its modules can be watched)
+from tests.kernels.memory_spy import MemorySpy
+
 Make = Callable[..., Tensor]
 
 
@@ -52,6 +55,14 @@ def make(device: torch.device, rng: torch.Generator) -> Make:
         return values
 
     return make
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> MemorySpy:
+    """Watches the memory that interpreted kernels touch."""
+    if device.type == "cuda":
+        pytest.skip("watches the interpreter")
+    return MemorySpy(monkeypatch)
 
 
 @pytest.fixture

@@ -1,60 +1,60 @@
-"""Access 16 bytes at a time only where all of a row is aligned: a GPU would fault, a CPU does not."""
+"""Access 16 bytes at a time only where that is allowed, and wherever it is: a GPU would fault, a CPU does not."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lesam_kernels import TensorTable, perturb, restore, sum_sq
+from lesam_kernels import TensorTable, perturb, restore, restore_adamw, restore_sgd, sum_sq
+from tests.kernels.cases import F32, Make, table_of
+from tests.kernels.memory_spy import MemorySpy
 
-Make = Callable[..., Tensor]
 NUMEL = 2048 + 21
+VECTOR_BYTES = 4 * (2048 + 16)
+GRADS = ("g", "g_hat", "g_kept", "ema")
+COLUMNS = ("w", "copy", "momentum_buffer", "exp_avg", "exp_avg_sq", *GRADS)
 
 
-@pytest.fixture
-def vector_counts(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[int]:
-    """Collects what `vectorised` answers to the kernels; the interpreter calls it as a Python function."""
-    if device.type == "cuda":
-        pytest.skip("watches the interpreter")
-    counts: list[int] = []
-    for name in ("norm", "perturb", "restore"):
-        module = sys.modules[f"lesam_kernels.{name}"]
-
-        def spy(addresses, count, vectorised=module.vectorised):  # type: ignore[no-untyped-def]
-            result = vectorised(addresses, count)
-            counts.append(int(result.handle.data.item()))
-            return result
-
-        monkeypatch.setattr(module, "vectorised", spy)
-    return counts
+def one(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
 
 
-def scalars(sigma: float) -> tuple[Tensor, Tensor]:
-    return torch.ones((), dtype=torch.float64), torch.tensor([sigma, 0.2, 0.0], dtype=torch.float64)
+def radius(sigma: float) -> tuple[Tensor, Tensor]:
+    return one(dtype=torch.float64), torch.tensor([[sigma, 0.2, 0.0]], dtype=torch.float64)
 
 
-LAUNCHES = {
-    "sum_sq": (1, sum_sq),
-    "perturb-moved": (3, lambda table: perturb(table, *scalars(0.3))),
-    "perturb-unmoved": (3, lambda table: perturb(table, *scalars(0.0))),
-    "restore": (2, restore),
+LAUNCHES: dict[str, Callable[[TensorTable], Any]] = {
+    "sum_sq": lambda table: sum_sq(table, "g"),
+    "sum_sq-metric-ema": lambda table: sum_sq(table, "g", metric=one(1, 2), ema_scale=one(1)),
+    "perturb": lambda table: perturb(table, *radius(0.3)),
+    "perturb-metric-ema": lambda table: perturb(table, *radius(0.3), metric=one(1, 2), ema_scale=one(1)),
+    "perturb-unmoved": lambda table: perturb(table, *radius(0.0)),
+    "restore": restore,
+    "restore_sgd": lambda table: restore_sgd(table, one(1, 8) / 2),
+    "restore_adamw": lambda table: restore_adamw(table, one(1, 8, dtype=torch.float64) / 2),
 }
 
 
+@pytest.mark.parametrize("unaligned", [None, *COLUMNS])
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_every_address_counts(name: str, vector_counts: list[int], device: torch.device, make: Make) -> None:
-    num_lists, launch = LAUNCHES[name]
-    # Where nothing moves the gradient is not accessed.
-    accessed = {0, 2} if name == "perturb-unmoved" else set(range(num_lists))
-    for unaligned in (None, *accessed):
-        layouts = ["offset1" if i == unaligned else "contiguous" for i in range(num_lists)]
-        lists = [[make(NUMEL, torch.float32, layout)] for layout in layouts]
-        table = TensorTable(device, chunk=2048)
-        table.update(*lists)
-        vector_counts.clear()
-        launch(table)
-        assert vector_counts == ([2048, 16] if unaligned is None else [0, 0])
+def test_promises_are_kept_and_made(name: str, unaligned: str | None, spy: MemorySpy, make: Make) -> None:
+    """An unaligned gradient costs its own vectors alone; in sum_sq those of the row."""
+    columns = {c: [make(NUMEL, F32, "offset1" if c == unaligned else "contiguous").abs_()] for c in COLUMNS}
+    for column, tensors in columns.items():
+        spy.watch(column, tensors)
+    steps = [torch.zeros(())]
+    table = table_of(columns["w"], step=steps, **{name: columns[name] for name in columns if name != "w"})
+    LAUNCHES[name](table)
+    assert not spy.broken
+    accessed = spy.loaded | spy.stored
+    for column in accessed:
+        accesses = (spy.loaded[column] + spy.stored[column]) // (4 * NUMEL)
+        assert spy.loaded[column] + spy.stored[column] == accesses * 4 * NUMEL
+        hit = unaligned is not None and unaligned in accessed
+        alone = hit and unaligned in GRADS and not name.startswith("sum_sq")
+        scalar = column in GRADS if alone else hit
+        assert spy.promised[column] == (0 if scalar else accesses * VECTOR_BYTES)

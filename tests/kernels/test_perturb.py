@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from lesam_kernels import TensorTable, perturb, restore, sum_sq
-from lesam_kernels.launch_config import CHUNK, SUPPORTED_DTYPES
-
-Make = Callable[..., Tensor]
-SMALL_CHUNK = 2048
-SIZES = (1, 15, 2047, 0, 2048, 2049, 5003)
+from lesam_kernels import perturb, sum_sq
+from lesam_kernels.launch_config import CHUNK
+from tests.kernels.cases import (
+    ALL_PAIRS,
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    SIZES,
+    SMALL_CHUNK,
+    USED_PAIRS,
+    Make,
+    clones,
+    nan_like,
+    pair_id,
+    same_bits,
+    scalar,
+    table_of,
+)
 
 # Units in the last place of w's dtype. The kernel rounds once more than the oracle (to float32, then to w's
 # dtype); the interpreter truncates to bfloat16 where a GPU rounds to nearest.
-ULPS = {torch.float32: 1, torch.bfloat16: 1, torch.float16: 1}
-# The step itself is off by the roundings of rho/norm and of the unfused product: 2 * 2**-24, relative.
+ULPS = {F32: 1, BF16: 1, F16: 1}
+# The step itself is off by the roundings of rho/norm and of the unfused product: 2 * 2**-24, relative. A metric and
+# an average add six more.
 STEP_REL = 2**-22
 
-PAIRS = pytest.mark.parametrize(("w_dtype", "g_dtype"), list(itertools.product(SUPPORTED_DTYPES, repeat=2)), ids=str)
-DTYPES = pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
+PAIRS = pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 class Radius(NamedTuple):
@@ -47,48 +60,38 @@ RADIUS = RADII["no-cap"]
 class Case:
     """Weights, gradients and copies; remembers the first weights."""
 
-    def __init__(self, w: Sequence[Tensor], g: Sequence[Tensor], chunk: int = SMALL_CHUNK) -> None:
+    def __init__(self, w: Sequence[Tensor], g: Sequence[Tensor], chunk: int = SMALL_CHUNK, **more: Any) -> None:
         self.w, self.g = list(w), list(g)
-        self.copies = [torch.full_like(t, math.nan) for t in w]
-        self.before = [t.clone() for t in w]
-        self.device = w[0].device
-        self.table = TensorTable(self.device, chunk=chunk)
+        self.copies, self.before = nan_like(w), clones(w)
+        self.table = table_of(w, g=g, copy=self.copies, chunk=chunk, **more)
 
-    def run(self, sum_sq: float, radius: Radius) -> list[float]:
-        self.table.update(self.w, self.g, self.copies)
-        stats = perturb(self.table, self.scalar(sum_sq), self.scalar(radius))
+    def run(self, sum_sq: float, *radii: Radius, **options: Tensor) -> list[float]:
+        radius = torch.tensor(radii, dtype=torch.float64, device=self.w[0].device)
+        stats = perturb(self.table, scalar(sum_sq, self.w[0]), radius, **options)
         assert stats.shape == (3,)
         assert stats.dtype == torch.float64
         return stats.tolist()
 
-    def scalar(self, value: float | Radius) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
-
     def grad_sum_sq(self) -> float:
         return sum(float(t.double().square().sum()) for t in self.g)
 
-    def check_moved(self, norm: float, rho: float) -> None:
-        self.check_saved()
-        for w, g, before in zip(self.w, self.g, self.before, strict=True):
-            step = rho / norm * g.double()
+    def check_moved(self, *scales: float) -> None:
+        """By rho/norm times the gradient; one scale for all, or one each."""
+        directions = [t.double() for t in self.g]
+        self.check_steps([s * d for s, d in zip(scales * (len(self.w) // len(scales)), directions, strict=True)])
+
+    def check_steps(self, steps: Sequence[Tensor], step_rel: float = STEP_REL) -> None:
+        assert same_bits(self.copies, self.before)
+        for w, step, before in zip(self.w, steps, self.before, strict=True):
             expected = before.double() + step
             info = torch.finfo(w.dtype)
             ulp = info.eps * expected.abs().clamp_min(info.smallest_normal)
             error = (w.double() - expected).abs()
-            assert (error <= ULPS[w.dtype] * ulp + STEP_REL * step.abs()).all()
+            assert (error <= ULPS[w.dtype] * ulp + step_rel * step.abs()).all()
 
     def check_unmoved(self) -> None:
-        self.check_saved()
-        for w, before in zip(self.w, self.before, strict=True):
-            assert torch.equal(bits(w), bits(before))
-
-    def check_saved(self) -> None:
-        for copy, before in zip(self.copies, self.before, strict=True):
-            assert torch.equal(bits(copy), bits(before))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+        assert same_bits(self.copies, self.before)
+        assert same_bits(self.w, self.before)
 
 
 def oracle(sum_sq: float, radius: Radius) -> tuple[float, float]:
@@ -100,7 +103,7 @@ def check(case: Case, radius: Radius) -> None:
     squared = case.grad_sum_sq()
     norm, rho = oracle(squared, radius)
     assert case.run(squared, radius) == pytest.approx([norm, rho, 0.0], rel=1e-14)
-    case.check_moved(norm, rho)
+    case.check_moved(rho / norm)
 
 
 @PAIRS
@@ -114,19 +117,19 @@ def check(case: Case, radius: Radius) -> None:
     ],
     ids=["aligned", "g-unaligned", "w-unaligned", "all-unaligned"],
 )
-def test_every_dtype_pair(w_layout: str, g_layout: str, w_dtype: torch.dtype, g_dtype: torch.dtype, make: Make) -> None:
-    w = [make(n, w_dtype, w_layout) for n in SIZES]
-    g = [make(n, g_dtype, g_layout) for n in SIZES]
+def test_every_dtype_pair(w_layout: str, g_layout: str, pair: tuple[torch.dtype, torch.dtype], make: Make) -> None:
+    w = [make(n, pair[0], w_layout) for n in SIZES]
+    g = [make(n, pair[1], g_layout) for n in SIZES]
     check(Case(w, g), RADII["cap-active"])
 
 
 @pytest.mark.parametrize("name", RADII)
 def test_every_radius(name: str, make: Make) -> None:
-    w, g = ([make(n, torch.float32) for n in (5, 2100)] for _ in range(2))
+    w, g = ([make(n, F32) for n in (5, 2100)] for _ in range(2))
     check(Case(w, g), RADII[name])
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("numel", [CHUNK - 1, CHUNK, CHUNK + 1], ids=["CHUNK-1", "CHUNK", "CHUNK+1"])
 def test_default_chunk(numel: int, dtype: torch.dtype, make: Make) -> None:
     check(Case([make(numel, dtype)], [make(numel, dtype)], CHUNK), RADII["cap-active"])
@@ -135,36 +138,127 @@ def test_default_chunk(numel: int, dtype: torch.dtype, make: Make) -> None:
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 def test_dense_layouts(layout: str, make: Make) -> None:
     shapes = [(5, 7, 3, 11), (3, 1, 5, 5)]
-    w, g = ([make(shape, torch.float32, layout) for shape in shapes] for _ in range(2))
+    w, g = ([make(shape, F32, layout) for shape in shapes] for _ in range(2))
     check(Case(w, g), RADIUS)
 
 
 def test_long_list_of_mixed_dtype_pairs(make: Make, rng: torch.Generator) -> None:
     """Every tensor is moved once although each pair of dtypes has its own launch."""
     sizes = torch.randint(0, 2500, (60,), generator=rng).tolist()
-    pairs = list(itertools.product(SUPPORTED_DTYPES, repeat=2))
-    w = [make(n, pairs[i % 9][0]) for i, n in enumerate(sizes)]
-    g = [make(n, pairs[i % 9][1]) for i, n in enumerate(sizes)]
+    w = [make(n, ALL_PAIRS[i % 9][0]) for i, n in enumerate(sizes)]
+    g = [make(n, ALL_PAIRS[i % 9][1]) for i, n in enumerate(sizes)]
     check(Case(w, g), RADII["cap-active"])
 
 
 def test_the_norm_of_a_larger_gradient(make: Make) -> None:
     """A shard moves by its part of the whole gradient."""
-    case = Case([make(100, torch.float32)], [make(100, torch.float32)])
+    case = Case([make(100, F32)], [make(100, F32)])
     norm, rho = oracle(1e4, RADIUS)
     assert case.run(1e4, RADIUS) == pytest.approx([norm, rho, 0.0], rel=1e-14)
-    case.check_moved(norm, rho)
+    case.check_moved(rho / norm)
 
 
 def test_the_realised_distance_is_rho(make: Make, device: torch.device) -> None:
-    w = [torch.zeros(n, device=device) for n in SIZES]
-    g = [make(n, torch.float32) for n in SIZES]
-    grads, table = TensorTable(device), TensorTable(device)
-    copies = [torch.empty_like(t) for t in w]
-    grads.update(g)
-    table.update(w, g, copies)
-    _, rho, _ = perturb(table, sum_sq(grads), torch.tensor(RADIUS, dtype=torch.float64, device=device))
-    assert math.sqrt(sum(float(t.double().square().sum()) for t in w)) == pytest.approx(rho.item(), rel=1e-6)
+    case = Case([torch.zeros(n, device=device) for n in SIZES], [make(n, F32) for n in SIZES])
+    _, rho, _ = case.run(sum_sq(case.table, "g").item(), RADIUS)
+    assert math.sqrt(sum(float(t.double().square().sum()) for t in case.w)) == pytest.approx(rho, rel=1e-6)
+
+
+def test_every_group_has_its_radius(make: Make) -> None:
+    """In each launch; the reported one is that of the table's first row."""
+    radii = [RADIUS, Radius(sigma=0.0, rho_max=1.0), RADII["sam"]]
+    groups, sizes, dtypes = [2, 0, 1, 0], (5, 2100, 40, 3), (F32, F32, F32, F16)
+    w, g = ([make(n, dtype) for n, dtype in zip(sizes, dtypes, strict=True)] for _ in range(2))
+    case = Case(w, g, groups=groups)
+    squared = case.grad_sum_sq()
+    norm = math.sqrt(squared)
+    rhos = [oracle(squared, radius)[1] for radius in radii]
+    assert case.run(squared, *radii) == pytest.approx([norm, rhos[2], 0.0], rel=1e-14)
+    case.check_moved(*(rhos[group] / norm for group in groups))
+    assert same_bits([case.w[2]], [case.before[2]])
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.0], ids=["moved", "unmoved"])
+def test_rows_without_gradient_or_copy_are_left_alone(sigma: float, make: Make) -> None:
+    w, g = ([make(n, F32) for n in (2100, 5, 33)] for _ in range(2))
+    before, copies = clones(w), nan_like(w)
+    table = table_of(w, g=[g[0], None, g[2]], copy=[None, copies[1], copies[2]])
+    perturb(table, scalar(1.0, w[0]), torch.tensor([[sigma, 0.2, 0.0]], dtype=torch.float64, device=w[0].device))
+    assert same_bits(w[:2], before[:2])
+    assert same_bits(copies, [*nan_like(w[:2]), before[2]])
+    assert same_bits(w[2:], before[2:]) == (sigma == 0.0)
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", USED_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("layout", ["contiguous", "offset1"])
+@pytest.mark.parametrize(
+    "names",
+    [("metric",), ("ema_scale",), ("inv_scale",), ("metric", "ema_scale", "inv_scale")],
+    ids="-".join,
+)
+def test_options(names: Sequence[str], layout: str, pair: tuple[torch.dtype, torch.dtype], make: Make) -> None:
+    """w + rho/norm * T^2 * v, with T and v as in sum_sq, for two groups."""
+    sizes, groups = (2069, 0, 33), [0, 0, 1]
+    w = [make(n, pair[0]) for n in sizes]
+    g, ema = ([make(n, pair[1], layout) for n in sizes] for _ in range(2))
+    device = w[0].device
+    given = {
+        "metric": torch.tensor([[1.0, 0.01], [0.5, 2.0]], device=device),
+        "ema_scale": torch.tensor([0.9, -0.3], device=device),
+        "inv_scale": torch.tensor(0.125, device=device),
+    }
+    given = {name: given[name] for name in names}
+    case = Case(w, g, groups=groups, ema=ema)
+    steps, slack = [], []
+    rho, norm = 0.2, 16.0
+    for before, grad, average, group in zip(case.before, g, ema, groups, strict=True):
+        v = grad.double() * given["inv_scale"].double() if "inv_scale" in given else grad.double()
+        size = v.abs()
+        if "ema_scale" in given:
+            subtracted = given["ema_scale"][group].double() * average.double()
+            v, size = v - subtracted, size + subtracted.abs()
+        if "metric" in given:
+            p, q = given["metric"][group].double()
+            metric = (p * before.double().abs() + q).square()
+            v, size = v * metric, size * metric
+        steps.append(rho / norm * v)
+        slack.append(rho / norm * size)
+    case.run(norm**2, *[Radius(math.inf, rho)] * 2, **given)
+    assert same_bits(case.copies, case.before)
+    for after, before, step, size in zip(case.w, case.before, steps, slack, strict=True):
+        expected = before.double() + step
+        ulp = torch.finfo(after.dtype).eps * expected.abs().clamp_min(torch.finfo(after.dtype).smallest_normal)
+        # Near a cancellation the step is as exact as what was subtracted.
+        assert ((after.double() - expected).abs() <= ulp + 4 * STEP_REL * size).all()
+
+
+def test_an_asam_step_has_its_length(make: Make, device: torch.device) -> None:
+    """In the metric of T, the perturbation is rho long: sum_sq and perturb agree on T."""
+    case = Case([make(n, F32) for n in SIZES], [make(n, F32) for n in SIZES])
+    metric = torch.tensor([[1.0, 0.01]], device=device)
+    squared = sum_sq(case.table, "g", metric=metric).item()
+    case.run(squared, Radius(math.inf, 0.5), metric=metric)
+    length = 0.0
+    for w, before in zip(case.w, case.before, strict=True):
+        length += float(((w.double() - before.double()) / (before.double().abs() + 0.01)).square().sum())
+    assert math.sqrt(length) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_scaled_loss_changes_nothing(make: Make, device: torch.device) -> None:
+    """A power of two is exact: scaled gradients and inv_scale give the bits of the unscaled ones."""
+    w, g = [make(5003, F32)], [make(5003, F32)]
+    plain, scaled = Case(w, g), Case(clones(w), [1024 * t for t in g])
+    inv_scale = torch.tensor(1 / 1024, device=device)
+    squared = sum_sq(plain.table, "g")
+    assert torch.equal(squared, sum_sq(scaled.table, "g", inv_scale=inv_scale))
+    assert plain.run(squared.item(), RADIUS) == scaled.run(squared.item(), RADIUS, inv_scale=inv_scale)
+    assert same_bits(plain.w, scaled.w)
+
+
+# ---- what keeps every bit ----------------------------------------------------------------------------------------
 
 
 def special(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -176,7 +270,7 @@ def special(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     ]
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("infinite_cap", [False, True], ids=["cap", "no-cap"])
 def test_zero_sigma_keeps_every_bit(infinite_cap: bool, dtype: torch.dtype, make: Make, device: torch.device) -> None:
     w = special(dtype, device)
@@ -186,7 +280,7 @@ def test_zero_sigma_keeps_every_bit(infinite_cap: bool, dtype: torch.dtype, make
     case.check_unmoved()
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("name", RADII)
 def test_zero_gradient_keeps_every_bit(name: str, dtype: torch.dtype, device: torch.device) -> None:
     w = special(dtype, device)
@@ -195,7 +289,7 @@ def test_zero_gradient_keeps_every_bit(name: str, dtype: torch.dtype, device: to
     case.check_unmoved()
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("name", RADII)
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_non_finite_gradient_keeps_every_bit(bad: float, name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -207,7 +301,7 @@ def test_non_finite_gradient_keeps_every_bit(bad: float, name: str, dtype: torch
     case.check_unmoved()
 
 
-@DTYPES
+@EACH_DTYPE
 def test_nan_sigma_keeps_every_bit(dtype: torch.dtype, device: torch.device) -> None:
     """It is reported, and not taken for a radius of rho_max."""
     w = special(dtype, device)
@@ -222,10 +316,9 @@ def test_nan_sigma_keeps_every_bit(dtype: torch.dtype, device: torch.device) -> 
 @pytest.mark.parametrize("squared", [0.0, 9.0, math.inf])
 def test_a_rank_without_elements_still_reports(squared: float, count: int, device: torch.device) -> None:
     empty = [torch.zeros(0, device=device) for _ in range(count)]
-    table = TensorTable(device)
-    table.update(empty, empty, empty)
+    table = table_of(empty, g=empty, copy=empty, device=device)
     squared_norm = torch.tensor(squared, dtype=torch.float64, device=device)
-    stats = perturb(table, squared_norm, torch.tensor(RADIUS, dtype=torch.float64, device=device)).tolist()
+    stats = perturb(table, squared_norm, torch.tensor([RADIUS], dtype=torch.float64, device=device)).tolist()
     rho = oracle(squared, RADIUS)[1] if 0 < squared < math.inf else 0.0
     assert stats == pytest.approx([math.sqrt(squared), rho, float(squared == math.inf)], rel=1e-14)
 
@@ -234,16 +327,15 @@ def test_a_rank_without_elements_still_reports(squared: float, count: int, devic
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("sigma", [0.3, 0.0], ids=["moved", "unmoved"])
 def test_nothing_else_is_written(
-    sigma: float, shift: int, w_dtype: torch.dtype, g_dtype: torch.dtype, device: torch.device, make: Make
+    sigma: float, shift: int, pair: tuple[torch.dtype, torch.dtype], device: torch.device, make: Make
 ) -> None:
     """Tensors in the middle of a larger buffer leave what is around them alone."""
     pad, numel = 32 + shift, 2048 + 333
-    w, g, copies = (torch.full((numel + 80,), 7.0, dtype=d, device=device) for d in (w_dtype, g_dtype, w_dtype))
-    inner = [t[pad : pad + numel] for t in (w, g, copies)]
-    inner[0].copy_(make(numel, w_dtype))
-    table = TensorTable(device, chunk=SMALL_CHUNK)
-    table.update(*([t] for t in inner))
-    radius = torch.tensor(Radius(sigma, 0.2), dtype=torch.float64, device=device)
+    w, g, copies = (torch.full((numel + 80,), 7.0, dtype=d, device=device) for d in (pair[0], pair[1], pair[0]))
+    w_inner, g_inner, copy_inner = ([t[pad : pad + numel]] for t in (w, g, copies))
+    w_inner[0].copy_(make(numel, pair[0]))
+    table = table_of(w_inner, g=g_inner, copy=copy_inner)
+    radius = torch.tensor([Radius(sigma, 0.2)], dtype=torch.float64, device=device)
     perturb(table, torch.tensor(float(numel), dtype=torch.float64, device=device), radius)
     assert (g == 7.0).all()
     for buffer in (w, copies):
@@ -251,96 +343,69 @@ def test_nothing_else_is_written(
         assert (buffer[pad + numel :] == 7.0).all()
 
 
-def test_results_do_not_share_memory(make: Make) -> None:
-    case = Case([make(3, torch.float32)], [make(3, torch.float32)])
-    case.table.update(case.w, case.g, case.copies)
-    first = perturb(case.table, case.scalar(4.0), case.scalar(RADIUS))
-    second = perturb(case.table, case.scalar(9.0), case.scalar(RADIUS))
+def test_results_do_not_share_memory(make: Make, device: torch.device) -> None:
+    case = Case([make(3, F32)], [make(3, F32)])
+    radius = torch.tensor([RADIUS], dtype=torch.float64, device=device)
+    first, second = (perturb(case.table, scalar(value, case.w[0]), radius) for value in (4.0, 9.0))
     assert (first[0].item(), second[0].item()) == (2.0, 3.0)
 
 
 def test_autograd_notices_the_write(device: torch.device) -> None:
     w = torch.nn.Parameter(torch.ones(3, device=device))
     loss = (w * w).sum()  # saves w
-    table = TensorTable(device)
-    table.update([w], [torch.ones(3, device=device)], [torch.zeros(3, device=device)])
-    one, radius = torch.ones((), dtype=torch.float64), torch.tensor(RADIUS, dtype=torch.float64)
-    perturb(table, one.to(device), radius.to(device))
+    Case([w], [torch.ones(3, device=device)]).run(1.0, RADIUS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def arguments(device: torch.device) -> tuple[TensorTable, Tensor, Tensor]:
-    table = TensorTable(device)
-    table.update(*([torch.ones(3, device=device)] for _ in range(3)))
+# ---- what it refuses ---------------------------------------------------------------------------------------------
+
+
+def arguments(device: torch.device) -> tuple[Case, Tensor, Tensor]:
     one = torch.ones((), dtype=torch.float64, device=device)
-    return table, one, torch.ones(3, dtype=torch.float64, device=device)
+    case = Case([torch.ones(3, device=device)], [torch.ones(3, device=device)], groups=[1])
+    return case, one, torch.ones(2, 3, dtype=torch.float64, device=device)
 
 
-def test_takes_three_lists(device: torch.device) -> None:
-    table, one, radius = arguments(device)
-    table.update([torch.ones(3, device=device)], [torch.ones(3, device=device)])
-    with pytest.raises(ValueError, match="2 lists"):
-        perturb(table, one, radius)
+@pytest.mark.parametrize("column", ["g", "copy"])
+def test_needs_the_columns_that_it_reads(column: str, device: torch.device) -> None:
+    case, one, radius = arguments(device)
+    case.table.clear(column)
+    with pytest.raises(ValueError, match=f"no column '{column}'"):
+        perturb(case.table, one, radius)
 
 
-def test_a_copy_must_hold_the_bits(device: torch.device) -> None:
-    table, one, radius = arguments(device)
-    w = torch.ones(3, device=device)
-    table.update([w], [w.clone()], [w.bfloat16()])
-    with pytest.raises(TypeError, match=r"float32 but its copy torch\.bfloat16"):
-        perturb(table, one, radius)
+def test_needs_an_average_for_every_gradient(device: torch.device) -> None:
+    case, one, radius = arguments(device)
+    case.table.set("ema", [None])
+    with pytest.raises(ValueError, match="parameter 0 has a tensor in column 'g' but none in 'ema'"):
+        perturb(case.table, one, radius, ema_scale=torch.ones(2, device=device))
 
 
 def test_checks_the_scalars(device: torch.device) -> None:
-    table, one, radius = arguments(device)
+    case, one, radius = arguments(device)
     with pytest.raises(TypeError, match=r"sum_sq is torch\.float32"):
-        perturb(table, one.float(), radius)
-    with pytest.raises(ValueError, match=r"radius has shape \(2,\)"):
-        perturb(table, one, radius[:2])
+        perturb(case.table, one.float(), radius)
+    with pytest.raises(ValueError, match=r"radius has shape \(1, 3\) .* of shape \(2, 3\)"):
+        perturb(case.table, one, radius[:1])
     with pytest.raises(ValueError, match=r"radius .* 'meta'"):
-        perturb(table, one, radius.to("meta"))
+        perturb(case.table, one, radius.to("meta"))
+    with pytest.raises(ValueError, match="metric"):
+        perturb(case.table, one, radius, metric=torch.ones(2, device=device))
 
 
 @pytest.mark.gpu
 @PAIRS
 @pytest.mark.parametrize("layout", ["contiguous", "offset1"])
 def test_rounds_to_nearest_on_a_gpu(
-    layout: str, w_dtype: torch.dtype, g_dtype: torch.dtype, make: Make, cuda: torch.device
+    layout: str, pair: tuple[torch.dtype, torch.dtype], make: Make, cuda: torch.device
 ) -> None:
     """Bit for bit: float64 holds the exact result of the fma far beyond float32's rounding."""
-    case = Case([make(n, w_dtype, layout) for n in SIZES], [make(n, g_dtype, layout) for n in SIZES])
+    case = Case([make(n, pair[0], layout) for n in SIZES], [make(n, pair[1], layout) for n in SIZES])
     squared = case.grad_sum_sq()
     radius = RADII["cap-active"]
     norm, rho = oracle(squared, radius)
     case.run(squared, radius)
     scale = torch.tensor(rho / norm).float().double().to(cuda)
     for w, g, before in zip(case.w, case.g, case.before, strict=True):
-        assert torch.equal(w, (before.double() + scale * g.double()).float().to(w_dtype))
-
-
-@pytest.fixture
-def sync_is_an_error(cuda: torch.device) -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("sync_is_an_error")
-def test_a_step_never_waits_for_the_device(cuda: torch.device) -> None:
-    w = [torch.ones(n, device=cuda) for n in (5, CHUNK + 1)]
-    copies = [torch.empty_like(t) for t in w]
-    radius = torch.tensor(RADIUS, dtype=torch.float64, device=cuda)
-    norm, climb, back = (TensorTable(cuda) for _ in range(3))
-    grads = []
-    for step in range(4):
-        if step == 1:  # the first step compiles
-            torch.cuda.set_sync_debug_mode("error")
-        grads.append([torch.ones_like(t) for t in w])  # kept, so that every step has new addresses
-        norm.update(grads[-1])
-        climb.update(w, grads[-1], copies)
-        back.update(w, copies)
-        perturb(climb, sum_sq(norm), radius)
-        restore(back)
-    torch.cuda.set_sync_debug_mode("default")
-    assert all((t == 1).all() for t in w)
+        assert torch.equal(w, (before.double() + scale * g.double()).float().to(pair[0]))

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from lesam_kernels import TensorTable, perturb, restore
-from lesam_kernels.launch_config import CHUNK, SUPPORTED_DTYPES, TRITON_DTYPES, launch_config
+from lesam_kernels import perturb, restore
+from lesam_kernels.launch_config import CHUNK, TRITON_DTYPES, launch_config
 from lesam_kernels.restore import _restore_kernel
+from tests.kernels.cases import (
+    DTYPES,
+    F32,
+    SIZES,
+    Make,
+    bits,
+    clones,
+    nan_like,
+    same_bits,
+    scalar,
+    table_of,
+)
 
-Make = Callable[..., Tensor]
-SMALL_CHUNK = 2048
-SIZES = (1, 15, 2047, 0, 2048, 2049, 5003)
-DTYPES = pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def random_bits(numel: int, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Tensor:
     """Every bit pattern: infinities, subnormals, -0, NaNs with payloads, quiet and signalling."""
-    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    integer = torch.int32 if dtype == F32 else torch.int16
     info = torch.iinfo(integer)
     pattern = torch.randint(info.min, info.max + 1, (numel,), generator=rng).to(integer)
     signalling_nan = {torch.float32: 0x7F800001, torch.bfloat16: 0x7F81, torch.float16: 0x7C01}
@@ -33,7 +37,7 @@ def random_bits(numel: int, dtype: torch.dtype, rng: torch.Generator, device: to
     return pattern.to(device).view(dtype)
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("w_layout", ["contiguous", "offset1"])
 @pytest.mark.parametrize("copy_layout", ["contiguous", "offset1"])
 def test_every_bit_pattern(
@@ -49,64 +53,59 @@ def test_every_bit_pattern(
     saved = [random_bits(n, dtype, rng, device) for n in SIZES]
     for copy, value in zip(copies, saved, strict=True):
         bits(copy).copy_(bits(value))
-    table = TensorTable(device, chunk=SMALL_CHUNK)
-    table.update(w, copies)
-    restore(table)
-    for tensor in (w, copies):
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(tensor, saved, strict=True))
+    restore(table_of(w, copy=copies, g=w))
+    assert same_bits(w, saved)
+    assert same_bits(copies, saved)
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("numel", [CHUNK - 1, CHUNK, CHUNK + 1], ids=["CHUNK-1", "CHUNK", "CHUNK+1"])
-def test_default_chunk(numel: int, dtype: torch.dtype, make: Make, device: torch.device) -> None:
-    w, copy = make(numel, dtype), make(numel, dtype)
-    table = TensorTable(device)
-    table.update([w], [copy])
-    restore(table)
-    assert torch.equal(bits(w), bits(copy))
+def test_default_chunk(numel: int, dtype: torch.dtype, make: Make) -> None:
+    w, copies = [make(numel, dtype)], [make(numel, dtype)]
+    restore(table_of(w, copy=copies, g=w, chunk=CHUNK))
+    assert same_bits(w, copies)
 
 
 @pytest.mark.parametrize("sum_sq", [4.0, 0.0, math.inf, math.nan])
 def test_undoes_perturb(sum_sq: float, make: Make, device: torch.device, rng: torch.Generator) -> None:
-    sizes = torch.randint(0, 2500, (60,), generator=rng).tolist()
-    w = [make(n, SUPPORTED_DTYPES[i % 3]) for i, n in enumerate(sizes)]
-    g = [make(n, SUPPORTED_DTYPES[i % 2]) for i, n in enumerate(sizes)]
-    copies = [torch.full_like(t, math.nan) for t in w]
-    before = [t.clone() for t in w]
-    climb, back = TensorTable(device), TensorTable(device)
-    climb.update(w, g, copies)
-    back.update(w, copies)
-    radius = torch.tensor([0.3, 0.2, 1e-12], dtype=torch.float64, device=device)
-    perturb(climb, torch.tensor(sum_sq, dtype=torch.float64, device=device), radius)
-    restore(back)
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(w, before, strict=True))
+    sizes = torch.randint(0, 2500, (30,), generator=rng).tolist()
+    w = [make(n, DTYPES[i % 3]) for i, n in enumerate(sizes)]
+    g = [make(n, DTYPES[i % 2]) for i, n in enumerate(sizes)]
+    before, copies = clones(w), nan_like(w)
+    table = table_of(w, g=[None if i % 7 == 0 else t for i, t in enumerate(g)], copy=copies)
+    perturb(table, scalar(sum_sq, w[0]), torch.tensor([[0.3, 0.2, 1e-12]], dtype=torch.float64, device=device))
+    restore(table)
+    assert same_bits(w, before)
+
+
+def test_only_what_was_perturbed(make: Make) -> None:
+    """Rows without a copy or a first gradient were not; there the copy is anything."""
+    w = [make(n, F32) for n in (2100, 5, 33)]
+    before, copies = clones(w), nan_like(w)
+    restore(table_of(w, g=[None, w[1], w[2]], copy=[copies[0], None, copies[2]]))
+    assert same_bits(w, [before[0], before[1], copies[2]])
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
-def test_dense_layouts(layout: str, make: Make, device: torch.device) -> None:
-    w, copy = (make((5, 7, 3, 11), torch.float32, layout) for _ in range(2))
-    table = TensorTable(device)
-    table.update([w], [copy])
-    restore(table)
-    assert torch.equal(w, copy)
+def test_dense_layouts(layout: str, make: Make) -> None:
+    w, copies = ([make((5, 7, 3, 11), F32, layout)] for _ in range(2))
+    restore(table_of(w, copy=copies, g=w))
+    assert torch.equal(w[0], copies[0])
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_nothing_to_restore(count: int, device: torch.device) -> None:
     empty = [torch.zeros(0, device=device) for _ in range(count)]
-    table = TensorTable(device)
-    table.update(empty, empty)
-    restore(table)
+    restore(table_of(empty, copy=empty, g=empty, device=device))
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 def test_nothing_else_is_written(shift: int, dtype: torch.dtype, make: Make, device: torch.device) -> None:
     pad, numel = 32 + shift, 2048 + 333
     buffer = torch.full((numel + 80,), 7.0, dtype=dtype, device=device)
-    table = TensorTable(device, chunk=SMALL_CHUNK)
-    table.update([buffer[pad : pad + numel]], [make(numel, dtype)])
-    restore(table)
+    w, copies = [buffer[pad : pad + numel]], [make(numel, dtype)]
+    restore(table_of(w, copy=copies, g=w))
     assert (buffer[:pad] == 7.0).all()
     assert (buffer[pad + numel :] == 7.0).all()
 
@@ -120,15 +119,13 @@ def test_elements_beyond_two_to_the_31(device: torch.device) -> None:
         pytest.skip(f"no room for two tensors of 4 GiB: {error}")
     w[-CHUNK:] = 1.0
     copy[-5:] = 2.0
-    table = TensorTable(device)
-    table.update([w], [copy])
+    table = table_of([w], copy=[copy], g=[w], chunk=CHUNK)
     config = launch_config(torch.float16)
     with table.device_guard():
         _restore_kernel[(1,)](
-            table.addresses,
-            table.numels,
-            table.block_tensor,
-            table.block_chunk,
+            *(table.column(name) for name in ("w", "copy", "g")),
+            table.rows,
+            table.blocks,
             table.num_blocks - 1,
             DTYPE=TRITON_DTYPES[torch.float16],
             CHUNK=table.chunk,
@@ -142,22 +139,16 @@ def test_elements_beyond_two_to_the_31(device: torch.device) -> None:
 def test_autograd_notices_the_write(device: torch.device) -> None:
     w = torch.nn.Parameter(torch.ones(3, device=device))
     loss = (w * w).sum()  # saves w
-    table = TensorTable(device)
-    table.update([w], [torch.zeros(3, device=device)])
-    restore(table)
+    copies = [torch.zeros(3, device=device)]
+    restore(table_of([w], copy=copies, g=copies))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_takes_two_lists(device: torch.device) -> None:
-    table = TensorTable(device)
-    table.update([torch.ones(3, device=device)])
-    with pytest.raises(ValueError, match="1 lists"):
-        restore(table)
-
-
-def test_a_copy_must_hold_the_bits(device: torch.device) -> None:
-    table = TensorTable(device)
-    table.update([torch.ones(3, device=device)], [torch.ones(3, device=device, dtype=torch.bfloat16)])
-    with pytest.raises(TypeError, match=r"float32 but its copy torch\.bfloat16"):
+@pytest.mark.parametrize("column", ["g", "copy"])
+def test_needs_the_columns_that_it_reads(column: str, device: torch.device) -> None:
+    w = [torch.ones(3, device=device)]
+    table = table_of(w, copy=w, g=w)
+    table.clear(column)
+    with pytest.raises(ValueError, match=f"no column '{column}'"):
         restore(table)

@@ -1,4 +1,4 @@
-"""TensorTable: what it holds, when it is rebuilt or refreshed, what it refuses."""
+"""TensorTable: what it holds, when it is refreshed, what it refuses."""
 
 from __future__ import annotations
 
@@ -13,130 +13,144 @@ from torch import Tensor
 
 from lesam_kernels import TensorTable, sum_sq
 from lesam_kernels.launch_config import CHUNK
-
-Make = Callable[..., Tensor]
-
-
-@pytest.fixture
-def table(device: torch.device) -> TensorTable:
-    return TensorTable(device, chunk=2048)
+from lesam_kernels.tensor_table import GRAD_COLUMNS, PARAM_COLUMNS
+from tests.kernels.cases import BF16, F32, Make, Tensors, table_of
 
 
-def total(table: TensorTable, tensors: list[Tensor]) -> float:
-    table.update(tensors)
-    return sum_sq(table).item()
-
-
-def ones(numel: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+def ones(numel: int, device: torch.device, dtype: torch.dtype = F32) -> Tensor:
     return torch.ones(numel, device=device, dtype=dtype)
 
 
-def test_layout(table: TensorTable, device: torch.device) -> None:
-    """Rows are ordered by dtypes, in order of first appearance; empty tensors have none."""
-    half = torch.bfloat16
-    w = [ones(5000, device), ones(0, device), ones(7, device, half), ones(2048, device)]
-    g = [ones(5000, device), ones(0, device), ones(7, device), ones(2048, device)]
-    table.update(w, g)
-    order = [0, 3, 2]
-    assert table.num_lists == 2
-    assert table.addresses.tolist() == [[w[i].data_ptr(), g[i].data_ptr()] for i in order]
-    assert table.numels.tolist() == [5000, 2048, 7]
-    assert table.dtype_codes.tolist() == [0, 0, 1]
-    assert table.block_tensor.tolist() == [0, 0, 0, 1, 2]
-    assert table.block_chunk.tolist() == [0, 1, 2, 0, 0]
-    assert [tuple(group) for group in table.groups] == [
-        ((torch.float32, torch.float32), 0, 4),
-        ((half, torch.float32), 4, 1),
+@pytest.fixture
+def params(device: torch.device) -> list[Tensor]:
+    return [ones(3, device), ones(0, device), ones(2049, device), ones(5, device)]
+
+
+@pytest.fixture
+def table(params: list[Tensor]) -> TensorTable:
+    return table_of(params)
+
+
+def total(table: TensorTable, grads: Tensors) -> float:
+    table.set("g", grads)
+    return sum_sq(table, "g").item()
+
+
+def test_layout(device: torch.device) -> None:
+    """Rows are ordered by dtypes, in order of first appearance; empty parameters have none."""
+    numels, dtypes, groups = [0, 5000, 7, 2048, 2], [BF16, F32, BF16, F32, F32], [0, 2, 1, 0, 3]
+    w = [ones(n, device, dtype) for n, dtype in zip(numels, dtypes, strict=True)]
+    table = TensorTable(device, chunk=2048)
+    table.build(w, groups, [F32, F32, F32, F32, BF16])
+    table.set("copy", [None, w[1], None, w[3], w[4]])
+    order = [1, 3, 2, 4]
+    assert table.rows.tolist() == [[5000, 2, 0], [2048, 0, 0], [7, 1, 1], [2, 3, 2]]
+    assert table.blocks.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0], [3, 0]]
+    assert [tuple(segment)[:6] for segment in table.segments] == [
+        (F32, F32, 0, 2, 0, 4),
+        (BF16, F32, 2, 1, 4, 1),
+        (F32, BF16, 3, 1, 5, 1),
     ]
+    assert table.num_groups == 4
+    assert table.column("w").tolist() == [w[i].data_ptr() for i in order]
+    assert table.column("copy").tolist() == [w[1].data_ptr(), w[3].data_ptr(), 0, w[4].data_ptr()]
 
 
-def test_addresses_are_refreshed_in_place(table: TensorTable, device: torch.device) -> None:
+def test_addresses_are_refreshed_in_place(table: TensorTable, params: list[Tensor]) -> None:
     """What a captured CUDA graph reads stays where it is."""
-    old = [ones(3, device), ones(2049, device)]
-    table.update(old)
-    buffers = (table.addresses, table.numels, table.block_tensor)
-    new = [t * 2 for t in old]
-    assert total(table, new) == 4.0 * 2052
-    for before, after in zip(buffers, (table.addresses, table.numels, table.block_tensor), strict=True):
-        assert after is before
-    assert table.addresses.flatten().tolist() == [t.data_ptr() for t in new]
+    old, new = ([p * scale for p in params] for scale in (1, 2))
+    assert total(table, old) == 2057.0
+    buffer, rows, blocks = table.column("g"), table.rows, table.blocks
+    assert total(table, new) == 4.0 * 2057
+    assert (table.column("g"), table.rows, table.blocks) == (buffer, rows, blocks)
+    assert buffer.tolist() == [t.data_ptr() for t in new if t.numel()]
 
 
-def test_nothing_is_copied_when_nothing_changed(
-    table: TensorTable, device: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_copied_when_nothing_moved(
+    table: TensorTable, params: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameter = torch.nn.Parameter(ones(3, device))
-    table.update([parameter])
-    monkeypatch.setattr(TensorTable, "_stage", lambda *_: pytest.fail("copied"))
-    table.update([parameter])
-    table.update([parameter.data])  # another object for the same memory
+    table.set("g", params)
+    table.set("copy", [None, *params[1:]])
+    for name in ("_check_column", "_pin"):
+        monkeypatch.setattr(TensorTable, name, lambda *_: pytest.fail("did more than compare"))
+    table.set("g", [p.detach() for p in params])  # other objects for the same memory
+    table.set("copy", [None, *params[1:]])
 
 
-def test_same_address_other_size(table: TensorTable, device: torch.device) -> None:
+def test_gradients_come_and_go(table: TensorTable, params: list[Tensor]) -> None:
+    grads: list[Tensor | None] = [p * 2 for p in params]
+    assert total(table, grads) == 4.0 * 2057
+    assert total(table, [None, *grads[1:]]) == 4.0 * 2054
+    assert total(table, [None] * 4) == 0.0
+    assert total(table, grads) == 4.0 * 2057
+
+
+def test_columns_are_cleared(table: TensorTable, params: list[Tensor]) -> None:
+    assert table.has("w")
+    assert not table.has("g")
+    table.set("g", params)
+    assert table.has("g")
+    table.clear("g")
+    table.clear("g")
+    assert not table.has("g")
+    with pytest.raises(ValueError, match=r"no column 'g'; call table.set\('g', ...\)"):
+        sum_sq(table, "g")
+
+
+def test_build_forgets_the_columns(table: TensorTable, params: list[Tensor], device: torch.device) -> None:
+    table.set("g", params)
+    longer = [*params, ones(4, device)]
+    table.build(longer, [0] * 5)
+    assert not table.has("g")
+    assert total(table, longer) == 2061.0
+    table.build([], [])
+    assert total(table, []) == 0.0
+    assert table.num_groups == 1
+
+
+def test_same_address_other_shape(table: TensorTable, device: torch.device) -> None:
+    """A rebuilt table does not take the old number of elements for the new."""
     buffer = ones(5000, device)
-    assert [total(table, [buffer[:n]]) for n in (5000, 10, 3000)] == [5000.0, 10.0, 3000.0]
+    for numel in (5000, 10, 3000):
+        table.build([buffer[:numel]], [0])
+        assert total(table, [buffer[:numel]]) == numel
 
 
 def test_same_address_other_dtype(table: TensorTable, device: torch.device) -> None:
     buffer = torch.zeros(64, device=device)
-    view = buffer.view(torch.bfloat16)[:64]
+    view = buffer.view(BF16)[:64]
     view.fill_(1.0)
+    table.build([buffer], [0])
     assert total(table, [buffer]) != 64.0
+    table.build([view], [0])
     assert total(table, [view]) == 64.0
 
 
-def test_same_address_and_size_other_strides(table: TensorTable, device: torch.device) -> None:
-    square = torch.ones(4, 4, device=device)
-    table.update([square], [square.clone()])
-    with pytest.raises(ValueError, match="do not lie in the same order"):
-        table.update([square.t()], [square.clone()])
+def test_weights_move(table: TensorTable, params: list[Tensor]) -> None:
+    """As where a model's tensors are given new storages of the same layout."""
+    new = [p.clone() for p in params]
+    buffer = table.column("w")
+    table.set("w", new)
+    assert table.column("w") is buffer
+    assert buffer.tolist() == [p.data_ptr() for p in new if p.numel()]
+    assert all(a is b for a, b in zip(table.written, new, strict=True))
 
 
-def test_list_grows_and_shrinks(table: TensorTable, device: torch.device) -> None:
-    tensors = [ones(n, device) for n in (3, 2049, 5)]
-    assert [total(table, tensors[:n]) for n in (1, 3, 2, 0, 3)] == [3.0, 2057.0, 2052.0, 0.0, 2057.0]
-
-
-def test_tensor_becomes_empty_and_full_again(table: TensorTable, device: torch.device) -> None:
-    tensors = [ones(3, device), ones(4, device)]
-    assert total(table, tensors) == 7.0
-    assert total(table, [tensors[0][:0], tensors[1]]) == 4.0
-    assert total(table, tensors) == 7.0
-
-
-def test_number_of_lists_changes(table: TensorTable, device: torch.device) -> None:
-    tensors = [ones(3, device)]
-    table.update(tensors, tensors)
-    assert table.addresses.shape == (1, 2)
-    assert total(table, tensors) == 3.0
-
-
-def test_gradients_are_not_kept_alive(table: TensorTable, device: torch.device) -> None:
-    """A gradient that zero_grad drops must not wait for the next update; until the launch it must not go."""
-    g = ones(3, device)
-    gradient = weakref.ref(g)
-    table.update([g])
-    del g
-    gc.collect()
-    assert gradient() is not None
-    assert sum_sq(table).item() == 3.0
+def test_only_parameters_are_kept_alive(table: TensorTable, params: list[Tensor]) -> None:
+    """A gradient that zero_grad drops must not wait for the next one."""
+    grads = [p.clone() for p in params]
+    table.set("g", grads)
+    gradient, parameter = weakref.ref(grads[0]), weakref.ref(params[0])
+    grads.clear()
+    params.clear()
     gc.collect()
     assert gradient() is None
-
-
-def test_written_tensors(table: TensorTable, device: torch.device) -> None:
-    w, copy = ones(3, device), ones(3, device)
-    table.update([w], [copy])
-    assert table.written == (w,)
-    table.update([w])
-    assert table.written == ()
+    assert parameter() is not None
 
 
 def test_two_tables_are_independent(device: torch.device) -> None:
-    first, second = TensorTable(device), TensorTable(device)
-    first.update([ones(3, device)])
-    second.update([ones(5, device)])
-    assert (first.numels.tolist(), second.numels.tolist()) == ([3], [5])
+    first, second = table_of([ones(3, device)]), table_of([ones(5, device)])
+    assert (first.rows[:, 0].tolist(), second.rows[:, 0].tolist()) == ([3], [5])
 
 
 def test_chunks_beyond_two_to_the_31_elements(device: torch.device) -> None:
@@ -145,49 +159,92 @@ def test_chunks_beyond_two_to_the_31_elements(device: torch.device) -> None:
         large = torch.empty(numel, dtype=torch.float16, device=device)  # reserved, never touched
     except RuntimeError as error:
         pytest.skip(f"no room for a tensor of 4 GiB: {error}")
-    table = TensorTable(device)
-    table.update([large])
-    assert table.numels.tolist() == [numel]
+    table = table_of([large], chunk=CHUNK)
+    assert table.rows[:, 0].tolist() == [numel]
     assert table.num_blocks == -(-numel // CHUNK)
-    assert table.block_chunk[-1].item() == 2**31 // CHUNK
+    assert table.blocks[-1].tolist() == [0, 2**31 // CHUNK]
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_no_elements(count: int, table: TensorTable, device: torch.device) -> None:
-    table.update([ones(0, device) for _ in range(count)])
-    assert (table.num_lists, table.num_blocks, table.groups) == (1, 0, ())
+def test_no_elements(count: int, device: torch.device) -> None:
+    empty = [ones(0, device) for _ in range(count)]
+    table = table_of(empty, g=empty, device=device)
+    assert (table.num_blocks, table.segments, table.column("w").numel()) == (0, (), 0)
+
+
+def test_an_address_for_every_row(table: TensorTable, params: list[Tensor]) -> None:
+    """Rows without a tensor where another column has one; a parameter without elements is no row."""
+    table.set("g_hat", params)
+    table.set("exp_avg", [params[0], None, None, params[3]])
+    with pytest.raises(ValueError, match="parameter 2 has a tensor in column 'g_hat' but none in 'exp_avg'"):
+        table.require("exp_avg", where="g_hat")
+    table.set("g_hat", [params[0], params[1], None, None])
+    table.require("exp_avg", where="g_hat")
+
+
+# ---- what it refuses ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.complex64, torch.int32, torch.bool, torch.float8_e4m3fn], ids=str
 )
-def test_unsupported_dtype(dtype: torch.dtype, table: TensorTable, device: torch.device) -> None:
+def test_unsupported_dtype(dtype: torch.dtype, device: torch.device) -> None:
     good, bad = ones(3, device), torch.zeros(3, dtype=dtype, device=device)
-    expected = rf"tensor 1 of list 0 is {dtype}; supported dtypes are float32, bfloat16, float16\."
-    with pytest.raises(TypeError, match=expected):
-        table.update([good, bad])
-    with pytest.raises(TypeError, match="tensor 0 of list 1 "):
-        table.update([good], [bad])
+    with pytest.raises(TypeError, match=rf"parameter 1 is {dtype}; supported dtypes are float32, bfloat16, float16\."):
+        table_of([good, bad])
+    with pytest.raises(TypeError, match="gradient of parameter 0 is"):
+        table_of([good], grad_dtypes=[dtype])
 
 
-def test_no_list(table: TensorTable) -> None:
-    with pytest.raises(ValueError, match="no list"):
-        table.update()
+def test_lengths_differ(table: TensorTable, params: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="4 params, 1 groups and 4 grad_dtypes"):
+        table.build(params, [0])
+    with pytest.raises(ValueError, match="column 'g' got 3 tensors for 4 parameters"):
+        table.set("g", params[:3])
 
 
-def test_lengths_differ(table: TensorTable, device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"\[2, 1\] tensors"):
-        table.update([ones(3, device)] * 2, [ones(3, device)])
+def test_negative_group(table: TensorTable, params: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="groups has -1"):
+        table.build(params, [0, 1, -1, 0])
 
 
-def test_numbers_of_elements_differ(table: TensorTable, device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"tensor 1 of list 1 has 4 elements .* list 0 has 3 "):
-        table.update([ones(3, device)] * 2, [ones(3, device), ones(4, device)])
+def test_unknown_column(table: TensorTable, params: list[Tensor]) -> None:
+    with pytest.raises(KeyError, match="no column is called 'grad'"):
+        table.set("grad", params)
 
 
-def test_other_device(table: TensorTable, device: torch.device) -> None:
-    with pytest.raises(ValueError, match="tensor 1 of list 0 is on 'meta'"):
-        table.update([ones(3, device), torch.ones(3, device="meta")])
+@pytest.mark.parametrize("column", [*PARAM_COLUMNS, *GRAD_COLUMNS])
+def test_a_column_has_its_dtype(column: str, device: torch.device) -> None:
+    """Gradients have the dtype that the table was built for, all else the parameter's."""
+    w = [ones(3, device), ones(4, device)]
+    table = table_of(w, grad_dtypes=[F32, BF16])
+    good = [ones(3, device), ones(4, device, BF16 if column in GRAD_COLUMNS else F32)]
+    table.set(column, good)
+    hint = "build it again" if column in ("w", *GRAD_COLUMNS) else "give it the parameter's dtype"
+    with pytest.raises(TypeError, match=f"column '{column}', parameter 1.* is torch.float16.*{hint}"):
+        table.set(column, [good[0], ones(4, device, torch.float16)])
+    assert table.column(column).tolist() == [t.data_ptr() for t in good]
+
+
+def test_a_step_is_one_float32(table: TensorTable, device: torch.device) -> None:
+    table.set("step", [torch.zeros((), device=device)] * 4)
+    for bad in (torch.zeros((), dtype=torch.int64, device=device), ones(3, device)):
+        with pytest.raises(TypeError, match="a step is one float32 element"):
+            table.set("step", [bad] * 4)
+    with pytest.raises(ValueError, match="parameter 0: the tensor is on 'meta'"):
+        table.set("step", [torch.zeros((), device="meta")] * 4)
+
+
+def test_numbers_of_elements_differ(table: TensorTable, params: list[Tensor], device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"parameter 3: the tensor has 4 elements .* the parameter has 5 "):
+        table.set("g", [*params[:3], ones(4, device)])
+
+
+def test_other_device(table: TensorTable, params: list[Tensor], device: torch.device) -> None:
+    with pytest.raises(ValueError, match="parameter 1 is on 'meta'"):
+        table_of([ones(3, device), torch.ones(3, device="meta")])
+    with pytest.raises(ValueError, match="column 'g', parameter 3: the tensor is on 'meta'"):
+        table.set("g", [*params[:3], torch.ones(5, device="meta")])
 
 
 @pytest.mark.parametrize(
@@ -195,46 +252,70 @@ def test_other_device(table: TensorTable, device: torch.device) -> None:
     [lambda t: t[:, ::2], lambda t: t[:, :3], lambda t: t[:1].expand(4, 6)],
     ids=["strided", "narrowed", "expanded"],
 )
-def test_not_dense(view: Callable[[Tensor], Tensor], table: TensorTable, device: torch.device) -> None:
-    with pytest.raises(ValueError, match="not dense in memory"):
-        table.update([view(torch.ones(4, 6, device=device))])
+def test_not_dense(view: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    w = view(torch.ones(4, 6, device=device))
+    with pytest.raises(ValueError, match="parameter 0 is not dense in memory"):
+        table_of([w])
+    with pytest.raises(ValueError, match="parameter 0: the tensor is not dense in memory"):
+        table_of([w.contiguous()], g=[w])
 
 
 def test_sparse(table: TensorTable, device: torch.device) -> None:
+    w = torch.eye(3, device=device)
     with pytest.raises(ValueError, match="not dense in memory"):
-        table.update([torch.eye(3, device=device).to_sparse()])
+        table_of([w.to_sparse()])
+    with pytest.raises(ValueError, match="not dense in memory"):
+        table_of([w], g=[w.to_sparse()])
 
 
 def test_without_memory() -> None:
-    with pytest.raises(ValueError, match="tensor 0 of list 0 has no memory of its own"):
-        TensorTable("meta").update([torch.ones(3, device="meta")])
+    w = torch.ones(3, device="meta")
+    with pytest.raises(ValueError, match="parameter 0 has no memory of its own"):
+        table_of([w])
 
 
-def test_memory_formats_differ(table: TensorTable, make: Make) -> None:
+def test_no_gradient_is_not_a_gradient_without_memory(device: torch.device) -> None:
+    class Wrapper(Tensor):  # as a DTensor: its own data_ptr is 0
+        def data_ptr(self) -> int:
+            return 0
+
+    w = ones(3, device)
+    table = table_of([w], g=[None])
+    with pytest.raises(ValueError, match="column 'g', parameter 0: the tensor has no memory of its own"):
+        table.set("g", [ones(3, device).as_subclass(Wrapper)])
+
+
+def test_memory_formats_differ(make: Make) -> None:
     shape = (2, 3, 4, 5)
     formats = ["contiguous", "channels_last", "transposed"]
     for first, second in itertools.permutations(formats, 2):
-        with pytest.raises(ValueError, match=r"tensor 0 of list 1 .* same order"):
-            table.update([make(shape, torch.float32, first)], [make(shape, torch.float32, second)])
+        with pytest.raises(ValueError, match=r"parameter 0: .* same order"):
+            table_of([make(shape, F32, first)], g=[make(shape, F32, second)])
     for same in formats:
-        table.update(*([make(shape, torch.float32, same)] for _ in range(3)))
+        table_of([make(shape, F32, same)], g=[make(shape, F32, same)])
 
 
-def test_strides_of_size_one_do_not_matter(table: TensorTable, device: torch.device) -> None:
+def test_strides_of_size_one_do_not_matter(device: torch.device) -> None:
     """A 1x1 convolution's weight and its channels_last gradient lie alike, whatever their strides say."""
     w = torch.ones(8, 4, 1, 1, device=device)
     g = torch.ones(8, 4, 1, 1, device=device).as_strided((8, 4, 1, 1), (4, 1, 4, 4))
     assert w.stride() != g.stride()
-    table.update([w], [g])
+    table_of([w], g=[g])
 
 
-def test_a_refused_update_changes_nothing(table: TensorTable, device: torch.device) -> None:
-    tensors = [ones(3, device), ones(4, device)]
-    table.update(tensors)
+def test_weights_are_not_missing(table: TensorTable, params: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="parameter 2: there is no tensor"):
+        table.set("w", [*params[:2], None, params[3]])
+
+
+def test_a_refused_call_changes_nothing(table: TensorTable, params: list[Tensor], device: torch.device) -> None:
+    table.set("g", params)
     with pytest.raises(TypeError):
-        table.update([ones(9, device), ones(2, device).double()])
-    assert sum_sq(table).item() == 7.0
-    assert total(table, tensors) == 7.0
+        table.set("g", [ones(3, device), *(p.double() for p in params[1:])])
+    with pytest.raises(TypeError):
+        table.build([p.double() for p in params], [0] * 4)
+    assert sum_sq(table, "g").item() == 2057.0
+    assert total(table, params) == 2057.0
 
 
 @pytest.mark.parametrize("chunk", [0, -2048, 1000, 3000])
@@ -246,17 +327,18 @@ def test_chunk_is_whole_blocks(chunk: int, device: torch.device) -> None:
 @pytest.mark.gpu
 def test_device_without_index(cuda: torch.device) -> None:
     table = TensorTable("cuda")
-    table.update([torch.ones(3, device=cuda)])
+    table.build([torch.ones(3, device=cuda)], [0])
     assert table.device == cuda
 
 
 @pytest.mark.gpu
 def test_no_copy_during_graph_capture(cuda: torch.device) -> None:
-    table = TensorTable(cuda)
-    old, new = ones(3, cuda), ones(3, cuda)
-    table.update([old])
+    old, new = [ones(3, cuda)], [ones(3, cuda)]
+    table = table_of(old, g=old)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        with pytest.raises(RuntimeError, match="CUDA graph"):
-            table.update([new])
-        old.add_(1)
+        table.set("g", old)
+        for refused in (lambda: table.set("g", new), lambda: table.build(new, [0])):
+            with pytest.raises(RuntimeError, match="CUDA graph"):
+                refused()
+        old[0].add_(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -193,8 +194,10 @@ def test_order_of_calls_is_enforced(seed: int) -> None:
         optimizer.second_step()
     make_closure(net)()
     optimizer.first_step()
-    calls = {"first_step": optimizer.first_step, "state_dict": optimizer.state_dict}
-    for name, call in {**calls, "step": lambda: optimizer.step(make_closure(net))}.items():
+    calls: dict[str, Callable[[], object]] = {"first_step": optimizer.first_step, "state_dict": optimizer.state_dict}
+    calls["load_state_dict"] = lambda: optimizer.load_state_dict(optimizer.base_optimizer.state_dict())
+    calls["step"] = lambda: optimizer.step(make_closure(net))
+    for name, call in calls.items():
         with pytest.raises(RuntimeError, match=rf"LESAM\.{name}: the weights are perturbed"):
             call()
 
@@ -393,18 +396,25 @@ def test_references_to_the_weights_see_every_update(seed: int) -> None:
     assert same(net, list(alias.values()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_memory_is_one_copy_of_the_parameters(seed: int, alpha: float) -> None:
-    """LE-SAM keeps one copy, LE-SAM+ one of the first gradient too; both are allocated once and used again."""
+def test_memory_is_one_copy_of_the_parameters(seed: int, alpha: float, backend: str) -> None:
+    """LE-SAM keeps one copy, LE-SAM+ one of the first gradient too; allocated once, and no gradient is held back."""
     net = make_net()
-    optimizer = LESAM(net.parameters(), SGD, alpha=alpha, lr=0.1)
-    optimizer.step(make_closure(net))
-    kept = [*optimizer._copies.values(), *optimizer._first_gradients.values()]
-    numel = sum(p.numel() for p in net.parameters())
-    assert sum(t.numel() for t in kept) == numel * (2 if alpha else 1)
-    storages = {t.data_ptr() for t in kept}
-    optimizer.step(make_closure(net))
-    assert {t.data_ptr() for t in [*optimizer._copies.values(), *optimizer._first_gradients.values()]} == storages
+    optimizer = LESAM(net.parameters(), SGD, alpha=alpha, backend=backend, lr=0.1)  # type: ignore[arg-type]
+    closure, numel = make_closure(net), sum(p.numel() for p in net.parameters())
+    kept: list[set[int]] = []
+    for _ in range(2):
+        closure()
+        first = [weakref.ref(p.grad) for p in net.parameters()]
+        optimizer.first_step(zero_grad=True)
+        assert not any(ref() is not None for ref in first), "the second pass must not pay for the first one's gradients"
+        closure()
+        optimizer.second_step(zero_grad=True)
+        buffers = [t for rows in optimizer._rows for t in (*rows.copies, *rows.kept) if t is not None]
+        assert sum(t.numel() for t in buffers) == numel * (2 if alpha else 1)
+        kept.append({t.data_ptr() for t in buffers})
+    assert kept[0] == kept[1]
 
 
 def test_model_converted_between_steps(seed: int) -> None:

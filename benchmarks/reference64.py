@@ -1,0 +1,127 @@
+"""The problem that providers are timed on, and a float64 step that says whether what they do is right."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from model_shapes import Shape
+from providers import Hyper, Provider
+from torch import Tensor
+from traffic import Base
+
+# Largest error of a tensor, in units of its largest element: a few roundings of the dtype (eps 1.2e-7 and 7.8e-3).
+# Perturbed weights get more room in float32, because torch's own norm of a large tensor is off by 1e-4 on the CPU. The
+# perturbation is a tenth of the weights, so that a wrong radius shows all the same, in bfloat16 too.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
+TOLERANCE_PERTURBED = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights, two gradients, and settings. ``rho`` is the radius that the settings give for ``first``."""
+
+    weights: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    hyper: Hyper
+    rho: float
+
+    def parameters(self) -> list[Tensor]:
+        """Fresh leaves with the weights' values."""
+        return [torch.nn.Parameter(w.clone()) for w in self.weights]
+
+
+def make_problem(shapes: list[Shape], dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    """Random weights and gradients of plausible sizes; the budget sigma gives a tenth of the weights as radius."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(shape: Shape, std: float) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
+
+    weights = [normal(shape, math.prod(shape[1:]) ** -0.5) for shape in shapes]
+    first, second = ([normal(shape, 1e-3) for shape in shapes] for _ in range(2))
+    rho = 0.1 * float(norm64(weights))
+    hyper = Hyper(sigma=rho * float(norm64(first)), rho_max=10 * rho)
+    return Problem(weights, first, second, hyper, rho)
+
+
+def norm64(tensors: list[Tensor]) -> Tensor:
+    """Global 2-norm in float64, 0-d."""
+    return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a step leaves behind, in float64: after the ascent, and after the descent."""
+
+    perturbed: list[Tensor]
+    weights: list[Tensor]
+    moments: list[list[Tensor]]
+
+
+def expected_steps(problem: Problem, base: Base) -> list[Expected]:
+    """Two steps of the paper's Algorithm 1 around SGD with momentum or AdamW, in float64 and in its textbook form."""
+    h = problem.hyper
+    first, second = ([g.double() for g in grads] for grads in (problem.first, problem.second))
+    norm = float(norm64(first))
+    rho = min(h.sigma / (norm + h.eps), h.rho_max)
+    weights = [w.double() for w in problem.weights]
+    moments = [[torch.zeros_like(w) for w in weights] for _ in range(1 if base == "sgd" else 2)]
+    steps = []
+    for t in (1, 2):
+        perturbed = [torch.add(w, g, alpha=rho / norm) for w, g in zip(weights, first, strict=True)]
+        if base == "sgd":
+            momenta = [
+                h.momentum * m + g + h.weight_decay * w for m, g, w in zip(moments[0], second, weights, strict=True)
+            ]
+            weights = [w - h.lr * m for w, m in zip(weights, momenta, strict=True)]
+            moments = [momenta]
+        else:
+            (b1, b2), (ms, vs) = h.betas, moments
+            ms = [b1 * m + (1 - b1) * g for m, g in zip(ms, second, strict=True)]
+            vs = [b2 * v + (1 - b2) * g * g for v, g in zip(vs, second, strict=True)]
+            weights = [
+                w - h.lr * (m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + h.adam_eps) + h.weight_decay * w)
+                for w, m, v in zip(weights, ms, vs, strict=True)
+            ]
+            moments = [ms, vs]
+        steps.append(Expected(perturbed, weights, moments))
+    return steps
+
+
+def wrong(provider: type[Provider], problem: Problem, base: Base, expected: list[Expected]) -> str | None:
+    """What a provider gets wrong in two whole steps, or None: perturbed weights, weights and momentum."""
+    first, second = ([g.clone() for g in grads] for grads in (problem.first, problem.second))
+    mine = provider(problem.parameters(), base, problem.hyper, problem.rho)
+    dtype = problem.weights[0].dtype
+    for t, step in enumerate(expected, 1):
+        set_grads(mine.params, first)
+        mine.ascent()
+        error = _error(mine.params, step.perturbed)
+        if not error <= TOLERANCE_PERTURBED[dtype]:
+            return f"wrong perturbed weights in step {t}: off by {error:.1e} of the largest element"
+        set_grads(mine.params, second)
+        mine.descent()
+        pairs = [("weights", mine.params, step.weights)]
+        pairs += [("momentum", values, m) for values, m in zip(mine.state(), step.moments, strict=True)]
+        for what, values, right in pairs:
+            error = _error(values, right)
+            if not error <= TOLERANCE[dtype]:
+                return f"wrong {what} after step {t}: off by {error:.1e} of the largest element"
+    return None
+
+
+def set_grads(params: list[Tensor], grads: list[Tensor]) -> None:
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+
+
+def _error(values: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference of a tensor over its largest expected element, worst tensor; NaN where there is one."""
+    errors = [
+        (value.detach().double() - e).abs().max() / e.abs().max().clamp(min=1e-30)
+        for value, e in zip(values, expected, strict=True)
+    ]
+    return float(torch.stack(errors).max())

@@ -1,0 +1,268 @@
+"""A whole training step on synthetic images: what sharpness-aware training costs over SGD, end to end.
+
+    python benchmarks/step.py [--models resnet50,vit_b_16] [--batch 32,128,256] [--variants sgd,lesam]
+
+Images are on the device already, channels_last, forward and backward under bf16 autocast. BatchNorm's statistics are
+frozen in the second pass of every two-pass variant. Variants run one after the other, each with a fresh model of the
+same weights. On the CPU only ratios are shown: `--device cpu --batch 2 --image-size 32 --models resnet_tiny`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from common import (
+    Deadline,
+    environment,
+    environment_lines,
+    first_line,
+    number,
+    parser,
+    percentiles,
+    table,
+    words,
+    write,
+)
+from models import NETWORKS
+from providers import Eager, Hyper, our_optimizer
+from timing import step_seconds
+from torch import Tensor, nn
+from traffic import BASES, Base
+
+from lesam_dist.train.passes import frozen_batchnorm
+
+# A small rate: every step sees the same batch, which must not be learned by heart until its gradient vanishes.
+LESAM_HYPER = Hyper(sigma=0.3, rho_max=0.2, lr=1e-4)
+SAM_HYPER = Hyper(sigma=math.inf, rho_max=0.05, lr=1e-4)
+_WARM_UP = 5
+Result = dict[str, Any]
+Step = Callable[[], Tensor]
+
+
+class Passes:
+    """Forward and backward of one batch; `begin` a step, then call it once per pass."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self.model, self.images, self.labels = model, images, labels
+        self._count = 0
+
+    def begin(self) -> None:
+        self._count = 0
+
+    def __call__(self) -> Tensor:
+        with frozen_batchnorm(self.model) if self._count else nullcontext():
+            with torch.autocast(self.images.device.type, torch.bfloat16):
+                loss = nn.functional.cross_entropy(self.model(self.images), self.labels)
+            loss.backward()
+        self._count += 1
+        return loss.detach()
+
+
+def sgd(passes: Passes, base: Base) -> Step:
+    """One pass and torch's fused update: the cost of a plain step."""
+    params: list[Tensor] = list(passes.model.parameters())
+    optimizer = Eager(params, base, LESAM_HYPER, rho=0.0).base_optimizer(fused=True)
+
+    def step() -> Tensor:
+        passes.begin()
+        optimizer.zero_grad()
+        loss = passes()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def eager(passes: Passes, base: Base, hyper: Hyper) -> Step:
+    """The usual code: one loop over the parameters per operation."""
+    provider = Eager(list(passes.model.parameters()), base, hyper, rho=0.0)
+
+    def step() -> Tensor:
+        passes.begin()
+        provider.optimizer.zero_grad()
+        loss = passes()
+        provider.ascent()
+        provider.optimizer.zero_grad()
+        passes()
+        provider.descent()
+        return loss
+
+    return step
+
+
+def ours(passes: Passes, base: Base, hyper: Hyper) -> Step:
+    """lesam_dist as a user calls it."""
+    optimizer = our_optimizer(list(passes.model.parameters()), base, hyper)
+
+    def step() -> Tensor:
+        passes.begin()
+        return optimizer.step(passes)  # type: ignore[no-any-return]
+
+    return step
+
+
+def graph(passes: Passes, base: Base, hyper: Hyper) -> Step:
+    """`ours`, captured once in a CUDA graph and replayed; a replay reads lr, sigma and the like from the device."""
+    if passes.images.device.type != "cuda":
+        raise CaptureError("skipped: CUDA only")
+    try:
+        optimizer: Any = our_optimizer(list(passes.model.parameters()), base, hyper, static_grads=True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is made at first (state, tables, plans) must not be in the graph
+            for _ in range(3):
+                passes.begin()
+                optimizer.step(passes)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.reset_peak_memory_stats()
+        captured = torch.cuda.CUDAGraph()
+        passes.begin()
+        with torch.cuda.graph(captured):
+            loss: Tensor = optimizer.step(passes)
+        optimizer.push_scalars()
+        captured.replay()
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise CaptureError(f"capture failed: {first_line(error)}") from error
+
+    def step() -> Tensor:
+        optimizer.push_scalars()
+        captured.replay()
+        return loss
+
+    return step
+
+
+class CaptureError(Exception):
+    """The step could not be captured; the message says why."""
+
+
+VARIANTS: dict[str, Callable[[Passes, Base], Step]] = {
+    "sgd": sgd,
+    "eager_sam": lambda passes, base: eager(passes, base, SAM_HYPER),
+    "eager_lesam": lambda passes, base: eager(passes, base, LESAM_HYPER),
+    "sam": lambda passes, base: ours(passes, base, SAM_HYPER),
+    "lesam": lambda passes, base: ours(passes, base, LESAM_HYPER),
+    "lesam_graph": lambda passes, base: graph(passes, base, LESAM_HYPER),
+}
+
+
+def run(variant: str, model: str, batch: int, args: argparse.Namespace) -> Result:
+    """Time one variant. Its status is "ok", or says what went wrong; then there is no number."""
+    device = torch.device(args.device)
+    result: Result = {"model": model, "batch": batch, "variant": variant, "status": "ok"}
+    try:
+        torch.manual_seed(args.seed)
+        network = NETWORKS[model](args.image_size).train().to(device)
+        network = network.to(memory_format=torch.channels_last)
+        images = torch.randn(batch, 3, args.image_size, args.image_size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(10, (batch,), device=device)
+        step = VARIANTS[variant](Passes(network, images, labels), args.base)
+        for _ in range(_WARM_UP if device.type == "cuda" else 1):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            if variant != "lesam_graph":  # a graph took its memory when it was captured
+                torch.cuda.reset_peak_memory_stats()
+        seconds = step_seconds(step, args.repeats, device)
+        loss = float(step())
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss}")
+        result |= {"seconds": percentiles(seconds), "images_per_second": batch / statistics.median(seconds)}
+        result |= {"loss": loss, "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
+    except CaptureError as error:
+        result["status"] = str(error)
+    except Exception as error:  # out of memory, above all: the other variants may fit
+        result["status"] = f"failed: {first_line(error)}"
+    return result
+
+
+def add_ratios(results: list[Result]) -> None:
+    """``of_sgd`` and ``of_eager_sam``: a variant's median over theirs."""
+    medians = {r["variant"]: r["seconds"]["p50"] for r in results if r["status"] == "ok"}
+    for result in results:
+        for other in ("sgd", "eager_sam"):
+            if result["variant"] in medians and other in medians:
+                result[f"of_{other}"] = medians[result["variant"]] / medians[other]
+
+
+def report(results: list[Result], on_cuda: bool) -> str:
+    """Markdown of one model and batch."""
+    header = ["variant", "of sgd", "of eager SAM"]
+    if on_cuda:
+        header += ["ms (p20-p80)", "images/s", "peak GiB"]
+    rows = []
+    for r in results:
+        if r["status"] != "ok":
+            rows.append([r["variant"], r["status"], *["-"] * (len(header) - 2)])
+            continue
+        row = [r["variant"], number(r.get("of_sgd"), 3), number(r.get("of_eager_sam"), 3)]
+        if on_cuda:
+            p20, p50, p80 = (number(r["seconds"][p], 2, 1e3) for p in ("p20", "p50", "p80"))
+            row += [f"{p50} ({p20}-{p80})", number(r["images_per_second"], 0), number(r["peak_bytes"], 2, 2**-30)]
+        rows.append(row)
+    return f"### {results[0]['model']}, batch {results[0]['batch']}\n\n{table(header, rows)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    on_cuda = args.device == "cuda"
+    torch.backends.cudnn.benchmark = True
+    deadline = Deadline(args.seconds)
+    document: Result = {
+        "environment": environment(torch.device(args.device), "step.py", args.argv),
+        "settings": {"image_size": args.image_size, "base": args.base, "repeats": args.repeats, "seed": args.seed},
+        "results": [],
+    }
+    print(text := f"## Training step, base {args.base}\n\n{environment_lines(document['environment'])}")
+    for batch in args.batch:
+        for model in args.models:
+            results = []
+            for variant in args.variants:
+                if deadline.passed:
+                    status = f"not run: the {args.seconds:.0f} s are used up"
+                    results.append({"model": model, "batch": batch, "variant": variant, "status": status})
+                    continue
+                results.append(run(variant, model, batch, args))
+                gc.collect()  # a graph and its pool are in cycles
+                if on_cuda:
+                    torch.cuda.empty_cache()
+            add_ratios(results)
+            document["results"] += results
+            print(section := report(results, on_cuda), flush=True)
+            text += f"\n{section}"
+            write(args, document, text)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = parser(__doc__)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--models", type=words, default=["resnet50", "vit_b_16"])
+    options.add_argument("--variants", type=words, default=list(VARIANTS), help=f"some of {', '.join(VARIANTS)}")
+    options.add_argument("--batch", type=lambda text: [int(word) for word in words(text)], default=[128, 32, 256])
+    options.add_argument("--image-size", type=int, default=224, help="side in pixels; 32 or more, a multiple of 16")
+    options.add_argument("--base", choices=BASES, default="sgd", help="sgd (with momentum) or adamw")
+    options.add_argument("--repeats", type=int, default=20, help="timed steps per variant")
+    options.add_argument("--seconds", type=float, help="begin nothing new after this time")
+    options.add_argument("--seed", type=int, default=torch.seed() % 2**31, help="of weights and images")
+    args = options.parse_args(argv)
+    args.argv = argv
+    for given, known in ((args.models, NETWORKS), (args.variants, VARIANTS)):
+        unknown = set(given) - set(known)
+        if unknown:
+            options.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    return args
+
+
+if __name__ == "__main__":
+    main()

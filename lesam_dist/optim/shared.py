@@ -1,0 +1,132 @@
+"""An optimizer that wraps a base optimizer and shares its `param_groups` and `state`, through every round trip."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import ParamsT
+
+BaseOptimizer = Callable[..., Optimizer]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HAS_FUSED = (SGD, Adam, AdamW)
+
+
+class SharedOptimizer(Optimizer):
+    """Groups and state are properties that read the base optimizer's: nothing can part what is one object.
+
+    Args:
+        params: parameters or param groups.
+        base_optimizer: builds the base optimizer from the groups and ``base_kwargs``.
+        defaults: the wrapper's own hyper-parameters, kept in every param group beside the base optimizer's.
+        base_kwargs: for ``base_optimizer``; torch's fused implementation of SGD, Adam and AdamW is chosen unless they
+            say otherwise.
+
+    Raises:
+        TypeError: for a parameter of an unsupported dtype.
+        ValueError: where both have a hyper-parameter of the same name.
+    """
+
+    def __init__(
+        self, params: ParamsT, base_optimizer: BaseOptimizer, defaults: dict[str, Any], **base_kwargs: Any
+    ) -> None:
+        groups = _as_groups(params)
+        if not base_kwargs.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+            base_kwargs |= fused_if_possible(base_optimizer, groups)
+        self.base_optimizer = base_optimizer(groups, **base_kwargs)
+        clash = defaults.keys() & self.base_optimizer.defaults.keys()
+        if clash:
+            raise ValueError(
+                f"{type(self).__name__} and {type(self.base_optimizer).__name__} both have a hyper-parameter "
+                f"{sorted(clash)[0]!r}, and they share their param groups. Choose another base optimizer."
+            )
+        super().__init__(self.base_optimizer.param_groups, defaults)
+        self.defaults = {**self.base_optimizer.defaults, **defaults}
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a hyper-parameter of this group that is out of range."""
+
+    def forget(self) -> None:
+        """Drop what was derived from groups and state; called whenever either may have been replaced."""
+
+    def unfuse_dtensors(self) -> None:
+        """Switch torch's fused SGD off where it would fail; FSDP2 may put DTensors in after construction."""
+        if isinstance(self.base_optimizer, SGD):
+            for group in self.param_groups:
+                if group["fused"] and any(isinstance(p, DTensor) for p in group["params"]):
+                    group["fused"] = False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base_optimizer.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; also checks the group's dtypes and hyper-parameters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        names = group.get("param_names", range(len(group["params"])))
+        for name, p in zip(names, group["params"], strict=True):
+            if p.dtype not in _DTYPES:
+                raise TypeError(
+                    f"{type(self).__name__}: parameter {name!r} is {p.dtype}; supported are float32, bfloat16, float16 "
+                    "and float64 (float64 not with the kernels). Leave it out of the param groups or convert it."
+                )
+        self.check_group(group)
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base_optimizer": self.base_optimizer, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called by pickle with what __getstate__ gave, and by load_state_dict with new state and param_groups.
+        state = dict(state)
+        if "base_optimizer" in state:
+            self.base_optimizer = state.pop("base_optimizer")
+        else:
+            self.base_optimizer.__setstate__({key: state.pop(key) for key in ("state", "param_groups")})
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)  # a plain base optimizer's checkpoint has no sigma
+        self.forget()
+
+
+def _as_groups(params: ParamsT) -> list[Any]:
+    """The parameters as lists that can be read twice; torch checks the rest."""
+    return [
+        {**g, "params": list(g["params"])} if isinstance(g, dict) and isinstance(g["params"], Iterator) else g
+        for g in params
+    ]
+
+
+def fused_if_possible(cls: BaseOptimizer, groups: list[Any]) -> dict[str, bool]:
+    """``{"fused": True}`` where torch's fused implementation of ``cls`` takes these parameters, else no argument."""
+    members = [m for g in groups for m in (g["params"] if isinstance(g, dict) else [g])]
+    tensors = [m[1] if isinstance(m, tuple) else m for m in members]
+    takes = (
+        cls in _HAS_FUSED
+        and all(isinstance(t, Tensor) and t.is_floating_point() and t.device.type in ("cpu", "cuda") for t in tensors)
+        # torch's fused SGD has no rule for DTensors.
+        and not (cls is SGD and any(isinstance(t, DTensor) for t in tensors))
+    )
+    return {"fused": True} if takes else {}

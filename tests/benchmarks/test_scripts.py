@@ -1,0 +1,209 @@
+"""The scripts from end to end at toy sizes: what they print and what they write."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu
+import pytest
+import step
+import torch
+import traffic
+from common import Deadline, percentiles
+from reference64 import make_problem
+from summary import summary
+from timing import Call, CpuClock
+
+import kernels  # noqa: TID251 (the script benchmarks/kernels.py)
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"device", "torch", "triton", "python", "commit", "command", "date"}
+
+
+class PretendGpu(CpuClock):
+    """The interface of a GPU's clock, so that its tables can be looked at."""
+
+    def host_seconds(self, call: Call) -> tuple[float, float]:
+        seconds = self.device_seconds(call)
+        return seconds, 2 * seconds
+
+    def copy_bandwidth(self) -> float:
+        return 3e12
+
+
+def check_files(tmp_path: Path, stdout: str) -> dict[str, Any]:
+    """The JSON that was written; the Markdown must be what was printed, and its tables well formed."""
+    text = (tmp_path / "out.md").read_text()
+    assert text.split() == stdout.split()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows
+    for before, row in itertools.pairwise(rows):
+        if row.startswith("| ---"):
+            assert before.count("|") == row.count("|")
+    document: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
+    assert document["environment"].keys() >= ENVIRONMENT
+    return document
+
+
+def outputs(tmp_path: Path) -> list[str]:
+    return ["--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")]
+
+
+def test_kernels_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--models", "tiny", "--dtype", "float32,bfloat16", "--repeats", "3"]
+    kernels.main([*options, "--bandwidth", "2.9", *outputs(tmp_path)])
+    stdout = capsys.readouterr().out
+    document = check_files(tmp_path, stdout)
+    assert len(document["results"]) == 2 * 2 * len(kernels.PROVIDERS)
+    ours = document["results"][0]
+    assert (ours["provider"], ours["status"], ours["repeats"]) == ("lesam_dist", "ok", 3)
+    assert ours["traffic"]["phase"]["bytes_per_element"] == 44
+    assert ours["of_ours"]["device"]["phase"] == 1.0
+    assert "skipped: CUDA only" in stdout
+    assert "Predicted, not measured" in stdout
+    measured = stdout.split("**Predicted")[0]
+    assert " ms" not in measured, "a CPU's absolute times are nobody's business"
+
+
+def test_kernels_stop_when_their_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.main(["--device", "cpu", "--models", "tiny", "--seconds", "1e-9", *outputs(tmp_path)])
+    assert capsys.readouterr().out.count("not run") == 2
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.main(["--models", "resnet51"])
+    assert "unknown: resnet51; choose from resnet50" in capsys.readouterr().err
+
+
+def test_the_table_of_a_gpu(seed: int) -> None:
+    problem = make_problem([(33, 5), (7,)], torch.float32, torch.device("cpu"), seed)
+    names = ["lesam_dist", "eager", "compile"]
+    results = kernels.compare("random", "sgd", problem, names, PretendGpu(), 3, Deadline(None))
+    ours = results[0]
+    phase = ours["traffic"]["phase"]
+    assert phase["bytes_per_second"] == 44 * 172 / ours["seconds"]["device"]["phase"]["p50"]
+    assert phase["of_copy"] == phase["bytes_per_second"] / 3e12
+    text = kernels.report(results)
+    header = next(line for line in text.splitlines() if line.startswith("| provider"))
+    assert all(line.count("|") == header.count("|") for line in text.splitlines() if line.startswith("|"))
+    assert "copy 3.00 TB/s" in text
+
+
+def test_step_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--batch", "2", "--image-size", "32", "--models", "resnet_tiny,vit_tiny"]
+    step.main([*options, "--repeats", "2", *outputs(tmp_path)])
+    stdout = capsys.readouterr().out
+    document = check_files(tmp_path, stdout)
+    results = {(r["model"], r["variant"]): r for r in document["results"]}
+    assert len(results) == 2 * len(step.VARIANTS)
+    for model in ("resnet_tiny", "vit_tiny"):
+        assert results[model, "sgd"]["of_sgd"] == 1.0
+        assert results[model, "lesam_graph"]["status"] == "skipped: CUDA only"
+        # The same weights and batch: after a few steps both have the same loss, but for roundings to bf16.
+        eager, ours = (results[model, name]["loss"] for name in ("eager_lesam", "lesam"))
+        assert ours == pytest.approx(eager, rel=0.02)
+    assert " ms" not in stdout
+
+
+def test_step_reports_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def out_of_memory(*_: object) -> step.Step:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    def cannot_capture(*_: object) -> step.Step:
+        raise step.CaptureError("capture failed: TypeError: no static_grads")
+
+    monkeypatch.setitem(step.VARIANTS, "sam", out_of_memory)
+    monkeypatch.setitem(step.VARIANTS, "lesam_graph", cannot_capture)
+    options = ["--device", "cpu", "--batch", "2", "--image-size", "32", "--models", "vit_tiny", "--repeats", "1"]
+    step.main([*options, "--variants", "sgd,sam,lesam_graph"])
+    stdout = capsys.readouterr().out
+    assert "| sam | failed: OutOfMemoryError: CUDA out of memory. | - |" in stdout
+    assert "| lesam_graph | capture failed: TypeError: no static_grads | - |" in stdout
+
+
+def test_the_step_table_of_a_gpu() -> None:
+    ok = {"model": "m", "batch": 8, "status": "ok", "images_per_second": 800.0, "peak_bytes": 2**31}
+    results = [
+        {**ok, "variant": "sgd", "seconds": percentiles([0.01])},
+        {**ok, "variant": "eager_sam", "seconds": percentiles([0.021])},
+        {**ok, "variant": "lesam", "seconds": percentiles([0.02])},
+        {"model": "m", "batch": 8, "variant": "lesam_graph", "status": "capture failed: x"},
+    ]
+    step.add_ratios(results)
+    text = step.report(results, on_cuda=True)
+    assert "| lesam | 2.000 | 0.952 | 20.00 (20.00-20.00) | 800 | 2.00 |" in text
+    assert "| lesam_graph | capture failed: x | - | - | - | - |" in text
+
+
+def test_host(tmp_path: Path) -> None:
+    """In a process of its own: it chooses Triton's interpreter before the first import."""
+    command = [sys.executable, "benchmarks/host.py", "--tensors", "3,161", "--repeats", "5", *outputs(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    document = check_files(tmp_path, done.stdout)
+    assert [(r["tensors"], r["base"]) for r in document["results"]] == [
+        (tensors, base) for base in traffic.BASES for tensors in (3, 161)
+    ]
+    assert all(r["launches"] >= 3 and r["seconds"]["p50"] > 0 for r in document["results"])
+    assert "<= 100" in done.stdout
+
+
+def test_summary_takes_the_worst_of_each_target(tmp_path: Path) -> None:
+    def phase(model: str, provider: str, milliseconds: float, share: float | None = None) -> dict[str, Any]:
+        seconds = {"device": {"phase": {"p50": 1e-3 * milliseconds}}, "host": {"phase": {"p50": 2e-4}}}
+        result = {"model": model, "provider": provider, "base": "sgd", "status": "ok", "seconds": seconds}
+        return {**result, "traffic": {"phase": {"of_copy": share}}}
+
+    results = [
+        phase("resnet50", "lesam_dist", 1.0, 0.93),
+        phase("resnet50", "lesam_unchecked", 0.9, 0.93),
+        phase("vit_l_16", "lesam_dist", 8.0, 0.88),
+        phase("small1000", "lesam_dist", 1.0, 0.10),
+        phase("small1000", "foreach", 0.5),
+        phase("resnet50", "foreach", 1.19),
+        phase("vit_l_16", "foreach", 12.0),
+        {"model": "large", "provider": "foreach", "base": "sgd", "status": "wrong weights"},
+    ]
+    (tmp_path / "kernels.json").write_text(json.dumps({"results": results}))
+    lesam = {"model": "resnet50", "batch": 128, "variant": "lesam", "of_sgd": 1.99, "of_eager_sam": 0.98}
+    (tmp_path / "step.json").write_text(json.dumps({"results": [lesam, {**lesam, "batch": 32, "of_sgd": 3.0}]}))
+    rows = summary(tmp_path).splitlines()
+    assert "| phase, sgd: of copy bandwidth | >= 90 % | 88 % (vit_l_16) | **no** |" in rows
+    assert "| phase, sgd: foreach over ours | >= 1.3x | 1.19x (resnet50) | **no** |" in rows
+    assert "| phase, sgd: foreach over ours, unchecked | >= 1.3x | 1.322x (resnet50) | yes |" in rows
+    assert "| phase, sgd: eager over ours | >= 5x | not measured | - |" in rows
+    assert "| phase, adamw: of copy bandwidth | >= 90 % | not measured | - |" in rows
+    assert "| phase, resnet50: host time | <= 0.3 ms | 0.2 ms (sgd) | yes |" in rows
+    assert "| step, batch 128: lesam over SGD | <= 2x | 1.99x (resnet50) | yes |" in rows
+    assert "| step, batch 128: lesam over eager SAM | <= 0.97x | 0.98x (resnet50) | **no** |" in rows
+
+
+def test_a_part_that_hangs_or_fails_is_reported(tmp_path: Path) -> None:
+    hangs = gpu.Part("hangs", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 1, script=False)
+    assert gpu.run(hangs, tmp_path, limit=1.0) == "stopped after 1 s, see hangs.log"
+    assert (tmp_path / "hangs.log").read_text() == "begun\n"
+    fails = gpu.Part("fails", ("host.py", "--no-such-option"), 60)
+    assert gpu.run(fails, tmp_path, limit=60.0).startswith("failed with status 2")
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_prediction_is_bytes_over_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert traffic.predict_seconds("lesam_dist", "sgd", 25_557_032, 4, 2.9e12) == pytest.approx(387.8e-6, rel=1e-3)
+    assert traffic.predict_seconds("foreach", "adamw", 1000, 2, 1e12) == pytest.approx(30e-9)
+    traffic.main(["--bandwidth", "2.9", "--models", "resnet50"])
+    stdout = capsys.readouterr().out
+    assert "Predicted, not measured" in stdout
+    assert "| resnet50 | 25.6 | 0.388 |" in stdout

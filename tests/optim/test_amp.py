@@ -1,0 +1,116 @@
+"""Loss scaling with torch's GradScaler: the numbers of the unscaled run, and an overflow in either pass is survived."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from lesam_dist import LESAM
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["reference", "triton"]
+SCALE = 2.0**10
+
+
+def make(backend: str, scale: float = SCALE) -> tuple[nn.Module, LESAM, GradScaler]:
+    net = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).to(DEVICE)
+    optimizer = LESAM(net.parameters(), torch.optim.SGD, backend=backend, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    return net, optimizer, GradScaler(DEVICE, init_scale=scale, growth_interval=1000)
+
+
+def make_closure(net: nn.Module, scaler: GradScaler | None, bad_pass: int | None = None) -> Callable[[], Tensor]:
+    x, y = torch.randn(8, 5, device=DEVICE), torch.randint(0, 3, (8,), device=DEVICE)
+    calls = iter(range(100))
+
+    def run() -> Tensor:
+        loss = nn.functional.cross_entropy(net(x), y)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        (scaled * float("inf") if next(calls) == bad_pass else scaled).backward()
+        return loss
+
+    return run
+
+
+def step_explicitly(optimizer: LESAM, scaler: GradScaler, closure: Callable[[], Tensor]) -> None:
+    optimizer.grad_scaler = scaler
+    optimizer.step(closure)
+    scaler.update()
+
+
+def step_by_scaler(optimizer: LESAM, scaler: GradScaler, closure: Callable[[], Tensor]) -> None:
+    optimizer.grad_scaler = scaler
+    scaler.step(optimizer, closure)
+    scaler.update()
+
+
+def step_by_accelerate(optimizer: LESAM, scaler: GradScaler, closure: Callable[[], Tensor]) -> None:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=DEVICE == "cpu")  # it keeps its state globally
+    optimizer.grad_scaler = scaler
+    AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler).step(closure)
+
+
+def step_by_hand(optimizer: LESAM, scaler: GradScaler, closure: Callable[[], Tensor]) -> None:
+    optimizer.zero_grad()
+    closure()
+    scaler.unscale_(optimizer)
+    optimizer.first_step(zero_grad=True)
+    closure()
+    scaler.unscale_(optimizer.base_optimizer)
+    optimizer.second_step(zero_grad=True)
+    scaler.update()
+
+
+WAYS = [step_explicitly, step_by_scaler, step_by_accelerate, step_by_hand]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaled_steps_equal_unscaled_ones(seed: int, backend: str, way: Callable[..., None]) -> None:
+    """LE-SAM's radius is not invariant to the loss scale: unscaling must come before it."""
+    net, optimizer, scaler = make(backend)
+    twin = copy.deepcopy(net)
+    plain = LESAM(twin.parameters(), torch.optim.SGD, backend="reference", lr=0.1, momentum=0.9)
+    for _ in range(3):
+        rng = torch.get_rng_state()
+        way(optimizer, scaler, make_closure(net, scaler))
+        torch.set_rng_state(rng)
+        plain.step(make_closure(twin, None))
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert optimizer.telemetry["rho"].item() == pytest.approx(plain.telemetry["rho"].item(), rel=1e-5)
+    assert scaler.get_scale() == SCALE
+
+
+@pytest.mark.parametrize("bad_pass", [0, 1])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overflow_skips_restores_and_halves_once(
+    seed: int, backend: str, way: Callable[..., None], bad_pass: int
+) -> None:
+    net, optimizer, scaler = make(backend)
+    way(optimizer, scaler, make_closure(net, scaler))
+    before = copy.deepcopy(net.state_dict())
+    way(optimizer, scaler, make_closure(net, scaler, bad_pass))
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert scaler.get_scale() == SCALE / 2
+    assert optimizer.telemetry["skipped"].item() == 1
+    way(optimizer, scaler, make_closure(net, scaler))
+    assert not torch.equal(net[0].weight, before["0.weight"])
+    assert scaler.get_scale() == SCALE / 2
+
+
+def test_an_unknown_scaler_is_an_error(seed: int) -> None:
+    net, optimizer, scaler = make("reference")
+    before = copy.deepcopy(net.state_dict())
+    closure = make_closure(net, scaler)
+    closure()
+    with pytest.raises(RuntimeError, match=r"optimizer\.grad_scaler = scaler"):
+        scaler.step(optimizer, closure)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
