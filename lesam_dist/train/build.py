@@ -16,6 +16,7 @@ from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, bui
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model
 from lesam_dist.optim import LESAM, SAM, CosineBudget
+from lesam_dist.optim.shared import fused_if_possible
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.config import Config, OptimizerConfig
 
@@ -65,6 +66,12 @@ def build_loaders(config: Config, folders: tuple[ImageFolder, ImageFolder], here
         "workers": data.workers,
     }
     train = build_loader(folders[0], train=True, batch_size=data.batch_size, **common)
+    share = data.batch_size // here.world_size
+    if share % data.micro_batches:
+        raise UserError(
+            f"data.micro_batches {data.micro_batches} does not divide the {share} images that each process takes of a "
+            f"batch of {data.batch_size}: choose a divisor."
+        )
     return train, build_loader(folders[1], train=False, batch_size=data.eval_batch_size, **common)
 
 
@@ -138,11 +145,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
             alpha=config.alpha,
             plus_form=config.plus_form,
             backend=config.backend,
+            scope=config.scope,
             **kwargs,
         )
     if config.name == "sam":
-        return SAM(groups, cls, rho=config.rho, backend=config.backend, **kwargs)
-    return cls(groups, fused=True, **kwargs)
+        return SAM(groups, cls, rho=config.rho, backend=config.backend, scope=config.scope, **kwargs)
+    return cls(groups, **(kwargs | fused_if_possible(cls, groups)))
 
 
 def build_schedules(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> tuple[LambdaLR, CosineBudget | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_pa
 
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.train.config import Config, flatten
+from lesam_dist.train.launcher import accelerate_flags
 
 _PROG = "lesam-dist train"
 _USAGE = """lesam-dist train [--config NAME_OR_FILE] [--SECTION.FIELD VALUE ...]
@@ -51,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         SystemExit: after --help and --print_config.
     """
     parser = build_parser()
-    argv = _resolve(list(sys.argv[1:] if argv is None else argv))
+    argv = _with_launcher(_resolve(list(sys.argv[1:] if argv is None else argv)))
     try:
         namespace = parser.parse_args(argv)
         return _instantiate(parser, namespace)
@@ -92,6 +94,18 @@ def _resolve(argv: list[str]) -> list[str]:
     if previous == "--dry_run":
         resolved[-1] = "--dry_run=true"
     return resolved
+
+
+def _with_launcher(argv: list[str]) -> list[str]:
+    """The launcher's settings between the config files, which they override, and the flags, which override them."""
+    files: list[str] = []
+    flags: list[str] = []
+    previous = ""
+    for arg in argv:
+        is_file = arg == "--config" or previous == "--config" or arg.startswith("--config=")
+        (files if is_file else flags).append(arg)
+        previous = arg
+    return [*files, *accelerate_flags(os.environ), *flags]
 
 
 def _config_path(name: str) -> str:

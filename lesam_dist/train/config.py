@@ -37,6 +37,8 @@ class DataConfig:
     """who reads, decodes and augments"""
     batch_size: int = 256
     """images per optimizer step, over all processes"""
+    micro_batches: int = 1
+    """parts that each process takes its share of a batch in, to save memory; their gradients are added up"""
     eval_batch_size: int = 256
     """images per forward in evaluation, per process"""
     image_size: int = 224
@@ -89,6 +91,8 @@ class OptimizerConfig:
     """LE-SAM+ by the paper's Eq. 16 or as in the authors' code"""
     rho: float = 0.05
     """SAM's radius"""
+    scope: Literal["global", "local"] = "global"
+    """what perturbs: the gradient averaged over all processes, or (ddp) each process's own, which saves a reduction"""
     backend: Literal["auto", "reference", "triton"] = "auto"
     """who does the optimizer's maths"""
 
@@ -118,8 +122,17 @@ class LossConfig:
 class ParallelConfig:
     """How the processes that torchrun started work together."""
 
-    strategy: Literal["ddp"] = "ddp"
-    """ddp: every process has the whole model"""
+    strategy: Literal["none", "ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: every process has the whole model; fsdp: parameters, gradients and optimizer state are split over all
+    processes; hsdp: split within groups of shard_size processes, and replicated over the groups; none: one process"""
+    shard_size: int | None = None
+    """processes that share one copy of the model (hsdp); null takes the processes of one node"""
+    replicate_size: int | None = None
+    """number of copies of the model (hsdp); null takes what shard_size leaves"""
+    reshard_after_forward: bool = True
+    """free gathered parameters between forward and backward: less memory, one more all-gather (fsdp, hsdp)"""
+    wrap_classes: list[str] = field(default_factory=list)
+    """names of the module classes that are gathered as one unit (fsdp, hsdp); empty takes the model's known blocks"""
     device: Literal["cpu", "cuda"] | None = None
     """null takes the GPUs where there are some"""
 
@@ -128,8 +141,9 @@ class ParallelConfig:
 class PrecisionConfig:
     """Number formats."""
 
-    compute: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the forward under autocast; weights, gradients and optimizer stay float32"""
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 run the forward under autocast, fp16 with a loss scale; weights, gradients and optimizer stay
+    float32"""
     tf32: bool = True
     """let CUDA use TF32 inside float32 convolutions and matrix products"""
     channels_last: bool = False
@@ -192,6 +206,12 @@ class Config:
                 raise UserError(f"{path} is {value}: it must be at least {low}.")
         if not 0 <= self.loss.label_smoothing < 1:
             raise UserError(f"loss.label_smoothing is {self.loss.label_smoothing}: it must be in [0, 1).")
+        if self.optimizer.scope == "local" and self.parallel.strategy in ("fsdp", "hsdp"):
+            raise UserError(
+                f"optimizer.scope is local but parallel.strategy is {self.parallel.strategy}: the shards of all "
+                "processes are one copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, "
+                "or global."
+            )
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -218,6 +238,7 @@ _AT_LEAST = {
     "model.num_classes": 1,
     "data.batch_size": 1,
     "data.eval_batch_size": 1,
+    "data.micro_batches": 1,
     "data.image_size": 1,
     "data.val_resize": 1,
     "data.workers": 1,
@@ -232,6 +253,8 @@ _AT_LEAST = {
     "schedule.lr_warmup_epochs": 0,
     "schedule.sigma_warmup_epochs": 0,
     "schedule.anneal_start_epoch": 0,
+    "parallel.shard_size": 1,
+    "parallel.replicate_size": 1,
     "checkpoint.every_epochs": 1,
     "checkpoint.keep": 1,
     "logging.every_steps": 1,

@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,10 +24,13 @@ class BatchPasses:
     """The passes over one batch; call it once per pass.
 
     Args:
-        model: in training mode, wrapped (DDP) or not.
+        model: in training mode, wrapped (DDP, FSDP2) or not.
         criterion: ``criterion(logits, labels)`` gives a 0-d loss, the mean over the samples.
         images: (B, C, H, W), labels: (B,) int64. They must stay unchanged until the step is over.
         autocast: dtype of the forward under `torch.autocast`; None computes in the weights' dtype.
+        scaler: scales the loss before ``backward`` (float16); whoever steps unscales.
+        micro_batches: each pass goes through the batch in so many parts of equal size, to save memory. Gradients are
+            reduced over the processes once, in the last one. The same as one part, but for BatchNorm.
     """
 
     def __init__(
@@ -35,10 +40,12 @@ class BatchPasses:
         images: Tensor,
         labels: Tensor,
         autocast: torch.dtype | None = None,
+        scaler: GradScaler | None = None,
+        micro_batches: int = 1,
     ) -> None:
         self.model, self.criterion = model, criterion
         self.images, self.labels = images, labels
-        self.autocast = autocast
+        self.autocast, self.scaler, self.micro_batches = autocast, scaler, micro_batches
         self._rng: list[Tensor] | None = None
 
     def __call__(self, *, sync: bool = True, subset: Tensor | None = None, backward: bool = True) -> Tensor:
@@ -50,24 +57,45 @@ class BatchPasses:
             backward: False only evaluates the loss.
 
         Returns:
-            The loss of this rank's samples, 0-d, detached.
+            The loss of this rank's samples, 0-d, detached, not scaled.
         """
         images, labels = (t if subset is None else t[subset] for t in (self.images, self.labels))
+        parts = list(zip(images.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))
         with ExitStack() as stack:
             if self._rng is None:
                 self._rng = _rng_state(images.device)
             else:
                 _set_rng_state(self._rng, images.device)
                 stack.enter_context(frozen_batchnorm(self.model))
-            if not sync and isinstance(self.model, DistributedDataParallel):
-                stack.enter_context(self.model.no_sync())  # around the forward too, or DDP reduces all the same
             if not backward:
                 stack.enter_context(torch.no_grad())
-            with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                loss: Tensor = self.criterion(self.model(images), labels)
-            if backward:
-                loss.backward()
+            losses = []
+            for index, part in enumerate(parts):
+                with gradient_sync(self.model, sync and index == len(parts) - 1):
+                    losses.append(self._part(*part, weight=len(part[1]) / len(labels), backward=backward))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _part(self, images: Tensor, labels: Tensor, weight: float, backward: bool) -> Tensor:
+        """Forward and backward of a part, weighted by its share of the batch."""
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            loss: Tensor = self.criterion(self.model(images), labels) * weight
+        if backward:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
+    """Whether the backward inside reduces gradients over the processes. Holds the forward too: DDP decides there."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+        model.set_is_last_backward(sync)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not sync:
+        with model.no_sync():
+            yield
+    else:
+        yield
 
 
 @contextmanager

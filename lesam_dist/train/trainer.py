@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lesam_dist.data import Loader
 from lesam_dist.errors import UserError
 from lesam_dist.models import require_model
 from lesam_dist.optim import SharpnessAware
-from lesam_dist.parallel import Distributed, process_group, wrap_ddp
+from lesam_dist.parallel import Distributed, process_group
 from lesam_dist.train import build
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.cli import dump
@@ -24,6 +25,7 @@ from lesam_dist.train.config import Config, check_same_run, flatten
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
 from lesam_dist.train.telemetry import METRICS, RunLog, plot_curves
+from lesam_dist.wrapping import wrap
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -99,11 +101,23 @@ class Trainer:
         self.val_samples = val_samples
         self.steps_per_epoch = len(self.train_loader)
         self.model = model
-        self.wrapped = wrap_ddp(model, here)
+        parallel = config.parallel
+        self.wrapped = wrap(
+            model,
+            here,
+            parallel.strategy,
+            shard_size=parallel.shard_size,
+            replicate_size=parallel.replicate_size,
+            reshard_after_forward=parallel.reshard_after_forward,
+            wrap_classes=parallel.wrap_classes,
+        )
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
+        self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+        self.scaler = GradScaler(here.device.type) if config.precision.compute == "fp16" else None
         self.optimizer: Optimizer = build.build_optimizer(model, config.optimizer)
+        if isinstance(self.optimizer, SharpnessAware):
+            self.optimizer.grad_scaler = self.scaler
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
-        self.autocast = torch.bfloat16 if config.precision.compute == "bf16" else None
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.epoch = self.step = 0
         self.last_evaluation: dict[str, float] = {}
@@ -154,10 +168,8 @@ class Trainer:
             with meter.waiting():
                 images, labels = next(batches)
             images = images.to(memory_format=self.memory_format)
-            closure = BatchPasses(self.wrapped, self.criterion, images, labels, self.autocast)
             used = self._schedule_values()
-            self.optimizer.zero_grad()
-            loss = self.optimizer.step(closure)  # type: ignore[arg-type]
+            loss = self._step(images, labels)
             self.lr_schedule.step()
             if self.budget:
                 self.budget.step()
@@ -168,6 +180,24 @@ class Trainer:
             if self.step % self.config.logging.every_steps == 0:
                 self._log_step(loss, used, meter, self.epoch + (index + 1) / self.steps_per_epoch)
         self.epoch += 1
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One update; returns this rank's loss at the weights before it."""
+        micro_batches = self.config.data.micro_batches
+        closure = BatchPasses(self.wrapped, self.criterion, images, labels, self.autocast, self.scaler, micro_batches)
+        optimizer, scaler = self.optimizer, self.scaler
+        if isinstance(optimizer, SharpnessAware):
+            loss: Tensor = optimizer.step(closure)
+        else:
+            optimizer.zero_grad()
+            loss = closure()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        return loss
 
     def _log_step(self, loss: Any, used: dict[str, float], meter: _Meter, epoch: float) -> None:
         scalars: dict[str, Tensor] = {"loss": loss}
@@ -198,6 +228,7 @@ class Trainer:
             "epoch": self.epoch,
             "lr_schedule": self.lr_schedule.state_dict(),
             "budget": self.budget.state_dict() if self.budget else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
             "data": self.train_loader.state_dict(),
             "evaluation": self.last_evaluation,
             "config": flatten(self.config),
@@ -215,6 +246,8 @@ class Trainer:
         self.lr_schedule.load_state_dict(progress["lr_schedule"])
         if self.budget:
             self.budget.load_state_dict(progress["budget"])
+        if self.scaler:
+            self.scaler.load_state_dict(progress["scaler"])
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.last_evaluation = progress["evaluation"]
 
@@ -223,11 +256,14 @@ class Trainer:
         params = sum(p.numel() for p in self.model.parameters())
         method = config.optimizer.name
         if isinstance(self.optimizer, SharpnessAware):
-            method += f" on {config.optimizer.base}"
+            method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
+        processes = f"{here.world_size} x {here.device.type}"
+        if here.world_size > 1:
+            processes += f", {config.parallel.strategy}"
         start = f", from epoch {self.epoch}" if self.epoch else ""
         return (
             f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, "
-            f"{here.world_size} x {here.device.type}, batch {config.data.batch_size}, {config.epochs} epochs of "
+            f"{processes}, batch {config.data.batch_size}, {config.epochs} epochs of "
             f"{self.steps_per_epoch} steps{start}"
         )
 

@@ -28,6 +28,7 @@ def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: Pa
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     here = Distributed(rank, rank, world_size, torch.device("cpu"))
     (folder / f"rank{rank}").write_bytes(pickle.dumps(function(here, *args)))
+    dist.barrier()  # a rank that leaves early can break the others' connecting
     dist.destroy_process_group()
     # With FSDP2 on gloo, torch 2.14 aborts in one of ten exits ("terminate called without an active exception").
     os._exit(0)

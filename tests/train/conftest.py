@@ -1,8 +1,7 @@
-"""A small data set of real images, and the command line in this process."""
+"""The command line in this process."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +9,6 @@ from pathlib import Path
 import pytest
 
 from lesam_dist.cli import run
-from lesam_dist.data.digits import prepare_digits
-
-CLASSES = ("0", "1", "2")
-TRAIN, VAL = 20, 7  # images per class
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ROOT/train and ROOT/val with 3 classes of scanned digits."""
-    full, root = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("images")
-    prepare_digits(full)
-    for split, count in (("train", TRAIN), ("val", VAL)):
-        for name in CLASSES:
-            (root / split / name).mkdir(parents=True)
-            for path in sorted((full / split / name).iterdir())[:count]:
-                shutil.copy(path, root / split / name)
-    return root
-
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -40,6 +40,9 @@ FLAGS = [
     ),
     (["--model.num_classes", "2"], "has 3 classes but model.num_classes is 2"),
     (["--data.batch_size", "1000"], "fewer than one global batch of 1000"),
+    (["--data.micro_batches", "3"], "data.micro_batches 3 does not divide the 20 images"),
+    (["--optimizer.scope", "local", "--parallel.strategy", "fsdp"], "scope is local but parallel.strategy is fsdp"),
+    (["--parallel.strategy", "zero"], "parallel.strategy: Expected"),
     (["--data.root", "/nowhere"], "'/nowhere'"),
 ]
 

@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM
-from lesam_dist.parallel import Distributed, wrap_ddp
+from lesam_dist.parallel import Distributed
 from lesam_dist.train.passes import BatchPasses, average_batchnorm, frozen_batchnorm
+from lesam_dist.wrapping import wrap
+from tests.distributed.hooks import counting_hook
 from tests.distributed.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
@@ -114,7 +117,7 @@ def test_optimizer_step_on_a_batch_equals_two_hand_made_passes(seed: int) -> Non
 def unsynced_and_averaged(here: Distributed, seed: int) -> tuple[bool, bool, torch.Tensor]:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
-    model = wrap_ddp(net, here)
+    model = wrap(net, here, "ddp")
     torch.manual_seed(seed + here.rank)
     passes = make_passes(model)
     passes(sync=False)
@@ -140,3 +143,51 @@ def test_unsynced_pass_and_averaged_statistics_on_two_ranks(seed: int) -> None:
     assert first[1]
     assert second[1]
     assert torch.equal(first[2], second[2])
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 6])
+def test_micro_batches_equal_the_whole_batch(seed: int, micro_batches: int) -> None:
+    """Without BatchNorm: the same loss and, but for the order of a sum, the same step."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 7), nn.Tanh(), nn.Linear(7, 5))
+    whole, twin = make_passes(net), copy.deepcopy(net)
+    parts = BatchPasses(twin, whole.criterion, whole.images, whole.labels, micro_batches=micro_batches)
+    optimizers = [LESAM(m.parameters(), torch.optim.SGD, sigma=0.1, rho_max=None, lr=0.1) for m in (net, twin)]
+    losses = [optimizer.step(passes) for optimizer, passes in zip(optimizers, (whole, parts), strict=True)]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_replay_their_random_numbers(seed: int) -> None:
+    passes = make_passes(make_net(dropout=0.5))
+    parts = BatchPasses(passes.model, passes.criterion, passes.images, passes.labels, micro_batches=3)
+    assert parts().item() != parts.criterion(parts.model(parts.images), parts.labels).item()
+    with frozen_batchnorm(parts.model):
+        assert parts().item() == parts().item()
+
+
+def accumulate(here: Distributed, seed: int) -> dict[str, tuple[dict[str, torch.Tensor], int]]:
+    """The final weights under each strategy in 1 and 3 parts, and the bytes-carrying collectives of a DDP step."""
+    results = {}
+    for strategy, micro_batches in ((s, n) for s in ("ddp", "fsdp") for n in (1, 3)):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 7), nn.Tanh(), nn.Linear(7, 5))
+        model = wrap(net, here, strategy)  # type: ignore[arg-type]
+        reductions: list[int] = []
+        if strategy == "ddp":
+            model.register_comm_hook(reductions, counting_hook)  # type: ignore[operator]
+        optimizer = LESAM(net.parameters(), torch.optim.SGD, sigma=0.1, rho_max=None, lr=0.1)
+        torch.manual_seed(seed + 1 + here.rank)
+        x, y = torch.randn(6, 3, 8, 8), torch.randint(0, 5, (6,))
+        optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), x, y, micro_batches=micro_batches))
+        whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in net.state_dict().items()}
+        results[f"{strategy}{micro_batches}"] = whole, len(reductions)
+    return results
+
+
+def test_micro_batches_across_processes_reduce_once_a_pass(seed: int) -> None:
+    for rank in run(accumulate, 2, seed):
+        expected, reductions = rank["ddp1"]
+        assert reductions == 2, "one bucket, reduced in each of the two passes"
+        assert rank["ddp3"][1] == reductions
+        for name in ("ddp3", "fsdp1", "fsdp3"):
+            torch.testing.assert_close(rank[name][0], expected, rtol=1e-5, atol=1e-6, msg=name)

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lesam_dist.train import trainer as module
 from lesam_dist.train.telemetry import read_metrics
-from tests.train.conftest import CLASSES, VAL, Command
+from tests.conftest import CLASSES, VAL
+from tests.train.conftest import Command
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -79,11 +80,20 @@ def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...],
     assert len(list((run_dir / "checkpoints").glob("step_*"))) == 2
 
 
-@pytest.mark.parametrize("method", ["lesam", "sgd"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--optimizer.name", "sgd"),
+        ("--precision.compute", "bf16", "--data.micro_batches", "2"),
+        ("--precision.compute", "fp16", "--optimizer.base", "adamw", "--optimizer.lr", "0.01"),
+    ],
+    ids=" ".join,
+)
 def test_resumed_run_equals_the_uninterrupted_one(
-    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    small = (*small, "--optimizer.name", method)
+    small = (*small, *flags)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert command(*small, "--run_dir", whole)[0] == 0
 

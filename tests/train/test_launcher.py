@@ -1,0 +1,81 @@
+"""The trainer under `accelerate launch`: its settings arrive, flags win, what cannot be honoured is an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lesam_dist.errors import UserError
+from lesam_dist.train.cli import parse
+from lesam_dist.train.launcher import accelerate_flags
+
+ROOT = Path(__file__).parents[2]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def test_without_the_launcher_nothing_changes() -> None:
+    assert accelerate_flags({}) == []
+    assert accelerate_flags({"ACCELERATE_MIXED_PRECISION": "no"}) == []
+
+
+def test_precedence_is_flag_then_launcher_then_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse(["--config", "imagenet_resnet50_lesam"]).precision.compute == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert parse(["--config", "imagenet_resnet50_lesam"]).precision.compute == "fp16"
+    flags = ["--precision.compute", "fp32", "--config", "imagenet_resnet50_lesam"]
+    assert parse(flags).precision.compute == "fp32"
+
+
+def test_fsdp_and_hsdp_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Bottleneck,BasicBlock")
+    parallel = parse(["--config", "digits"]).parallel
+    assert (parallel.strategy, parallel.reshard_after_forward, parallel.device) == ("fsdp", False, "cpu")
+    assert parallel.wrap_classes == ["Bottleneck", "BasicBlock"]
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "4")
+    parallel = parse(["--config", "digits"]).parallel
+    assert (parallel.strategy, parallel.replicate_size, parallel.shard_size) == ("hsdp", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision is 'fp8'"),
+        ({**FSDP, "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "does not offload"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        accelerate_flags(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "shown"), [("ddp", "'no'", "fp32, 2 x cpu, ddp"), ("fsdp2", "bf16", "bf16, 2 x cpu, fsdp")]
+)
+def test_accelerate_launch_starts_two_processes(tmp_path: Path, name: str, precision: str, shown: str) -> None:
+    """The files of launch/accelerate, with two processes on the CPU."""
+    text = (ROOT / "launch" / "accelerate" / f"{name}.yaml").read_text()
+    text = text.replace("num_processes: 8", "num_processes: 2")
+    (tmp_path / "launch.yaml").write_text(text.replace("mixed_precision: 'no'", f"mixed_precision: {precision}"))
+    flags = ["--config", "digits", "--dry_run", "--data.batch_size", "4", "--precision.channels_last", "false"]
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml")),
+            *("-m", "lesam_dist.train", *flags, "--parallel.device", "cpu"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert shown in result.stdout
+    assert result.stdout.count("[train]") == 2
