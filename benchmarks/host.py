@@ -14,6 +14,7 @@ import argparse
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,40 @@ def seconds_per_step(
     return percentiles(samples[_WARM_UP:])
 
 
+class TimedOps:
+    """Stands in for the optimizer's operations, and adds up the time spent in them: table checks and launches."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops, self.seconds = ops, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._ops, name)
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def seconds_in_ops(optimizer: Any, step: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Percentiles of the part of a step that is table checks and launch preparation."""
+    plain = optimizer._ops
+    timed = TimedOps(plain[0])
+    optimizer._ops = [timed]
+    samples = []
+    with no_collection():
+        for _ in range(_WARM_UP + repeats):
+            timed.seconds = 0.0
+            step()
+            samples.append(timed.seconds)
+    optimizer._ops = plain
+    return percentiles(samples[_WARM_UP:])
+
+
 def measure(tensors: int, base: Base, repeats: int) -> Result:
     """Host seconds of one step over ``tensors`` parameters."""
 
@@ -100,10 +135,15 @@ def measure(tensors: int, base: Base, repeats: int) -> Result:
     with no_kernels() as launched:
         result["seconds_same"] = seconds_per_step(params, halves, grads[:2], repeats)
         result["seconds"] = seconds_per_step(params, halves, grads, repeats)
+
+        def step() -> None:
+            for half, own in zip(halves, grads, strict=False):
+                set_grads(params, own)
+                half()
+
+        result["seconds_tables"] = seconds_in_ops(optimizer, step, repeats)
         launched.clear()
-        for half, own in zip(halves, grads, strict=False):
-            set_grads(params, own)
-            half()
+        step()
         result["launches"] = len(launched)
     if not launched:
         raise SystemExit("no Triton launch was seen: the kernels run some other way, and these numbers mean nothing.")
@@ -113,13 +153,14 @@ def measure(tensors: int, base: Base, repeats: int) -> Result:
 
 
 def report(results: list[Result]) -> str:
-    header = ["tensors", "base", "new addresses, us", "same addresses, us", "launches", "base alone, us", "target, us"]
+    header = ["tensors", "base", "tables and launches, us", "target, us", "whole step, us", "new addresses, us"]
+    header += ["launches", "base alone, us"]
     rows = []
     for r in results:
-        times = [number(r[key]["p50"], 0, 1e6) for key in ("seconds", "seconds_same")]
+        tables, same, new = (number(r[k]["p50"], 0, 1e6) for k in ("seconds_tables", "seconds_same", "seconds"))
         target = f"<= {HOST_TARGET_SECONDS * 1e6:.0f}" if r["tensors"] == HOST_TARGET_TENSORS else "-"
         alone = number(r["seconds_base"]["p50"], 0, 1e6)
-        rows.append([str(r["tensors"]), r["base"], *times, str(r["launches"]), alone, target])
+        rows.append([str(r["tensors"]), r["base"], tables, target, same, new, str(r["launches"]), alone])
     return table(header, rows)
 
 

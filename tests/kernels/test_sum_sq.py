@@ -260,3 +260,9 @@ def test_checks_the_options(device: torch.device) -> None:
         sum_sq(table, "g", inv_scale=torch.ones((), device="meta"))
     with pytest.raises(ValueError, match="found_inf"):
         sum_sq(table, "g", found_inf=one)
+
+
+def test_five_thousand_tensors(make: Make) -> None:
+    """Longer than any list that a launch's arguments could hold."""
+    tensors = [make(1 + i % 7, F32) for i in range(5000)]
+    assert run(tensors).item() == pytest.approx(oracle(tensors), rel=REL)
