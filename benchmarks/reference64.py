@@ -11,7 +11,8 @@ from providers import Hyper, Provider
 from torch import Tensor
 from traffic import Base
 
-# Largest error of a tensor, in units of its largest element: a few roundings of the dtype (eps 1.2e-7 and 7.8e-3).
+# Largest error of a tensor, in units of its largest element before or after the step: a few roundings of the dtype (eps
+# 1.2e-7 and 7.8e-3). Before, too: an update that all but cancels a weight leaves it the roundings of both.
 # Perturbed weights get more room in float32, because torch's own norm of a large tensor is off by 1e-4 on the CPU. The
 # perturbation is a tenth of the weights, so that a wrong radius shows all the same, in bfloat16 too.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
@@ -96,20 +97,25 @@ def wrong(provider: type[Provider], problem: Problem, base: Base, expected: list
     first, second = ([g.clone() for g in grads] for grads in (problem.first, problem.second))
     mine = provider(problem.parameters(), base, problem.hyper, problem.rho)
     dtype = problem.weights[0].dtype
+    before = [w.double() for w in problem.weights]
+    zeros = [torch.zeros_like(w) for w in before]
+    moments_before = [zeros] * len(expected[0].moments)
     for t, step in enumerate(expected, 1):
         set_grads(mine.params, first)
         mine.ascent()
-        error = _error(mine.params, step.perturbed)
+        error = _error(mine.params, step.perturbed, before)
         if not error <= TOLERANCE_PERTURBED[dtype]:
             return f"wrong perturbed weights in step {t}: off by {error:.1e} of the largest element"
         set_grads(mine.params, second)
         mine.descent()
-        pairs = [("weights", mine.params, step.weights)]
-        pairs += [("momentum", values, m) for values, m in zip(mine.state(), step.moments, strict=True)]
-        for what, values, right in pairs:
-            error = _error(values, right)
+        checks = [("weights", mine.params, step.weights, before)]
+        momenta = zip(mine.state(), step.moments, moments_before, strict=True)
+        checks += [("momentum", values, right, earlier) for values, right, earlier in momenta]
+        for what, values, right, earlier in checks:
+            error = _error(values, right, earlier)
             if not error <= TOLERANCE[dtype]:
                 return f"wrong {what} after step {t}: off by {error:.1e} of the largest element"
+        before, moments_before = step.weights, step.moments
     return None
 
 
@@ -118,10 +124,10 @@ def set_grads(params: list[Tensor], grads: list[Tensor]) -> None:
         p.grad = g
 
 
-def _error(values: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference of a tensor over its largest expected element, worst tensor; NaN where there is one."""
+def _error(values: list[Tensor], expected: list[Tensor], before: list[Tensor]) -> float:
+    """Largest difference of a tensor over its largest element before or after, worst tensor; NaN where there is one."""
     errors = [
-        (value.detach().double() - e).abs().max() / e.abs().max().clamp(min=1e-30)
-        for value, e in zip(values, expected, strict=True)
+        (value.detach().double() - e).abs().max() / torch.maximum(e.abs().max(), b.abs().max()).clamp(min=1e-30)
+        for value, e, b in zip(values, expected, before, strict=True)
     ]
     return float(torch.stack(errors).max())
