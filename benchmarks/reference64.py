@@ -11,8 +11,9 @@ from providers import Hyper, Provider
 from torch import Tensor
 from traffic import Base
 
-# Largest error of a tensor, in units of its largest element before or after the step: a few roundings of the dtype (eps
-# 1.2e-7 and 7.8e-3). Before, too: an update that all but cancels a weight leaves it the roundings of both.
+# Largest error of a tensor, in units of the largest element that it is or was made of: a few roundings of the dtype
+# (eps 1.2e-7 and 7.8e-3). A weight that an update all but cancels, or a gradient that weight decay does, keeps the
+# roundings of both.
 # Perturbed weights get more room in float32, because torch's own norm of a large tensor is off by 1e-4 on the CPU. The
 # perturbation is a tenth of the weights, so that a wrong radius shows all the same, in bfloat16 too.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
@@ -98,18 +99,21 @@ def wrong(provider: type[Provider], problem: Problem, base: Base, expected: list
     mine = provider(problem.parameters(), base, problem.hyper, problem.rho)
     dtype = problem.weights[0].dtype
     before = [w.double() for w in problem.weights]
+    gradients = [g.double() for g in problem.second]
     zeros = [torch.zeros_like(w) for w in before]
     moments_before = [zeros] * len(expected[0].moments)
     for t, step in enumerate(expected, 1):
         set_grads(mine.params, first)
         mine.ascent()
-        error = _error(mine.params, step.perturbed, before)
+        climb = [torch.maximum(w.abs(), (p - w).abs()) for p, w in zip(step.perturbed, before, strict=True)]
+        error = _error(mine.params, step.perturbed, climb)
         if not error <= TOLERANCE_PERTURBED[dtype]:
             return f"wrong perturbed weights in step {t}: off by {error:.1e} of the largest element"
         set_grads(mine.params, second)
         mine.descent()
         checks = [("weights", mine.params, step.weights, before)]
-        momenta = zip(mine.state(), step.moments, moments_before, strict=True)
+        made_of = [[torch.maximum(m.abs(), g.abs()) for m, g in zip(moments_before[0], gradients, strict=True)]]
+        momenta = zip(mine.state(), step.moments, made_of + moments_before[1:], strict=True)
         checks += [("momentum", values, right, earlier) for values, right, earlier in momenta]
         for what, values, right, earlier in checks:
             error = _error(values, right, earlier)
@@ -124,10 +128,10 @@ def set_grads(params: list[Tensor], grads: list[Tensor]) -> None:
         p.grad = g
 
 
-def _error(values: list[Tensor], expected: list[Tensor], before: list[Tensor]) -> float:
-    """Largest difference of a tensor over its largest element before or after, worst tensor; NaN where there is one."""
+def _error(values: list[Tensor], expected: list[Tensor], made_of: list[Tensor]) -> float:
+    """Largest difference of a tensor over the largest element of it and what it was made of; the worst tensor's."""
     errors = [
-        (value.detach().double() - e).abs().max() / torch.maximum(e.abs().max(), b.abs().max()).clamp(min=1e-30)
-        for value, e, b in zip(values, expected, before, strict=True)
+        (value.detach().double() - e).abs().max() / torch.maximum(e.abs().max(), m.abs().max()).clamp(min=1e-30)
+        for value, e, m in zip(values, expected, made_of, strict=True)
     ]
     return float(torch.stack(errors).max())
