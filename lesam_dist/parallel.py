@@ -6,6 +6,7 @@ Vocabulary: mesh things are axes, tensor things are dims.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,9 +71,10 @@ def process_group(device: str | None = None) -> Iterator[Distributed]:
     if use_cuda:
         count = torch.cuda.device_count()
         if local_rank >= count:
+            remedy = f"Start at most {count} processes per node, or train" if count else "Train"
             raise UserError(
-                f"local rank {local_rank} has no GPU: this host shows {count}. Start at most {count} processes per "
-                "node, or train on the CPU with --parallel.device cpu."
+                f"local rank {local_rank} has no GPU: this host shows {count}. {remedy} on the CPU with "
+                "--parallel.device cpu."
             )
         torch.cuda.set_device(local_rank)
     target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -84,7 +86,14 @@ def process_group(device: str | None = None) -> Iterator[Distributed]:
     dist.init_process_group("nccl" if use_cuda else "gloo", device_id=target if use_cuda else None)
     try:
         yield here
+        dist.barrier()  # a rank that leaves early breaks the others' connections
     finally:
+        if not use_cuda:
+            # Gloo's threads drop the tensors of their last collective a little after it is done, and need the
+            # interpreter for that. DTensor's caches keep the group alive, so nothing joins them, and one that comes
+            # while the interpreter shuts down aborts the process ("terminate called without an active exception"):
+            # 7 of 50 exits under FSDP2 with torch 2.14, 0 of 80 after this wait.
+            time.sleep(0.2)
         dist.destroy_process_group()
 
 
