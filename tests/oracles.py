@@ -64,17 +64,57 @@ def algorithm_1(
     eps: float = 1e-12,
     alpha: float = 0.0,
     released: bool = False,
+    first_gradient: Callable[[Weights, int], Weights] | None = None,
+    interval: int = 1,
+    reuse: bool = False,
+    max_norm: float = np.inf,
 ) -> tuple[Weights, list[float]]:
-    """LE-SAM line by line (paper, Algorithm 1; Eq. 16 for alpha). Returns the weights and the radii."""
+    """LE-SAM line by line (paper, Algorithm 1; Eq. 16 for alpha). Returns the weights and the radii.
+
+    ``first_gradient`` replaces g. With ``interval`` k, g is taken at every k-th step; between, it is the last one
+    (``reuse``) or there is no perturbation. ``max_norm`` clips g_hat as torch's clip_grad_norm_ does.
+    """
     w = {name: value.copy() for name, value in w.items()}
     radii = []
+    g: Weights = {}
     for t in range(steps):
-        g = gradient(w, t)
-        norm = np.sqrt(sum(float((value**2).sum()) for value in g.values()))
-        rho = min(sigma(t) / (norm + eps), rho_max)
+        if t % interval == 0:
+            g = (first_gradient or gradient)(w, t)
+        norm = norm_of(g)
+        rho = min(sigma(t) / (norm + eps), rho_max) if t % interval == 0 or reuse else 0.0
         radii.append(rho)
         perturbed = {name: w[name] + (rho * g[name] / norm if norm > 0 else 0.0) for name in w}
         g_hat = gradient(perturbed, t)
-        scale = 1.0 if released else 1.0 + alpha
-        base(w, {name: scale * g_hat[name] - alpha * g[name] for name in g})
+        clip = min(1.0, max_norm / (norm_of(g_hat) + 1e-6))
+        a, b = (1.0 if released else 1.0 + alpha, -alpha) if t % interval == 0 else (1.0, 0.0)
+        base(w, {name: a * clip * g_hat[name] + b * g[name] for name in g})
     return w, radii
+
+
+def m_sharpness(
+    w: Weights,
+    gradient: Callable[[Weights, int, int], Weights],
+    base: Callable[[Weights, Weights], None],
+    *,
+    steps: int,
+    parts: int,
+    sigma: float,
+    alpha: float = 0.0,
+) -> Weights:
+    """One perturbation for each part of a batch, one step with the mean of the gradients (Foret et al., 4.1)."""
+    w = {name: value.copy() for name, value in w.items()}
+    for t in range(steps):
+        mean = {name: np.zeros_like(value) for name, value in w.items()}
+        for part in range(parts):
+            g = gradient(w, t, part)
+            perturbed = {name: w[name] + sigma * g[name] / norm_of(g) ** 2 for name in w}
+            g_hat = gradient(perturbed, t, part)
+            for name in mean:
+                mean[name] += ((1 + alpha) * g_hat[name] - alpha * g[name]) / parts
+        base(w, mean)
+    return w
+
+
+def norm_of(g: Weights) -> float:
+    """The global L2 norm."""
+    return float(np.sqrt(sum(float((value**2).sum()) for value in g.values())))

@@ -7,25 +7,30 @@ A method is a subclass that names its rule: how the radius follows from the norm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim import ops as operations
-from lesam_dist.optim import reference
-from lesam_dist.optim.base_update import Mixture, base_update
-from lesam_dist.optim.ops import Backend, Ops
+from lesam_dist.optim.accumulate import GradientSum
+from lesam_dist.optim.base_update import Mixture
+from lesam_dist.optim.memory import Memory
+from lesam_dist.optim.ops import Backend
+from lesam_dist.optim.options import Between, Scope, check_options, require_scope
+from lesam_dist.optim.perturbation import Perturbation
 from lesam_dist.optim.reference import Radius
-from lesam_dist.optim.rows import Gradients, RowCache, Rows
+from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer, SharedOptimizer
-from lesam_dist.parallel import local_shard, reduce_max, reduce_over_shards
+from lesam_dist.parallel import local_shard, reduce_max
 
 Closure = Callable[..., Any]
-Scope = Literal["global", "local"]
+_UNPERTURBED = Radius(sigma=0.0, rho_max=0.0, eps=0.0)
+_ASCENT = "ascent_grad"  # in the memory: the first gradient of the last full step
 
 
 class SharpnessAware(SharedOptimizer):
@@ -38,7 +43,9 @@ class SharpnessAware(SharedOptimizer):
     ``telemetry`` maps names to 0-d tensors, which live on the parameters' device and cost nothing until read:
     ``grad_norm`` and ``rho`` of the last perturbation, ``sigma`` where the method has a budget, ``skipped`` (updates
     left out so far because a gradient was not finite) and, after ``step``, ``loss`` and ``perturbed_loss``. With
-    several param groups of different settings, ``rho`` and ``sigma`` are those of the first one.
+    several param groups of different settings, ``rho`` and ``sigma`` are those of the first one. Set the attribute
+    `measure_rho` to have also ``realized_rho``, ||w' - w|| as stored: in bfloat16 and float16 weights most of a small
+    perturbation is lost to rounding. It costs one more read of weights and copies.
 
     With float16, set the attribute `grad_scaler` and let the closure scale the loss; ``step(closure)`` or
     ``scaler.step(optimizer, closure)``, then ``scaler.update()``. In a hand-written loop, call
@@ -52,28 +59,37 @@ class SharpnessAware(SharedOptimizer):
         backend: "auto", "reference" or "triton", see `lesam_dist.optim.ops.select`.
         scope: "global" perturbs by the gradient averaged over all processes. "local", under DDP alone, calls
             ``closure(sync=False)`` first and perturbs each process by its own gradient (m-sharpness, SAM's original
-            form); it saves one of the two gradient reductions. A local gradient is noisier, so its norm is larger and
-            LE-SAM's radius smaller: sigma must be tuned anew.
+            form); it saves one of the two gradient reductions. "replica", for models that `lesam_dist.wrapping.wrap`
+            made HSDP for this scope, calls ``closure(sync="replica")`` and perturbs each replica by its own; it saves
+            the reduction between replicas. A gradient of fewer samples is noisier, so its norm is larger and LE-SAM's
+            radius smaller: sigma must be tuned anew.
         check_second: also leave the update out where a *second* gradient is not finite. Costs one more read of the
             gradients, and one more scalar all-reduce where they are sharded.
+        max_grad_norm: clip the second gradient to this global norm before the update, as
+            `torch.nn.utils.clip_grad_norm_` does. The first one is never clipped: its norm makes the radius.
+        ascent_fraction: share of the batch, in (0, 1], that the first pass takes: below 1 it is called as
+            ``closure(fraction=...)``, and a step costs 1 + ascent_fraction passes.
+        ascent_interval: only every so many steps make both passes; with ``k`` a step costs (k + 1) / k passes.
+        ascent_between: what the steps between do with their single pass. "skip": the base optimizer's plain step.
+            "reuse": perturb by the last first gradient, of which a copy is kept (and saved in `state_dict`), with the
+            current sigma or rho. Such steps have one loss: ``loss`` and ``perturbed_loss`` are both it.
         static_grads: keep the gradients' buffers between passes and zero them in place, as a CUDA graph needs.
         base_kwargs: for ``base_optimizer``. torch's fused implementation of SGD, Adam and AdamW is used unless
             ``fused`` or ``foreach`` says otherwise.
 
     Raises:
         TypeError: for a parameter of an unsupported dtype.
-        ValueError: for a hyper-parameter out of range.
+        ValueError: for a hyper-parameter out of range, or options that exclude each other.
     """
+
+    measure_rho = False
 
     # What GradScaler.step asks for: it then calls step() whatever it found, and leaves the skipping to it.
     _step_supports_amp_scaling = True
     _grad_scaler: GradScaler | None = None
 
     telemetry: dict[str, Tensor]
-    _rows: list[Rows]
-    _ops: list[Ops]  # of each of the rows
-    _perturbed: list[Ops] | None  # those whose rows are perturbed; None outside of a step
-    _overflow: Tensor  # 0-d, 1 where a gradient of this step is not finite
+    _perturbation: Perturbation
 
     def __init__(
         self,
@@ -84,21 +100,33 @@ class SharpnessAware(SharedOptimizer):
         backend: Backend = "auto",
         scope: Scope = "global",
         check_second: bool = True,
+        max_grad_norm: float | None = None,
+        ascent_fraction: float = 1.0,
+        ascent_interval: int = 1,
+        ascent_between: Between = "skip",
         static_grads: bool = False,
         **base_kwargs: Any,
     ) -> None:
         operations.require_backend(backend)
-        if scope not in get_args(Scope):
-            raise ValueError(f"scope is {scope!r}; choose one of {', '.join(get_args(Scope))}.")
         self._options: dict[str, Any] = {
             "backend": backend,
             "scope": scope,
             "check_second": check_second,
+            "max_grad_norm": max_grad_norm,
+            "ascent_fraction": ascent_fraction,
+            "ascent_interval": ascent_interval,
+            "ascent_between": ascent_between,
             "static_grads": static_grads,
         }
+        check_options(type(self).__name__, self._options)
         self.forget()
+        self._memory = Memory()
         self.telemetry = {"skipped": torch.zeros(())}
-        super().__init__(params, base_optimizer, {"perturb": True, **defaults}, **base_kwargs)
+        own = {"perturb": True, **defaults}
+        if ascent_interval > 1:
+            own["ascent_step"] = 0  # in the groups, where checkpoints keep it
+        super().__init__(params, base_optimizer, own, **base_kwargs)
+        self._require_reusable()
 
     # ---- the rule of a method ------------------------------------------------------------------------------------
 
@@ -113,16 +141,18 @@ class SharpnessAware(SharedOptimizer):
     # ---- the protocol --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
         """Both passes and the update; gradients are zeroed before, between and after.
 
         Args:
             closure: clears nothing, computes the loss, calls ``backward`` and returns the loss. It is called twice,
                 at the weights and at the perturbed weights, and must use the same batch. None changes nothing (torch's
-                checkpointing calls it so to create the state) and is an error once there are gradients.
+                checkpointing calls it so to create the state) and is an error once there are gradients. A sequence
+                makes one perturbation for each of its closures and one update with the mean of their gradients
+                (m-sharpness): give each a micro-batch, and its mean loss undivided.
 
         Returns:
-            The loss at the unperturbed weights.
+            The loss at the unperturbed weights; of a sequence, the mean.
 
         Raises:
             Whatever the closure raises; the weights are then the exact ones and no update was made.
@@ -130,26 +160,69 @@ class SharpnessAware(SharedOptimizer):
         if closure is None:
             return self._create_state()
         self._require_exact_weights("step")
-        scaler = self._scaler()
-        self._zero_grad()
-        with torch.enable_grad():
-            loss = closure(sync=False) if self._options["scope"] == "local" else closure()
-        if scaler is not None:
-            scaler.unscale_(self)
+        closures = list(closure) if isinstance(closure, Sequence) else [closure]
         try:
-            self.first_step(zero_grad=True)
-            with torch.enable_grad():
-                perturbed_loss = closure()
+            losses = self._passes(closures)
+            self.second_step(zero_grad=True)
         except BaseException:
             self.restore()
             raise
-        if scaler is not None:
+        if "ascent_step" in self.defaults:
+            for group in self.param_groups:
+                group["ascent_step"] += 1
+        first, second = ([torch.as_tensor(loss).detach() for loss in column] for column in zip(*losses, strict=True))
+        self.telemetry["loss"] = first[0] if len(first) == 1 else torch.stack(first).mean()
+        self.telemetry["perturbed_loss"] = second[0] if len(second) == 1 else torch.stack(second).mean()
+        return losses[0][0] if len(losses) == 1 else self.telemetry["loss"]
+
+    def _passes(self, closures: Sequence[Closure]) -> list[tuple[Any, Any]]:
+        """All passes of a step; returns the losses of each closure, and leaves the weights perturbed."""
+        if len(closures) == 1:
+            return [self._passes_of(closures[0], fresh=True)]
+        if self._scaler() is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step got {len(closures)} closures and a GradScaler, which unscales only once a "
+                "step. Use bfloat16, or one closure."
+            )
+        losses = []
+        total = GradientSum()
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, closure in enumerate(closures):
+            self.restore()
+            losses.append(self._passes_of(closure, fresh=index == 0))
+            total.take(params)
+        total.give_back(params)
+        self._perturbation.average_first(len(closures))
+        return losses
+
+    def _passes_of(self, closure: Closure, fresh: bool) -> tuple[Any, Any]:
+        """The passes of one closure up to its second gradient; ``fresh``: the first of this step."""
+        self._zero_grad()
+        if self._is_ascent_step():
+            loss = self._pass(closure, **self._first_pass_arguments())
+            self._unscale(self)
+            grads = self._first_gradients()
+            if self._reuses():
+                for rows, g in zip(self._perturbation.rows, grads, strict=True):
+                    self._memory.write(_ASCENT, rows, g)
+            self._perturb(grads, fresh=fresh)
+            self._zero_grad()
+            perturbed_loss = self._pass(closure)
             # The scaler allows one unscaling per optimizer and step, and combines what it finds for both.
-            scaler.unscale_(self.base_optimizer)
-        self.second_step(zero_grad=True)
-        self.telemetry["loss"] = torch.as_tensor(loss).detach()
-        self.telemetry["perturbed_loss"] = torch.as_tensor(perturbed_loss).detach()
-        return loss
+            self._unscale(self.base_optimizer)
+            return loss, perturbed_loss
+        if self._reuses():
+            self._refresh()
+            self._perturb([self._memory.read(_ASCENT, rows) for rows in self._perturbation.rows], fresh=fresh)
+            # A kept gradient that is not finite perturbs nothing, and was counted in its own step.
+            self._perturbation.overflow.zero_()
+            loss = self._pass(closure)
+            self._unscale(self)
+        else:
+            loss = self._pass(closure)
+            self._unscale(self)
+            self._perturb(self._first_gradients(), fresh=fresh, plain=True)  # the update reads the saved weights
+        return loss, loss
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -159,17 +232,7 @@ class SharpnessAware(SharedOptimizer):
             RuntimeError: if the weights are perturbed already.
         """
         self._require_exact_weights("first_step")
-        self._refresh_rows()
-        self._perturbed = []
-        radii = [self.radius(group) for group in self.param_groups]
-        grads = [rows.gradients() for rows in self._rows]
-        self._keep_first_gradients(grads)
-        sum_sq = self._sum([ops.sum_sq_first(g) for ops, g in zip(self._ops, grads, strict=True)])
-        for index, (rows, ops) in enumerate(self._pairs()):
-            stats = ops.perturb(grads[index], sum_sq.to(rows.device), radii)
-            self._perturbed.append(ops)
-            if index == 0:
-                self._record(stats, radii[0])
+        self._perturb(self._first_gradients(), fresh=True)
         if zero_grad:
             self._zero_grad()
 
@@ -182,24 +245,22 @@ class SharpnessAware(SharedOptimizer):
         Raises:
             RuntimeError: if `first_step` was not called.
         """
-        if self._perturbed is None:
+        weights = self._perturbation
+        if not weights.active:
             raise RuntimeError(f"{type(self).__name__}.second_step needs a first_step before it.")
-        grads = [rows.gradients() for rows in self._rows]
-        if self._options["check_second"]:
-            sum_sq = self._sum([ops.sum_sq_second(g) for ops, g in zip(self._ops, grads, strict=True)])
-            self._overflow.masked_fill_(~torch.isfinite(sum_sq), 1.0)
-        if self._options["scope"] == "local":
-            reduce_max(self._overflow)  # each process knows its own first gradient only
-        self.telemetry["skipped"].add_(self._overflow)
-        fuses = all(ops.fuses() for ops in self._ops)
-        update = base_update(self.base_optimizer, self._mixtures()) if fuses else None
-        if update is not None:
-            for (rows, ops), g in zip(self._pairs(), grads, strict=True):
-                ops.restore_and_update(update, g, self._overflow.to(rows.device))
-        else:
-            self.restore()
-            self._base_step(grads)
-        self._perturbed = None
+        grads = weights.gradients()
+        max_norm = self._options["max_grad_norm"]
+        if self._options["check_second"] or max_norm is not None or not self._is_ascent_step():
+            norm = weights.check_second(grads)
+            if max_norm is not None:
+                _clip(grads, norm, max_norm)
+        if self._options["scope"] != "global":
+            reduce_max(weights.overflow)  # each process knows its own first gradient only
+        self.telemetry["skipped"].add_(weights.overflow)  # in place: a replayed CUDA graph goes on counting
+        if not weights.update(self.base_optimizer, grads):
+            weights.restore()
+            weights.mix(grads)
+            self._base_step()
         self._opt_called = True  # what torch's LR schedulers ask for
         if zero_grad:
             self._zero_grad()
@@ -207,14 +268,12 @@ class SharpnessAware(SharedOptimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Back to the exact weights without an update, e.g. after an exception; harmless when not perturbed."""
-        for ops in self._perturbed or ():
-            ops.restore()
-        self._perturbed = None
+        self._perturbation.restore()
 
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are the perturbed ones: between `first_step` and `second_step` or `restore`."""
-        return self._perturbed is not None
+        return self._perturbation.active
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -242,78 +301,78 @@ class SharpnessAware(SharedOptimizer):
 
         A step does it by itself. Replaying a CUDA graph runs none of its Python: call this before each replay.
         """
-        self._refresh_rows()
+        self._refresh()
         radii = [self.radius(group) for group in self.param_groups]
-        for ops in self._ops:
-            ops.push(radii, base_update(self.base_optimizer, self._mixtures()))
+        self._perturbation.push(self.base_optimizer, radii, self._mixtures())
 
     # ---- steps of the protocol -----------------------------------------------------------------------------------
 
-    def _refresh_rows(self) -> None:
-        if self._cache.refresh(self.param_groups):
-            self._rows = self._cache.rows
-            if self._options["scope"] == "local" and any(rows.axes is not None for rows in self._rows):
-                raise RuntimeError(
-                    f"{type(self).__name__}: scope='local' needs each process to hold all weights, but some are "
-                    "sharded: their shards are one copy, which cannot be perturbed in several ways at once. Choose "
-                    "scope='global', or DDP."
-                )
-            self._ops = [operations.select(self._options["backend"], rows) for rows in self._rows]
+    def _is_ascent_step(self) -> bool:
+        """Whether this step makes both passes."""
+        interval: int = self._options["ascent_interval"]
+        return interval == 1 or self.param_groups[0]["ascent_step"] % interval == 0
 
-    def _pairs(self) -> zip[tuple[Rows, Ops]]:
-        return zip(self._rows, self._ops, strict=True)
+    def _first_pass_arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if self._options["scope"] != "global":
+            arguments["sync"] = "replica" if self._options["scope"] == "replica" else False
+        if self._options["ascent_fraction"] < 1:
+            arguments["fraction"] = self._options["ascent_fraction"]
+        return arguments
 
-    def _sum(self, parts: list[Tensor]) -> Tensor:
-        """One scalar over all rows and shards: a reduction for each set of mesh axes, none for whole tensors."""
-        total = None
-        for rows, part in zip(self._rows, parts, strict=True):
-            reduced = reduce_over_shards(part, rows.axes)
-            total = reduced if total is None else total + reduced.to(total.device)
-        assert total is not None
-        return total
+    def _reuses(self) -> bool:
+        return self._options["ascent_interval"] > 1 and bool(self._options["ascent_between"] == "reuse")
 
-    def _record(self, stats: Tensor, radius: Radius) -> None:
+    def _pass(self, closure: Closure, **arguments: Any) -> Any:
+        with torch.enable_grad():
+            return closure(**arguments)
+
+    def _unscale(self, optimizer: Optimizer) -> None:
+        if scaler := self._scaler():
+            scaler.unscale_(optimizer)
+
+    def _first_gradients(self) -> list[Gradients]:
+        self._refresh()
+        return self._perturbation.gradients()
+
+    def _refresh(self) -> None:
+        if self._perturbation.refresh(self.param_groups):
+            require_scope(type(self).__name__, self._options["scope"], self._perturbation.rows)
+
+    def _perturb(self, grads: list[Gradients], fresh: bool, plain: bool = False) -> None:
+        """Perturb by ``grads``; ``plain`` only saves the weights, for an update by ``.grad`` alone."""
+        radii = [_UNPERTURBED if plain else self.radius(group) for group in self.param_groups]
+        mixing = [(1.0, 0.0)] * len(radii) if plain else self._mixtures()
+        stats = self._perturbation.perturb(grads, radii, mixing, fresh)
+        self.telemetry["grad_norm"], self.telemetry["rho"] = stats[0], stats[1]
         if self.telemetry["skipped"].device != stats.device:
             self.telemetry["skipped"] = self.telemetry["skipped"].to(stats.device)
-        if self._overflow.device != stats.device:
-            self._overflow = self._overflow.to(stats.device)
-        self._overflow.copy_(stats[2])
-        self.telemetry["grad_norm"], self.telemetry["rho"] = stats[0], stats[1]
-        if math.isfinite(radius.sigma):
-            self.telemetry["sigma"] = torch.tensor(radius.sigma)
-
-    def _keep_first_gradients(self, grads: list[Gradients]) -> None:
-        """Save g for groups whose update needs it. Copied: a DDP bucket is overwritten by the second backward."""
-        wanted = [b != 0 for _, b in self._mixtures()]
-        if not any(wanted):
-            return
-        for rows, first in zip(self._rows, grads, strict=True):
-            for row, g in enumerate(first):
-                if g is None or not wanted[rows.groups[row]]:
-                    rows.kept[row] = None
-                else:
-                    kept = rows.kept[row]
-                    rows.kept[row] = g.clone() if kept is None else kept.copy_(g)
+        if math.isfinite(sigma := self.radius(self.param_groups[0]).sigma):
+            self.telemetry["sigma"] = torch.tensor(sigma)
+        if self.measure_rho:
+            self.telemetry["realized_rho"] = self._perturbation.moved()
 
     def _mixtures(self) -> list[Mixture]:
         return [self.mixture(group) for group in self.param_groups]
 
-    def _base_step(self, grads: list[Gradients]) -> None:
-        mixtures = self._mixtures()
-        for rows, second in zip(self._rows, grads, strict=True):
-            for g_hat, g, index in zip(second, rows.kept, rows.groups, strict=True):
-                if g_hat is not None and mixtures[index] != (1.0, 0.0):
-                    reference.mix(g_hat, g, *mixtures[index])
+    def _require_reusable(self) -> None:
+        if self._reuses() and any(b != 0 for _, b in self._mixtures()):
+            raise ValueError(
+                f"{type(self).__name__}: its update needs the first gradient of every step, which "
+                "ascent_between='reuse' leaves out. Choose ascent_between='skip', or ascent_interval=1."
+            )
+
+    def _base_step(self) -> None:
         base = self.base_optimizer
         self.unfuse_dtensors()
         if all(group.get("fused") for group in self.param_groups):
             # torch's fused kernels read the flag on the device (the contract of torch.amp): no host sync.
-            base.found_inf = self._overflow  # type: ignore[attr-defined]
+            base.found_inf = self._perturbation.overflow  # type: ignore[attr-defined]
             try:
                 base.step()
             finally:
                 del base.found_inf  # type: ignore[attr-defined]
-        elif not self._overflow.item():
+        elif not self._perturbation.overflow.item():
             base.step()
 
     def _create_state(self) -> None:
@@ -329,6 +388,8 @@ class SharpnessAware(SharedOptimizer):
                 "step(closure), with a closure that computes the loss and calls backward, or first_step() and "
                 "second_step()."
             )
+        if self._reuses():
+            self._memory.create(_ASCENT, self.param_groups)
         if self.state or not params:
             return
         rates = [group["lr"] for group in self.param_groups]
@@ -348,9 +409,7 @@ class SharpnessAware(SharedOptimizer):
     # ---- state ---------------------------------------------------------------------------------------------------
 
     def forget(self) -> None:
-        self._cache = RowCache()
-        self._rows, self._ops, self._perturbed = [], [], None
-        self._overflow = torch.zeros(())
+        self._perturbation = Perturbation(self._options["backend"])
 
     # Each of these would lose the copies, or save perturbed weights.
 
@@ -363,6 +422,7 @@ class SharpnessAware(SharedOptimizer):
         """As torch's, also from a plain base optimizer's; not while the weights are perturbed."""
         self._require_exact_weights("load_state_dict")
         super().load_state_dict(state_dict)
+        self._memory.unpack((_ASCENT,), self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: the base optimizer's state, and the groups with this method's hyper-parameters.
@@ -371,11 +431,14 @@ class SharpnessAware(SharedOptimizer):
             RuntimeError: while the weights are perturbed, so that no checkpoint can hold them.
         """
         self._require_exact_weights("state_dict")
-        return super().state_dict()
+        state_dict = super().state_dict()
+        self._memory.pack(state_dict, self.param_groups)
+        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_exact_weights("pickle")
-        return {**super().__getstate__(), "_options": self._options, "telemetry": self.telemetry}
+        own = {"_options": self._options, "_memory": self._memory, "telemetry": self.telemetry}
+        return {**super().__getstate__(), **own}
 
     def _require_exact_weights(self, call: str) -> None:
         if self.is_perturbed:
@@ -385,7 +448,10 @@ class SharpnessAware(SharedOptimizer):
             )
 
 
-def require_nonnegative(method: str, name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is a finite number >= 0."""
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{method}: {name} is {value}; it must be a finite number >= 0.")
+def _clip(grads: list[Gradients], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients of global norm ``norm`` down to ``max_norm``; the maths of `clip_grad_norm_`."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for row_grads in grads:
+        present = [g for g in row_grads if g is not None]
+        if present:
+            torch._foreach_mul_(present, factor.to(present[0].device))

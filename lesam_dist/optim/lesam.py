@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import Scope, SharpnessAware, require_nonnegative
-from lesam_dist.optim.ops import Backend
+from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.shared import BaseOptimizer
 
@@ -41,9 +41,8 @@ class LESAM(SharpnessAware):
             because ``eps`` is Adam's; give Adam another one with ``functools.partial(torch.optim.AdamW, eps=1e-6)``.
         alpha: weight of the surrogate gap in LE-SAM+, >= 0; 0 is LE-SAM. In the groups it is ``plus_alpha``.
         plus_form: which LE-SAM+ gradient, see the module's text.
-        backend: "auto" (Triton kernels on CUDA, plain torch on the CPU), "reference" or "triton".
-        scope, check_second, static_grads: see `SharpnessAware`.
-        base_kwargs: go to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
+        kwargs: options of `SharpnessAware` (``backend``, ``scope``, ``max_grad_norm``, ``ascent_interval``, ...); the
+            rest goes to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
     Raises:
         ValueError: for a value out of range.
@@ -59,18 +58,12 @@ class LESAM(SharpnessAware):
         eps: float = 1e-12,
         alpha: float = 0.0,
         plus_form: Literal["paper", "released"] = "paper",
-        backend: Backend = "auto",
-        scope: Scope = "global",
-        check_second: bool = True,
-        static_grads: bool = False,
-        **base_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
         # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.
         own = {"norm_eps": eps, "plus_alpha": alpha, "plus_form": plus_form}
         defaults = {"sigma": sigma, "rho_max": rho_max, **own}
-        options: dict[str, Any] = {"backend": backend, "scope": scope}
-        options |= {"check_second": check_second, "static_grads": static_grads}
-        super().__init__(params, base_optimizer, defaults, **options, **base_kwargs)
+        super().__init__(params, base_optimizer, defaults, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
         for key in ("sigma", "norm_eps", "plus_alpha"):

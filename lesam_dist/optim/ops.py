@@ -1,4 +1,4 @@
-"""Chooses who does the maths: `reference` (plain torch) or the Triton kernels. The only importer of lesam_kernels."""
+"""Chooses who does the maths: `reference` (plain torch) or the Triton kernels (`triton_ops`)."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class Ops(Protocol):
 
     def restore(self) -> None:
         """Give back the saved weights to the rows that `perturb` touched."""
+
+    def moved_sq(self) -> Tensor:
+        """Sum of squares of w' - w as stored, over the rows that `perturb` touched, float64 0-d."""
 
     def fuses(self) -> bool:
         """Whether there is a `restore_and_update`."""
@@ -76,6 +79,9 @@ class ReferenceOps:
         reference.restore(_take(rows.shards, self._touched), _take(rows.copies, self._touched))
         self._touched = []
 
+    def moved_sq(self) -> Tensor:
+        return moved_sq(self._rows, self._touched)
+
     def fuses(self) -> bool:
         return False
 
@@ -100,6 +106,14 @@ def allocate_copies(rows: Rows, grads: Gradients) -> list[int]:
         if rows.copies[row] is None:
             rows.copies[row] = torch.empty_like(rows.shards[row])
     return touched
+
+
+def moved_sq(rows: Rows, touched: Sequence[int]) -> Tensor:
+    """Sum of squares of w' - w over the rows ``touched``, in float64: the difference is exact."""
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for w, copy in zip(_take(rows.shards, touched), _take(rows.copies, touched), strict=True):
+        total += (w.detach().double() - copy.double()).square().sum()
+    return total
 
 
 def require_dense(grads: Sequence[Tensor]) -> None:

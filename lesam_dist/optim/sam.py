@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import Scope, SharpnessAware, require_nonnegative
-from lesam_dist.optim.ops import Backend
+from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.shared import BaseOptimizer
 
@@ -28,9 +28,8 @@ class SAM(SharpnessAware):
             the norm and of the perturbation.
         base_optimizer: the class that makes the update, e.g. ``torch.optim.SGD``.
         rho: radius of the perturbation in parameter space, >= 0. 0 is the base optimizer.
-        backend: "auto" (Triton kernels on CUDA, plain torch on the CPU), "reference" or "triton".
-        scope, check_second, static_grads: see `SharpnessAware`.
-        base_kwargs: go to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
+        kwargs: options of `SharpnessAware` (``backend``, ``scope``, ``max_grad_norm``, ``ascent_interval``, ...); the
+            rest goes to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
     Raises:
         ValueError: for a value out of range.
@@ -42,15 +41,9 @@ class SAM(SharpnessAware):
         base_optimizer: BaseOptimizer,
         *,
         rho: float = 0.05,
-        backend: Backend = "auto",
-        scope: Scope = "global",
-        check_second: bool = True,
-        static_grads: bool = False,
-        **base_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
-        options: dict[str, Any] = {"backend": backend, "scope": scope}
-        options |= {"check_second": check_second, "static_grads": static_grads}
-        super().__init__(params, base_optimizer, {"rho": rho}, **options, **base_kwargs)
+        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
         require_nonnegative("SAM", "rho", group["rho"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lesam_kernels
 from lesam_dist.optim.base_update import BaseUpdate
-from lesam_dist.optim.ops import allocate_copies, require_dense
+from lesam_dist.optim.ops import allocate_copies, moved_sq, require_dense
 from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients, Rows
 from lesam_dist.parallel import local_shard
@@ -55,6 +55,11 @@ class TritonOps:
 
     def restore(self) -> None:
         lesam_kernels.restore(self._table)
+
+    def moved_sq(self) -> Tensor:
+        return moved_sq(
+            self._rows, [row for row, there in enumerate(self._copied) if there and self._rows.perturbed[row]]
+        )
 
     def fuses(self) -> bool:
         return True

@@ -187,6 +187,23 @@ def test_exception_in_the_second_pass_restores(seed: int) -> None:
     optimizer.step(good)  # and the optimizer goes on
 
 
+def test_bad_second_gradient_restores(seed: int) -> None:
+    embedding = nn.Embedding(4, 2)
+    optimizer = LESAM(embedding.parameters(), UNFUSED, lr=0.1)
+    before = snapshot(embedding)
+
+    def closure() -> Tensor:
+        embedding.sparse = optimizer.is_perturbed  # a sparse gradient in the second pass
+        loss = embedding(torch.tensor([1])).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="need dense gradients"):
+        optimizer.step(closure)
+    assert not optimizer.is_perturbed
+    assert same(embedding, before)
+
+
 def test_order_of_calls_is_enforced(seed: int) -> None:
     net = make_net()
     optimizer = LESAM(net.parameters(), SGD, lr=0.1)
@@ -411,7 +428,7 @@ def test_memory_is_one_copy_of_the_parameters(seed: int, alpha: float, backend: 
         assert not any(ref() is not None for ref in first), "the second pass must not pay for the first one's gradients"
         closure()
         optimizer.second_step(zero_grad=True)
-        buffers = [t for rows in optimizer._rows for t in (*rows.copies, *rows.kept) if t is not None]
+        buffers = [t for rows in optimizer._perturbation.rows for t in (*rows.copies, *rows.kept) if t is not None]
         assert sum(t.numel() for t in buffers) == numel * (2 if alpha else 1)
         kept.append({t.data_ptr() for t in buffers})
     assert kept[0] == kept[1]

@@ -1,0 +1,66 @@
+"""Tensors that a method keeps per parameter from step to step, and their way through checkpoints.
+
+They live beside the base optimizer's state, not in it: Adam makes its own state only where a parameter has none, and
+a plain optimizer has no use for them. In a `state_dict` they stand with the rest of a parameter's state, as DTensors
+where the parameter is one, so that they are resharded with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesam_dist.optim.rows import Gradients, Rows
+from lesam_dist.parallel import local_shard
+
+Groups = list[dict[str, Any]]
+
+
+class Memory:
+    """Per-parameter tensors by name, each like its parameter."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, dict[Tensor, Tensor]] = {}
+
+    def write(self, name: str, rows: Rows, values: Gradients) -> None:
+        """Copy ``values`` (shards, parallel to the rows) into the tensors called ``name``; None forgets the row's."""
+        own = self._tensors.setdefault(name, {})
+        for p, value in zip(rows.params, values, strict=True):
+            if value is None:
+                own.pop(p, None)
+                continue
+            if p not in own:
+                own[p] = torch.empty_like(p)
+            local_shard(own[p]).copy_(value)
+
+    def read(self, name: str, rows: Rows) -> Gradients:
+        """The shards of the tensors called ``name``, parallel to the rows; None where there is none."""
+        own = self._tensors.get(name, {})
+        return [local_shard(own[p]).detach() if p in own else None for p in rows.params]
+
+    def create(self, name: str, groups: Groups) -> None:
+        """Zeros where there is nothing yet: what torch.distributed.checkpoint then loads into."""
+        own = self._tensors.setdefault(name, {})
+        for group in groups:
+            for p in group["params"]:
+                if p not in own:
+                    own[p] = torch.zeros_like(p)
+
+    def pack(self, state_dict: dict[str, Any], groups: Groups) -> None:
+        """Put the tensors into an optimizer's ``state_dict``, with the state of their parameters."""
+        index = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
+        for name, own in self._tensors.items():
+            for p, tensor in own.items():
+                # A new dict: the one in there is the base optimizer's own.
+                state_dict["state"][index[p]] = {**state_dict["state"].get(index[p], {}), name: tensor}
+
+    def unpack(self, names: tuple[str, ...], state: dict[Tensor, Any]) -> None:
+        """Take the tensors out of an optimizer's loaded ``state``."""
+        for name in names:
+            found = {p: own.pop(name) for p, own in state.items() if name in own}
+            if found:
+                self._tensors[name] = found
+            else:
+                self._tensors.pop(name, None)
