@@ -50,7 +50,7 @@ class SharpnessAware(SharedOptimizer):
     With float16, set the attribute `grad_scaler` and let the closure scale the loss; ``step(closure)`` or
     ``scaler.step(optimizer, closure)``, then ``scaler.update()``. In a hand-written loop, call
     ``scaler.unscale_(optimizer)`` before `first_step` and ``scaler.unscale_(optimizer.base_optimizer)`` before
-    `second_step`.
+    `second_step`; there only with ``scope="global"``, since each process's scaler knows its own gradients.
 
     Args:
         params: parameters or param groups. ``perturb=False`` in a group leaves it out of norm and perturbation.
@@ -208,6 +208,8 @@ class SharpnessAware(SharedOptimizer):
             self._perturb(grads, fresh=fresh)
             self._zero_grad()
             perturbed_loss = self._pass(closure)
+            if self._scaler() is not None and self._options["scope"] != "global":
+                self._share_overflow()
             # The scaler allows one unscaling per optimizer and step, and combines what it finds for both.
             self._unscale(self.base_optimizer)
             return loss, perturbed_loss
@@ -330,6 +332,17 @@ class SharpnessAware(SharedOptimizer):
     def _unscale(self, optimizer: Optimizer) -> None:
         if scaler := self._scaler():
             scaler.unscale_(optimizer)
+
+    def _share_overflow(self) -> None:
+        """Let the scaler of every process see that one's first gradient was not finite, or their scales part.
+
+        It looks at gradients only, so one is spoilt; this step makes no update anyway.
+        """
+        overflow = self._perturbation.overflow
+        reduce_max(overflow)
+        present = (g for grads in self._perturbation.gradients() for g in grads if g is not None and g.numel())
+        if (g := next(present, None)) is not None:
+            g.div_(1 - overflow.to(g.device))
 
     def _first_gradients(self) -> list[Gradients]:
         self._refresh()

@@ -7,8 +7,9 @@ first pass may move: later passes see perturbed weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lesam_dist.parallel import Distributed
+from lesam_dist.replicas import Sync, replica_average
 
 
 class BatchPasses:
@@ -48,18 +50,29 @@ class BatchPasses:
         self.autocast, self.scaler, self.micro_batches = autocast, scaler, micro_batches
         self._rng: list[Tensor] | None = None
 
-    def __call__(self, *, sync: bool = True, subset: Tensor | None = None, backward: bool = True) -> Tensor:
+    def __call__(
+        self,
+        *,
+        sync: Sync = True,
+        fraction: float = 1.0,
+        subset: Tensor | None = None,
+        backward: bool = True,
+    ) -> Tensor:
         """One pass over the batch.
 
         Args:
-            sync: False leaves the gradients of this pass unreduced on each rank (DDP).
+            sync: False leaves the gradients of this pass unreduced on each rank (DDP); "replica" reduces them within
+                each replica (HSDP wrapped for that scope).
+            fraction: share of this rank's samples to use, in (0, 1]: the first ones, which a shuffled batch makes
+                random ones; rounded up.
             subset: indices of the samples to use, (K,) int64; None uses all.
             backward: False only evaluates the loss.
 
         Returns:
             The loss of this rank's samples, 0-d, detached, not scaled.
         """
-        images, labels = (t if subset is None else t[subset] for t in (self.images, self.labels))
+        count = math.ceil(fraction * len(self.labels))
+        images, labels = (t[:count] if subset is None else t[subset] for t in (self.images, self.labels))
         parts = list(zip(images.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))
         with ExitStack() as stack:
             if self._rng is None:
@@ -71,7 +84,7 @@ class BatchPasses:
                 stack.enter_context(torch.no_grad())
             losses = []
             for index, part in enumerate(parts):
-                with gradient_sync(self.model, sync and index == len(parts) - 1):
+                with gradient_sync(self.model, sync if index == len(parts) - 1 else False):
                     losses.append(self._part(*part, weight=len(part[1]) / len(labels), backward=backward))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
@@ -85,13 +98,31 @@ class BatchPasses:
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
-    """Whether the backward inside reduces gradients over the processes. Holds the forward too: DDP decides there."""
+def gradient_sync(model: nn.Module, sync: Sync) -> Iterator[None]:
+    """Over whom the backward inside reduces gradients: everyone, no one, or one's replica.
+
+    Holds the forward too: DDP decides there.
+
+    Raises:
+        RuntimeError: where the model's wrapper cannot do that.
+    """
+    average = replica_average(model)
+    if sync == "replica" and average is None:
+        raise RuntimeError(
+            "sync='replica' needs a model that lesam_dist.wrapping.wrap(..., 'hsdp', scope='replica') made; "
+            f"this one is a {type(model).__name__}."
+        )
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
-        model.set_is_last_backward(sync)
-        yield
+        model.set_requires_gradient_sync(bool(sync))
+        model.set_is_last_backward(bool(sync))
+        with average.switched(sync != "replica") if average is not None else nullcontext():
+            yield
     elif isinstance(model, DistributedDataParallel) and not sync:
+        if model.static_graph:
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) cannot leave out a reduction, which scope='local' and "
+                "micro-batches need: torch then fails or silently stops reducing. Wrap with static_graph=False."
+            )
         with model.no_sync():
             yield
     else:

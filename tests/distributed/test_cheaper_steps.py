@@ -1,0 +1,121 @@
+"""Micro-batches, parts of a batch and reused gradients under DDP, FSDP2 and HSDP; against float64 Algorithm 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import SGD
+
+from lesam_dist import LESAM
+from lesam_dist.parallel import Distributed
+from lesam_dist.train.passes import BatchPasses
+from lesam_dist.wrapping import wrap
+from tests.distributed.processes import run
+from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
+from tests.distributed.test_scopes import part_of, whole
+from tests.oracles import SGD64, Weights, algorithm_1, m_sharpness
+
+KWARGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+WRAPPED: dict[str, tuple[int, Any, dict[str, Any]]] = {
+    "ddp2": (2, "ddp", {}),
+    "fsdp3": (3, "fsdp", {"wrap_classes": ["Linear"]}),
+    "hsdp2x2": (4, "hsdp", {"shard_size": 2, "wrap_classes": ["Linear"]}),
+}
+
+
+def make(here: Distributed, seed: int, how: str, **options: Any) -> tuple[nn.Module, nn.Module, LESAM]:
+    net = make_net().double()
+    net.load_state_dict(make_problem(seed)[0])
+    model = wrap(net, here, WRAPPED[how][1], **WRAPPED[how][2])
+    return net, model, LESAM(net.parameters(), SGD, sigma=SIGMA, rho_max=None, **options, **KWARGS)
+
+
+def passes_of(here: Distributed, model: nn.Module, seed: int, t: int, rows: slice = slice(None)) -> BatchPasses:
+    """``rows`` of this rank's part of batch t."""
+    _, x, y = make_problem(seed)
+    part = part_of(here)
+    return BatchPasses(model, nn.CrossEntropyLoss(), x[t][part][rows].double(), y[t][part][rows])
+
+
+def rows_of(world_size: int, rows: slice) -> list[int]:
+    """Which samples of a batch the processes take together, if each takes ``rows`` of its part."""
+    return [i for part in np.split(np.arange(BATCH), world_size) for i in part[rows]]
+
+
+def train(here: Distributed, seed: int, how: str) -> dict[str, Weights]:
+    results = {}
+    net, model, optimizer = make(here, seed, how)
+    for t in range(STEPS):
+        optimizer.step([passes_of(here, model, seed, t, slice(i, None, 3)) for i in range(3)])
+    results["micro"] = whole(net)
+    for between in ("skip", "reuse"):
+        options = {"ascent_interval": 3, "ascent_between": between, "ascent_fraction": 0.6}
+        net, model, optimizer = make(here, seed, how, **options)
+        for t in range(STEPS):
+            optimizer.step(passes_of(here, model, seed, t))
+        results[between] = whole(net)
+    return results
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
+    world_size = WRAPPED[how][0]
+    state, x, y = make_problem(seed)
+    net = make_net().double()
+    start = {n: value.double().numpy() for n, value in state.items()}
+
+    def gradient(w: Weights, t: int, rows: list[int]) -> Weights:
+        return gradient_of(net, w, x[t][rows], y[t][rows])
+
+    parts = [rows_of(world_size, slice(i, None, 3)) for i in range(3)]
+    micro = m_sharpness(
+        start, lambda w, t, i: gradient(w, t, parts[i]), SGD64(**KWARGS), steps=STEPS, parts=3, sigma=SIGMA
+    )
+    first = rows_of(world_size, slice(0, int(np.ceil(0.6 * BATCH / world_size))))
+    assert len(first) < BATCH
+    expected = {"micro": micro}
+    for between in ("skip", "reuse"):
+        expected[between], _ = algorithm_1(
+            start,
+            lambda w, t: gradient(w, t, list(range(BATCH))),
+            SGD64(**KWARGS),
+            steps=STEPS,
+            sigma=lambda t: SIGMA,
+            first_gradient=lambda w, t: gradient(w, t, first),
+            interval=3,
+            reuse=between == "reuse",
+        )
+    for results in run(train, world_size, seed, how):
+        for name, weights in expected.items():
+            for n, value in weights.items():
+                atol = 1e-11 * np.abs(value).max()
+                np.testing.assert_allclose(results[name][n], value, rtol=0, atol=atol, err_msg=f"{name} {n}")
+
+
+def reusing(here: Distributed, seed: int, how: str, folder: Path, first: int, last: int) -> Weights:
+    """Steps ``first`` to ``last``, from the checkpoint in the folder unless from the start; leaves one there."""
+    net, model, optimizer = make(here, seed, how, ascent_interval=STEPS, ascent_between="reuse")
+    if first > 0:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for t in range(first, last):
+        optimizer.step(passes_of(here, model, seed, t))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    return whole(net)
+
+
+def test_a_kept_gradient_is_resharded(seed: int, tmp_path: Path) -> None:
+    """Two steps on 3 shards, the others on 2 x 2: as all on 3, where the gradient of step 0 is used to the end."""
+    run(reusing, 3, seed, "fsdp3", tmp_path / "moved", 0, 2)
+    moved = run(reusing, 4, seed, "hsdp2x2", tmp_path / "moved", 2, STEPS)[0]
+    stayed = run(reusing, 3, seed, "fsdp3", tmp_path / "stayed", 0, STEPS)[0]
+    for n, value in stayed.items():
+        np.testing.assert_allclose(moved[n], value, rtol=0, atol=1e-11 * np.abs(value).max())

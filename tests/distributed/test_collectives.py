@@ -1,0 +1,82 @@
+"""What a step communicates: two plain passes, and with sharded parameters one scalar more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+from lesam_dist import LESAM
+from lesam_dist.parallel import Distributed
+from lesam_dist.train.passes import BatchPasses
+from lesam_dist.wrapping import wrap
+from tests.distributed.hooks import counting_hook
+from tests.distributed.processes import run
+from tests.distributed.test_optimizers import make_net
+
+
+def collectives(here: Distributed, strategy: Any, options: dict[str, Any], lesam: dict[str, Any]) -> Counter[str]:
+    """Collectives of one LE-SAM step less those of two plain passes, by name.
+
+    DDP reduces gradients in C++, out of sight of the counter; a hook makes it do so in Python, and counts buckets.
+    """
+    net = make_net()
+    model = wrap(net, here, strategy, **options)
+    buckets: list[int] = []
+    if strategy == "ddp":
+        model.register_comm_hook(buckets, counting_hook)  # type: ignore[operator]
+    passes = BatchPasses(model, nn.CrossEntropyLoss(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    optimizer = LESAM(net.parameters(), torch.optim.SGD, lr=0.1, **lesam)
+    for _ in range(2):
+        optimizer.step(passes)  # DDP arranges its buckets anew after its first reduction
+
+    def count(call: Any) -> Counter[str]:
+        buckets.clear()
+        with CommDebugMode() as mode:
+            call()
+        counts = Counter({str(op): n for op, n in mode.get_comm_counts().items() if n})
+        return counts + Counter({"gradients": len(buckets)})
+
+    one = count(passes)
+    assert one, "a plain pass communicates: if nothing is counted, nothing is measured"
+    optimizer.zero_grad()
+    step = count(lambda: optimizer.step(passes))
+    step.subtract(one)
+    step.subtract(one)
+    return Counter({op.rsplit(".")[-1]: n for op, n in step.items() if n})
+
+
+SHARDED = {"wrap_classes": ["Linear"]}
+CHEAP = {"check_second": False}
+
+
+def all_collectives(here: Distributed) -> dict[str, Counter[str]]:
+    hsdp = {**SHARDED, "shard_size": 2}
+    return {
+        "ddp": collectives(here, "ddp", {}, {}),
+        "ddp local": collectives(here, "ddp", {}, {"scope": "local"}),
+        "fsdp": collectives(here, "fsdp", SHARDED, CHEAP),
+        "fsdp kept": collectives(here, "fsdp", {**SHARDED, "reshard_after_forward": False}, CHEAP),
+        "fsdp checked": collectives(here, "fsdp", SHARDED, {}),
+        "hsdp": collectives(here, "hsdp", hsdp, CHEAP),
+        "hsdp replica": collectives(here, "hsdp", {**hsdp, "scope": "replica"}, {**CHEAP, "scope": "replica"}),
+    }
+
+
+def test_collectives_beyond_two_plain_passes() -> None:
+    units = 3  # of make_net under FSDP2
+    expected = {
+        "ddp": {},
+        # The hook's reduction is an all-reduce too: one less, and one more for a flag, so that all skip together.
+        "ddp local": {"gradients": -1},
+        "fsdp": {"allreduce_": 1},
+        "fsdp kept": {"allreduce_": 1},
+        "fsdp checked": {"allreduce_": 2},
+        "hsdp": {"allreduce_": 1},
+        "hsdp replica": {"allreduce_": 2 - units},  # the scalar and the flag, less the reductions between replicas
+    }
+    for counts in run(all_collectives, 4):
+        assert counts == expected
