@@ -32,6 +32,7 @@ class Rows:
         perturbed: whether the group takes part in norm and perturbation.
         copies: the saved weights; allocated when first needed, then reused.
         kept: the first gradients, for updates that need them; None where not kept.
+        dtensors: whether any parameter is a DTensor; a replicated one has no axes.
     """
 
     device: torch.device
@@ -42,11 +43,12 @@ class Rows:
     perturbed: list[bool] = field(default_factory=list)
     copies: list[Tensor | None] = field(default_factory=list)
     kept: list[Tensor | None] = field(default_factory=list)
+    dtensors: bool = False
 
     def gradients(self) -> Gradients:
         """The current gradients, as shards; None where there is none. Not kept: the caller zeroes them when done."""
         grads: Gradients = [p.grad for p in self.params]
-        if self.axes is not None:
+        if self.dtensors:
             grads = [None if g is None else local_shard(g) for g in grads]
         return grads
 
@@ -89,6 +91,7 @@ def _build(param_groups: list[dict[str, Any]]) -> list[Rows]:
         for p in group["params"]:
             axes = shard_axes(p)
             rows = by_place.setdefault((p.device, axes), Rows(p.device, axes))
+            rows.dtensors |= isinstance(p, DTensor)
             rows.params.append(p)
             rows.shards.append(local_shard(p).detach() if isinstance(p, DTensor) else p)
             rows.groups.append(index)

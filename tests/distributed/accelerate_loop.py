@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM
@@ -21,7 +22,13 @@ def main(seed: int, folder: Path) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         # accelerate forgets the launcher's FSDP settings on CPU hosts; what prepare() does with them is the same.
         accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
+        policy = None
+        if accelerator.mixed_precision == "bf16":
+            # accelerate's own policy also reduces in bfloat16, and the perturbation's norm comes from these gradients.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, mixed_precision_policy=policy, cpu_ram_efficient_loading=False
+        )
     state, x, y = make_problem(seed)
     net = make_net()
     net.load_state_dict(state)
@@ -34,7 +41,7 @@ def main(seed: int, folder: Path) -> None:
     for t in range(STEPS):
 
         def closure(t: int = t) -> Tensor:
-            loss = nn.functional.cross_entropy(model(x[t][part]), y[t][part])
+            loss = nn.functional.cross_entropy(model(x[t][part]).float(), y[t][part])
             accelerator.backward(loss)
             return loss
 
@@ -47,6 +54,7 @@ def main(seed: int, folder: Path) -> None:
     whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in unwrapped.named_parameters()}
     weights = {n: p.detach().numpy() for n, p in whole.items()}
     result = {"weights": weights, "kind": type(next(model.parameters())).__name__, "world": world}
+    result["precision"] = accelerator.mixed_precision
     (folder / f"rank{rank}").write_bytes(pickle.dumps(result))
 
 

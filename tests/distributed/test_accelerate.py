@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.test_optimizers import expected
+from tests.distributed.test_optimizers import ATOL, BF16_OF_EFFECT, BF16_SGD, distance, expected, start_of
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])  # accelerate refuses fp16 without a GPU
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "Parameter"), ("fsdp2", "DTensor")])
-def test_own_loop(seed: int, tmp_path: Path, name: str, kind: str) -> None:
-    text = (ROOT / "launch" / "accelerate" / f"{name}.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
-    (tmp_path / "launch.yaml").write_text(text)
+def test_own_loop(seed: int, tmp_path: Path, name: str, kind: str, precision: str) -> None:
+    text = (ROOT / "launch" / "accelerate" / f"{name}.yaml").read_text()
+    text = text.replace("num_processes: 8", "num_processes: 2")
+    (tmp_path / "launch.yaml").write_text(text.replace("mixed_precision: 'no'", f"mixed_precision: '{precision}'"))
     script = Path(__file__).with_name("accelerate_loop.py")
     result = subprocess.run(
         [
@@ -33,10 +35,15 @@ def test_own_loop(seed: int, tmp_path: Path, name: str, kind: str) -> None:
     )
     assert (tmp_path / "rank1").exists(), result.stderr
     weights, _ = expected(seed, "lesam-sgd")
+    unperturbed, _ = expected(seed, "lesam-sgd", perturb=False)
     for rank in range(2):
         actual = pickle.loads((tmp_path / f"rank{rank}").read_bytes())
-        assert (actual["kind"], actual["world"]) == (kind, 2)
+        assert (actual["kind"], actual["world"], actual["precision"]) == (kind, 2, precision)
+        if precision == "bf16":
+            error = distance(actual["weights"], weights)
+            assert error <= BF16_SGD * distance(weights, start_of(seed))
+            assert error <= BF16_OF_EFFECT * distance(weights, unperturbed)
+            continue
         for key, value in weights.items():
             scale = np.abs(value).max()
-            # float32, as in test_optimizers.
-            np.testing.assert_allclose(actual["weights"][key] / scale, value / scale, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(actual["weights"][key] / scale, value / scale, rtol=0, atol=ATOL["fp32"])
