@@ -22,7 +22,7 @@ from lesam_dist.optim.base_update import Mixture
 from lesam_dist.optim.memory import Memory
 from lesam_dist.optim.ops import Backend
 from lesam_dist.optim.options import Between, Scope, check_options, require_scope
-from lesam_dist.optim.perturbation import Perturbation
+from lesam_dist.optim.perturbation import Aim, Perturbation
 from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer, SharedOptimizer
@@ -74,6 +74,7 @@ class SharpnessAware(SharedOptimizer):
             "reuse": perturb by the last first gradient, of which a copy is kept (and saved in `state_dict`), with the
             current sigma or rho. Such steps have one loss: ``loss`` and ``perturbed_loss`` are both it.
         static_grads: keep the gradients' buffers between passes and zero them in place, as a CUDA graph needs.
+        counts_steps: for methods that depend on `step_index`.
         base_kwargs: for ``base_optimizer``. torch's fused implementation of SGD, Adam and AdamW is used unless
             ``fused`` or ``foreach`` says otherwise.
 
@@ -83,6 +84,7 @@ class SharpnessAware(SharedOptimizer):
     """
 
     measure_rho = False
+    memory_names: tuple[str, ...] = ()  # of the tensors that a method keeps per parameter, see `Memory`
 
     # What GradScaler.step asks for: it then calls step() whatever it found, and leaves the skipping to it.
     _step_supports_amp_scaling = True
@@ -90,6 +92,7 @@ class SharpnessAware(SharedOptimizer):
 
     telemetry: dict[str, Tensor]
     _perturbation: Perturbation
+    _plain: bool  # this step's update is by its gradient alone
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class SharpnessAware(SharedOptimizer):
         ascent_interval: int = 1,
         ascent_between: Between = "skip",
         static_grads: bool = False,
+        counts_steps: bool = False,
         **base_kwargs: Any,
     ) -> None:
         operations.require_backend(backend)
@@ -123,7 +127,7 @@ class SharpnessAware(SharedOptimizer):
         self._memory = Memory()
         self.telemetry = {"skipped": torch.zeros(())}
         own = {"perturb": True, **defaults}
-        if ascent_interval > 1:
+        if ascent_interval > 1 or self.memory_names or counts_steps:
             own["ascent_step"] = 0  # in the groups, where checkpoints keep it
         super().__init__(params, base_optimizer, own, **base_kwargs)
         self._require_reusable()
@@ -134,9 +138,44 @@ class SharpnessAware(SharedOptimizer):
         """How this group's radius follows from the gradient norm, with the hyper-parameters of this step."""
         raise NotImplementedError
 
+    def aim(self, grads: list[Gradients]) -> Aim:
+        """Along what the first gradients move the weights; along themselves by default."""
+        return Aim(grads)
+
+    def first_pass(self, closure: Closure, **arguments: Any) -> Any:
+        """The pass at the weights, which leaves the first gradients in ``.grad``; returns the loss."""
+        return self.run_pass(closure, **arguments)
+
+    def second_pass(self, closure: Closure) -> Any:
+        """The pass at the perturbed weights, which leaves the second gradients in ``.grad``; returns the loss."""
+        return self.run_pass(closure)
+
     def mixture(self, group: dict[str, Any]) -> Mixture:
         """``(a, b)``: the base optimizer steps with ``a * g_hat + b * g``."""
         return 1.0, 0.0
+
+    def mixture_factors(self, grads: list[Gradients]) -> Tensor | None:
+        """Factors of a and b that are known on the device alone, float64 (2,); ``grads`` are the second gradients."""
+        return None
+
+    def ascended(self, grads: list[Gradients]) -> None:
+        """Called when the weights were perturbed after a first pass, with its gradients, e.g. to average them."""
+
+    def between(self, grads: list[Gradients]) -> None:
+        """Called with the gradients of a step that skips the ascent, to change them in place before the update."""
+
+    def updated(self) -> None:
+        """Called after the update, for methods that move the weights once more. They must mind `overflow`."""
+
+    @property
+    def overflow(self) -> Tensor:
+        """float32 0-d: 1 where a gradient of this step is not finite, which may be known on the device alone."""
+        return self._perturbation.overflow
+
+    @property
+    def step_index(self) -> int:
+        """Steps made so far, counted where something depends on it: with ``ascent_interval``, or by a method's own."""
+        return int(self.param_groups[0].get("ascent_step", 0))
 
     # ---- the protocol --------------------------------------------------------------------------------------------
 
@@ -197,17 +236,18 @@ class SharpnessAware(SharedOptimizer):
 
     def _passes_of(self, closure: Closure, fresh: bool) -> tuple[Any, Any]:
         """The passes of one closure up to its second gradient; ``fresh``: the first of this step."""
-        self._zero_grad()
+        self.zero_grads()
         if self._is_ascent_step():
-            loss = self._pass(closure, **self._first_pass_arguments())
+            loss = self.first_pass(closure, **self._first_pass_arguments())
             self._unscale(self)
-            grads = self._first_gradients()
+            grads = self.first_gradients()
             if self._reuses():
                 for rows, g in zip(self._perturbation.rows, grads, strict=True):
                     self._memory.write(_ASCENT, rows, g)
             self._perturb(grads, fresh=fresh)
-            self._zero_grad()
-            perturbed_loss = self._pass(closure)
+            self.ascended(grads)
+            self.zero_grads()
+            perturbed_loss = self.second_pass(closure)
             if self._scaler() is not None and self._options["scope"] != "global":
                 self._share_overflow()
             # The scaler allows one unscaling per optimizer and step, and combines what it finds for both.
@@ -218,12 +258,14 @@ class SharpnessAware(SharedOptimizer):
             self._perturb([self._memory.read(_ASCENT, rows) for rows in self._perturbation.rows], fresh=fresh)
             # A kept gradient that is not finite perturbs nothing, and was counted in its own step.
             self._perturbation.overflow.zero_()
-            loss = self._pass(closure)
+            loss = self.run_pass(closure)
             self._unscale(self)
         else:
-            loss = self._pass(closure)
+            loss = self.run_pass(closure)
             self._unscale(self)
-            self._perturb(self._first_gradients(), fresh=fresh, plain=True)  # the update reads the saved weights
+            grads = self.first_gradients()
+            self.between(grads)
+            self._perturb(grads, fresh=fresh, plain=True)  # the update reads the saved weights
         return loss, loss
 
     @torch.no_grad()
@@ -234,9 +276,11 @@ class SharpnessAware(SharedOptimizer):
             RuntimeError: if the weights are perturbed already.
         """
         self._require_exact_weights("first_step")
-        self._perturb(self._first_gradients(), fresh=True)
+        grads = self.first_gradients()
+        self._perturb(grads, fresh=True)
+        self.ascended(grads)
         if zero_grad:
-            self._zero_grad()
+            self.zero_grads()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -259,13 +303,16 @@ class SharpnessAware(SharedOptimizer):
         if self._options["scope"] != "global":
             reduce_max(weights.overflow)  # each process knows its own first gradient only
         self.telemetry["skipped"].add_(weights.overflow)  # in place: a replayed CUDA graph goes on counting
-        if not weights.update(self.base_optimizer, grads):
+        factors = None if self._plain else self.mixture_factors(grads)
+        if not weights.update(self.base_optimizer, grads, factors):
             weights.restore()
-            weights.mix(grads)
+            weights.mix(grads, factors)
             self._base_step()
+        if not self._plain:
+            self.updated()
         self._opt_called = True  # what torch's LR schedulers ask for
         if zero_grad:
-            self._zero_grad()
+            self.zero_grads()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -312,7 +359,7 @@ class SharpnessAware(SharedOptimizer):
     def _is_ascent_step(self) -> bool:
         """Whether this step makes both passes."""
         interval: int = self._options["ascent_interval"]
-        return interval == 1 or self.param_groups[0]["ascent_step"] % interval == 0
+        return interval == 1 or self.step_index % interval == 0
 
     def _first_pass_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
@@ -325,7 +372,8 @@ class SharpnessAware(SharedOptimizer):
     def _reuses(self) -> bool:
         return self._options["ascent_interval"] > 1 and bool(self._options["ascent_between"] == "reuse")
 
-    def _pass(self, closure: Closure, **arguments: Any) -> Any:
+    def run_pass(self, closure: Closure, **arguments: Any) -> Any:
+        """Call the closure, with gradients enabled."""
         with torch.enable_grad():
             return closure(**arguments)
 
@@ -344,7 +392,8 @@ class SharpnessAware(SharedOptimizer):
         if (g := next(present, None)) is not None:
             g.div_(1 - overflow.to(g.device))
 
-    def _first_gradients(self) -> list[Gradients]:
+    def first_gradients(self) -> list[Gradients]:
+        """The current gradients of each of the rows, brought up to date with the param groups."""
         self._refresh()
         return self._perturbation.gradients()
 
@@ -354,9 +403,11 @@ class SharpnessAware(SharedOptimizer):
 
     def _perturb(self, grads: list[Gradients], fresh: bool, plain: bool = False) -> None:
         """Perturb by ``grads``; ``plain`` only saves the weights, for an update by ``.grad`` alone."""
+        self._plain = plain
         radii = [_UNPERTURBED if plain else self.radius(group) for group in self.param_groups]
         mixing = [(1.0, 0.0)] * len(radii) if plain else self._mixtures()
-        stats = self._perturbation.perturb(grads, radii, mixing, fresh)
+        self._perturbation.keep_first(grads, mixing, fresh)
+        stats = self._perturbation.perturb(Aim(grads) if plain else self.aim(grads), radii, fresh)
         self.telemetry["grad_norm"], self.telemetry["rho"] = stats[0], stats[1]
         if self.telemetry["skipped"].device != stats.device:
             self.telemetry["skipped"] = self.telemetry["skipped"].to(stats.device)
@@ -403,6 +454,8 @@ class SharpnessAware(SharedOptimizer):
             )
         if self._reuses():
             self._memory.create(_ASCENT, self.param_groups)
+        for memory_name in self.memory_names:
+            self._memory.create(memory_name, self.param_groups)
         if self.state or not params:
             return
         rates = [group["lr"] for group in self.param_groups]
@@ -416,7 +469,8 @@ class SharpnessAware(SharedOptimizer):
             if isinstance(state.get("step"), Tensor):
                 state["step"].zero_()  # nothing was stepped
 
-    def _zero_grad(self) -> None:
+    def zero_grads(self) -> None:
+        """Zero all gradients as the options say."""
         self.zero_grad(set_to_none=not self._options["static_grads"])
 
     # ---- state ---------------------------------------------------------------------------------------------------
@@ -435,7 +489,7 @@ class SharpnessAware(SharedOptimizer):
         """As torch's, also from a plain base optimizer's; not while the weights are perturbed."""
         self._require_exact_weights("load_state_dict")
         super().load_state_dict(state_dict)
-        self._memory.unpack((_ASCENT,), self.state)
+        self._memory.unpack((_ASCENT, *self.memory_names), self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: the base optimizer's state, and the groups with this method's hyper-parameters.

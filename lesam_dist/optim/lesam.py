@@ -21,9 +21,12 @@ from typing import Any, Literal
 
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.asam import metric
 from lesam_dist.optim.base import SharpnessAware
 from lesam_dist.optim.options import require_nonnegative
+from lesam_dist.optim.perturbation import Aim
 from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
@@ -41,6 +44,11 @@ class LESAM(SharpnessAware):
             because ``eps`` is Adam's; give Adam another one with ``functools.partial(torch.optim.AdamW, eps=1e-6)``.
         alpha: weight of the surrogate gap in LE-SAM+, >= 0; 0 is LE-SAM. In the groups it is ``plus_alpha``.
         plus_form: which LE-SAM+ gradient, see the module's text.
+        adaptive: measure the perturbation in units of the weights' own size, as ASAM does, with ``eta`` added to it:
+            ``w_hat = w + rho * T^2 g / ||T g||``, ``rho = min(sigma / (||T g|| + eps), rho_max)``. A group may set its
+            own `adaptive`, as `adaptive_groups` does. The authors' code moves along T g instead, whose length in that
+            metric is not rho.
+        eta: see ``adaptive``, >= 0.
         kwargs: options of `SharpnessAware` (``backend``, ``scope``, ``max_grad_norm``, ``ascent_interval``, ...); the
             rest goes to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
@@ -58,15 +66,17 @@ class LESAM(SharpnessAware):
         eps: float = 1e-12,
         alpha: float = 0.0,
         plus_form: Literal["paper", "released"] = "paper",
+        adaptive: bool = False,
+        eta: float = 0.0,
         **kwargs: Any,
     ) -> None:
         # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.
         own = {"norm_eps": eps, "plus_alpha": alpha, "plus_form": plus_form}
-        defaults = {"sigma": sigma, "rho_max": rho_max, **own}
+        defaults = {"sigma": sigma, "rho_max": rho_max, "adaptive": adaptive, "eta": eta, **own}
         super().__init__(params, base_optimizer, defaults, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        for key in ("sigma", "norm_eps", "plus_alpha"):
+        for key in ("sigma", "norm_eps", "plus_alpha", "eta"):
             require_nonnegative("LESAM", key, group[key])
         if group["rho_max"] is not None:
             require_nonnegative("LESAM", "rho_max", group["rho_max"])
@@ -76,6 +86,11 @@ class LESAM(SharpnessAware):
     def radius(self, group: dict[str, Any]) -> Radius:
         rho_max = math.inf if group["rho_max"] is None else float(group["rho_max"])
         return Radius(float(group["sigma"]), rho_max, float(group["norm_eps"]))
+
+    def aim(self, grads: list[Gradients]) -> Aim:
+        if not any(group["adaptive"] for group in self.param_groups):
+            return Aim(grads)
+        return Aim(grads, [metric(group) for group in self.param_groups])
 
     def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
         alpha = float(group["plus_alpha"])

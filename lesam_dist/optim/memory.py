@@ -35,10 +35,34 @@ class Memory:
                 own[p] = torch.empty_like(p)
             local_shard(own[p]).copy_(value)
 
+    def blend(self, name: str, rows: Rows, values: Gradients, weight: float, overflow: Tensor) -> None:
+        """``tensor <- (1 - weight) * tensor + weight * value``, unless ``overflow`` (0-d) is set.
+
+        A new tensor is zero before. With weight 1 it is a `write` that leaves non-finite values out.
+        """
+        own = self._tensors.setdefault(name, {})
+        keep = overflow.to(rows.device) != 0
+        for p, value in zip(rows.params, values, strict=True):
+            if value is None:
+                continue
+            if p not in own:
+                own[p] = torch.zeros_like(p)
+            tensor = local_shard(own[p])
+            blended = value if weight == 1 else tensor.lerp(value.to(tensor.dtype), weight)
+            tensor.copy_(torch.where(keep, tensor, blended))
+
     def read(self, name: str, rows: Rows) -> Gradients:
         """The shards of the tensors called ``name``, parallel to the rows; None where there is none."""
         own = self._tensors.get(name, {})
         return [local_shard(own[p]).detach() if p in own else None for p in rows.params]
+
+    def read_or_zero(self, name: str, rows: Rows, like: Gradients) -> Gradients:
+        """As `read`, with new tensors of zeros where ``like`` has one and there is nothing yet."""
+        own = self._tensors.setdefault(name, {})
+        for p, other in zip(rows.params, like, strict=True):
+            if other is not None and p not in own:
+                own[p] = torch.zeros_like(p)
+        return self.read(name, rows)
 
     def create(self, name: str, groups: Groups) -> None:
         """Zeros where there is nothing yet: what torch.distributed.checkpoint then loads into."""

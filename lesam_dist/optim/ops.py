@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lesam_dist.optim import reference
 from lesam_dist.optim.base_update import BaseUpdate
-from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.reference import Direction, Radius
 from lesam_dist.optim.rows import Gradients, Rows
 
 Backend = Literal["auto", "reference", "triton"]
@@ -23,14 +23,15 @@ class Ops(Protocol):
     An object serves one `Rows` and may cache for it. Scalars per param group come as a list over the groups.
     """
 
-    def sum_sq_first(self, grads: Gradients) -> Tensor:
-        """Sum of squares of the first gradients over the perturbed rows, float64 0-d."""
+    def aim(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+        """Choose along what `perturb` moves: first gradients, averages of them that some directions read, and the
+        direction of each param group. Its squared norm over the perturbed rows, float64 0-d."""
 
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         """Sum of squares of the second gradients over all rows, float64 0-d."""
 
-    def perturb(self, grads: Gradients, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
-        """Save and perturb the rows that have a first gradient; float64 (3,): grad_norm, rho, not finite."""
+    def perturb(self, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
+        """Save and perturb the rows that have a direction; float64 (3,): grad_norm, rho, not finite."""
 
     def restore(self) -> None:
         """Give back the saved weights to the rows that `perturb` touched."""
@@ -41,8 +42,12 @@ class Ops(Protocol):
     def fuses(self) -> bool:
         """Whether there is a `restore_and_update`."""
 
-    def restore_and_update(self, update: BaseUpdate, grads: Gradients, overflow: Tensor) -> None:
-        """Restore, and unless ``overflow`` (float32 0-d) is set make the base optimizer's update with ``grads``."""
+    def restore_and_update(
+        self, update: BaseUpdate, grads: Gradients, overflow: Tensor, factors: Tensor | None
+    ) -> None:
+        """Restore, and unless ``overflow`` (float32 0-d) is set make the base optimizer's update with ``grads``.
+
+        ``factors``, float64 (2,), multiply a and b of the mixture."""
 
     def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
         """Copy scheduled values to where the kernels read them; see `SharpnessAware.push_scalars`."""
@@ -54,24 +59,37 @@ class ReferenceOps:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._touched: list[int] = []
+        self._aims: Gradients = []
 
-    def sum_sq_first(self, grads: Gradients) -> Tensor:
-        return self._sum_sq([g for g, on in zip(grads, self._rows.perturbed, strict=True) if on])
+    def aim(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+        rows = self._rows
+        require_dense([g for g in grads if g is not None])
+        self._aims, scaled = [], []
+        for row, g in enumerate(grads):
+            if g is None or not rows.perturbed[row]:
+                self._aims.append(None)
+                continue
+            average = ema[row] if ema else None
+            scaled_g, along = reference.aim(rows.shards[row], g, average, directions[rows.groups[row]])
+            scaled.append(scaled_g)
+            self._aims.append(along)
+        return self._sum_sq(scaled)
 
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         return self._sum_sq(grads)
 
-    def perturb(self, grads: Gradients, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
+    def perturb(self, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
         rows = self._rows
         by_radius: dict[Radius, list[int]] = {}
-        for row in allocate_copies(rows, grads):
+        for row in allocate_copies(rows, self._aims):
             by_radius.setdefault(radii[rows.groups[row]], []).append(row)
         stats = None
         for radius, members in by_radius.items():
-            shards, first = _take(rows.shards, members), _take(grads, members)
-            result = reference.perturb(shards, first, _take(rows.copies, members), sum_sq, radius)
+            shards, along = _take(rows.shards, members), _take(self._aims, members)
+            result = reference.perturb(shards, along, _take(rows.copies, members), sum_sq, radius)
             self._touched += members
             stats = result if stats is None else stats
+        self._aims = []  # the second pass must not pay for them
         return torch.zeros(3, dtype=torch.float64, device=rows.device) if stats is None else stats
 
     def restore(self) -> None:
@@ -91,7 +109,7 @@ class ReferenceOps:
     def push(self, *_: object) -> None:
         pass
 
-    def _sum_sq(self, grads: Gradients) -> Tensor:
+    def _sum_sq(self, grads: Sequence[Tensor | None]) -> Tensor:
         present = [g for g in grads if g is not None]
         require_dense(present)
         if not present:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,25 @@ from lesam_dist.optim import ops as operations
 from lesam_dist.optim import reference
 from lesam_dist.optim.base_update import Mixture, base_update
 from lesam_dist.optim.ops import Backend, Ops
-from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.reference import Direction, Radius
 from lesam_dist.optim.rows import Gradients, RowCache, Rows
 from lesam_dist.parallel import reduce_over_shards
+
+
+class Aim(NamedTuple):
+    """Along what the weights are perturbed.
+
+    Attributes:
+        grads: for each of the rows; None moves along nothing.
+        directions: what is made of them, of each param group; None leaves them as they are.
+        emas: for each of the rows, what a direction with an ``ema_scale`` subtracts.
+        sum_sq: squared norm of the whole direction, float64 0-d; None computes it.
+    """
+
+    grads: list[Gradients]
+    directions: list[Direction] | None = None
+    emas: list[Gradients | None] | None = None
+    sum_sq: Tensor | None = None
 
 
 class Perturbation:
@@ -52,25 +68,33 @@ class Perturbation:
         """The current gradients of each of the rows."""
         return [rows.gradients() for rows in self.rows]
 
-    def perturb(self, grads: list[Gradients], radii: Sequence[Radius], mixing: list[Mixture], fresh: bool) -> Tensor:
-        """Save the weights and perturb them by ``grads``.
+    def of_perturbed(self, grads: list[Gradients]) -> list[Gradients]:
+        """``grads`` without those of rows that are left out of norm and perturbation."""
+        return [
+            [g if on else None for g, on in zip(row_grads, rows.perturbed, strict=True)]
+            for rows, row_grads in zip(self.rows, grads, strict=True)
+        ]
+
+    def perturb(self, aim: Aim, radii: Sequence[Radius], fresh: bool = True) -> Tensor:
+        """Save the weights and perturb them.
 
         Args:
-            grads: for each of the rows.
-            radii, mixing: of each param group.
-            fresh: the first perturbation of a step; later ones add to its kept gradients and its overflow flag.
+            aim: along what.
+            radii: of each param group.
+            fresh: the first perturbation of a step; later ones add to its overflow flag.
 
         Returns:
             float64 (3,): grad_norm, the first group's rho, and 1 where the norm is not finite.
         """
-        self.mixing = mixing
-        self._keep_first(grads, fresh)
-        sum_sq = self._sum([ops.sum_sq_first(g) for ops, g in zip(self.ops, grads, strict=True)])
+        emas = aim.emas or [None] * len(self.rows)
+        directions = aim.directions or [Direction()] * len(radii)
+        parts = [ops.aim(g, ema, directions) for ops, g, ema in zip(self.ops, aim.grads, emas, strict=True)]
+        sum_sq = self._sum(parts) if aim.sum_sq is None else aim.sum_sq
         self.active, self._touched = True, []
         stats = []
-        for rows, ops, g in zip(self.rows, self.ops, grads, strict=True):
+        for rows, ops in zip(self.rows, self.ops, strict=True):
             self._touched.append(ops)
-            stats.append(ops.perturb(g, sum_sq.to(rows.device), radii))
+            stats.append(ops.perturb(sum_sq.to(rows.device), radii))
         if fresh:
             self.overflow.copy_(stats[0][2])
         else:
@@ -93,22 +117,48 @@ class Perturbation:
             ops.restore()
         self.active = False
 
-    def update(self, base: Optimizer, grads: list[Gradients]) -> bool:
+    def update(self, base: Optimizer, grads: list[Gradients], factors: Tensor | None) -> bool:
         """Restore and make the base optimizer's update in one launch, where a kernel does; returns whether."""
         update = base_update(base, self.mixing) if all(ops.fuses() for ops in self.ops) else None
         if update is None:
             return False
         for rows, ops, g in zip(self.rows, self.ops, grads, strict=True):
-            ops.restore_and_update(update, g, self.overflow.to(rows.device))
+            ops.restore_and_update(update, g, self.overflow.to(rows.device), factors)
         self.active = False
         return True
 
-    def mix(self, grads: list[Gradients]) -> None:
-        """Turn the second gradients into ``a * g_hat + b * g``, in place."""
+    def mix(self, grads: list[Gradients], factors: Tensor | None) -> None:
+        """Turn the second gradients into ``a * g_hat + b * g``, in place; ``factors`` (2,) multiply a and b."""
         for rows, second in zip(self.rows, grads, strict=True):
             for g_hat, g, index in zip(second, rows.kept, rows.groups, strict=True):
-                if g_hat is not None and self.mixing[index] != (1.0, 0.0):
-                    reference.mix(g_hat, g, *self.mixing[index])
+                a, b = self.mixing[index]
+                if g_hat is not None and factors is not None:
+                    reference.mix(g_hat, g, a * factors[0].to(g_hat.device), b * factors[1].to(g_hat.device))
+                elif g_hat is not None and (a, b) != (1.0, 0.0):
+                    reference.mix(g_hat, g, a, b)
+
+    def dot_kept(self, grads: list[Gradients]) -> Tensor:
+        """``(g . g_hat, ||g||^2, ||g_hat||^2)`` over the rows that have both gradients, float64 (3,); one reduction."""
+        parts = []
+        for rows, second in zip(self.rows, grads, strict=True):
+            pairs = [(g, h) for g, h in zip(rows.kept, second, strict=True) if g is not None and h is not None]
+            if pairs:
+                g, g_hat = ([pair[i] for pair in pairs] for i in (0, 1))
+                parts.append(torch.stack([reference.dot(g, g_hat), reference.dot(g, g), reference.dot(g_hat, g_hat)]))
+            else:
+                parts.append(torch.zeros(3, dtype=torch.float64, device=rows.device))
+        return self._sum(parts)
+
+    def dot(self, first: list[Gradients], second: list[Gradients]) -> Tensor:
+        """Sum of the products of two lists over all rows and shards, float64 0-d; a missing tensor counts as zero."""
+        parts = []
+        for rows, a, b in zip(self.rows, first, second, strict=True):
+            pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+            if pairs:
+                parts.append(reference.dot([x for x, _ in pairs], [y for _, y in pairs]))
+            else:
+                parts.append(torch.zeros((), dtype=torch.float64, device=rows.device))
+        return self._sum(parts)
 
     def average_first(self, count: int) -> None:
         """Divide the kept first gradients, each the sum of ``count``."""
@@ -122,8 +172,12 @@ class Perturbation:
         for ops in self.ops:
             ops.push(radii, base_update(base, mixing))
 
-    def _keep_first(self, grads: list[Gradients], fresh: bool) -> None:
-        """Save g for groups whose update needs it. Copied: a DDP bucket is overwritten by the second backward."""
+    def keep_first(self, grads: list[Gradients], mixing: list[Mixture], fresh: bool = True) -> None:
+        """Choose the mixture of each group, and save g for those that need it.
+
+        Copied: a DDP bucket is overwritten by the second backward.
+        """
+        self.mixing = mixing
         wanted = [b != 0 for _, b in self.mixing]
         if not any(wanted):
             return

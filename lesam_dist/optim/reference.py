@@ -32,6 +32,41 @@ class Radius(NamedTuple):
     eps: float
 
 
+class Direction(NamedTuple):
+    """Along what the weights of a param group move: ``T^2 * v`` with ``v = g - ema_scale*ema`` and ``T = p*|w| + q``.
+
+    The gradient itself by default. Its squared norm, which makes the radius, is the sum of ``(T*v)^2``.
+    """
+
+    p: float = 0.0
+    q: float = 1.0
+    ema_scale: float = 0.0
+
+
+def aim(w: Tensor, g: Tensor, ema: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor]:
+    """``T*v`` and ``T^2*v`` of one parameter, in at least float32; for the plain gradient both are ``g`` itself."""
+    if direction == Direction():
+        return g, g
+    v = g.to(torch.promote_types(g.dtype, torch.float32))
+    if ema is not None and direction.ema_scale:
+        v = v.sub(ema, alpha=direction.ema_scale)
+    if (direction.p, direction.q) == (0.0, 1.0):
+        return v, v
+    metric = w.detach().abs().to(v.dtype).mul_(direction.p).add_(direction.q)
+    scaled = v * metric
+    return scaled, scaled * metric
+
+
+def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Sum of the products of all elements of two parallel lists; accumulated as `sum_sq` does."""
+    partial = []
+    for a, b in zip(first, second, strict=True):
+        flat_a, flat_b = _flat(a), _flat(b)
+        for x, y in zip(flat_a.split(_CHUNK), flat_b.split(_CHUNK), strict=True):
+            partial.append(torch.dot(x, y))
+    return torch.stack(partial).sum(dtype=torch.float64)
+
+
 def sum_sq(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of squares over all elements of all tensors, accumulated in float32 per chunk and float64 beyond.
 
@@ -51,7 +86,7 @@ def sum_sq(tensors: Sequence[Tensor]) -> Tensor:
 
 def perturb(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    directions: Sequence[Tensor],
     copies: Sequence[Tensor],
     sum_sq: Tensor,
     radius: Radius,
@@ -61,8 +96,8 @@ def perturb(
     A zero or non-finite norm leaves ``w`` as it is. ``copy`` is written in every case, so `restore` is always exact.
 
     Args:
-        params, grads, copies: parallel lists; shapes agree, a copy has its parameter's dtype and strides, and is the
-            caller's for this purpose alone.
+        params, directions, copies: parallel lists; shapes agree, a copy has its parameter's dtype and strides, and is
+            the caller's for this purpose alone. A direction is the gradient, or what `aim` makes of it.
         sum_sq: 0-d, the squared global gradient norm, of which these lists may be a part.
         radius: how rho follows from the norm.
 
@@ -72,7 +107,7 @@ def perturb(
     norm = math.sqrt(sum_sq.item())
     usable = math.isfinite(norm) and norm > 0
     rho = min(radius.sigma / (norm + radius.eps), radius.rho_max) if usable else 0.0
-    for w, g, copy in zip(params, grads, copies, strict=True):
+    for w, g, copy in zip(params, directions, copies, strict=True):
         if rho > 0 and _owns_storage(w):
             torch.add(w, g, alpha=rho / norm, out=copy)
             _trade_storages(w, copy)
@@ -93,11 +128,17 @@ def restore(params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
             w.copy_(copy)
 
 
-def mix(g_hat: Tensor, g: Tensor | None, a: float, b: float) -> None:
-    """Combine both gradients in place: ``g_hat <- a * g_hat + b * g``; a missing g counts as zero."""
+def mix(g_hat: Tensor, g: Tensor | None, a: float | Tensor, b: float | Tensor) -> None:
+    """Combine both gradients in place: ``g_hat <- a * g_hat + b * g``; a missing g counts as zero.
+
+    a and b are numbers, or 0-d tensors on the device.
+    """
     g_hat.mul_(a)
     if g is not None:
-        g_hat.add_(g, alpha=b)
+        if isinstance(b, Tensor):
+            g_hat.addcmul_(g, b.to(g.dtype))
+        else:
+            g_hat.add_(g, alpha=b)
 
 
 def _owns_storage(w: Tensor) -> bool:

@@ -14,11 +14,11 @@ from torch import Tensor
 import lesam_kernels
 from lesam_dist.optim.base_update import BaseUpdate
 from lesam_dist.optim.ops import allocate_copies, moved_sq, require_dense
-from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.reference import Direction, Radius
 from lesam_dist.optim.rows import Gradients, Rows
 from lesam_dist.parallel import local_shard
 
-_B = 6  # where a row of scalars has the weight of the first gradient
+_A, _B = 5, 6  # where a row of scalars has the weights of the second and of the first gradient
 
 
 class TritonOps:
@@ -29,13 +29,15 @@ class TritonOps:
         self._table = lesam_kernels.TensorTable(rows.device)
         self._table.build(rows.shards, rows.groups)
         self._radii = DeviceScalars(rows.device)
+        self._metric, self._ema_scale = DeviceScalars(rows.device), DeviceScalars(rows.device)
+        self._direction: dict[str, Tensor] = {}  # what norm and perturbation are told beside the gradient
         self._scalars = DeviceScalars(rows.device)
         self._copied: list[bool] = []
         self._empty_steps: list[Tensor] = []
         self._second: Gradients | None = None  # what the table was told of in this step
         self._state_key: tuple[tuple[str, ...], list[bool], list[bool]] = ((), [], [])
 
-    def sum_sq_first(self, grads: Gradients) -> Tensor:
+    def aim(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
         # The copies say which rows are perturbed; they change only with the set of gradients.
         present = [g is not None for g in grads]
         if present != self._copied:
@@ -43,15 +45,23 @@ class TritonOps:
             self._table.set("copy", self._rows.copies)
             self._copied = present
         self._set("g", grads)
-        return lesam_kernels.sum_sq(self._table, "g", perturbed_only=True)
+        self._direction = {}
+        if any((d.p, d.q) != (0.0, 1.0) for d in directions):
+            self._direction["metric"] = self._metric.on_device([(d.p, d.q) for d in directions], torch.float32)
+        if ema is not None and any(d.ema_scale for d in directions):
+            self._table.set("ema", ema)
+            scales = self._ema_scale.on_device([(d.ema_scale,) for d in directions], torch.float32)
+            self._direction["ema_scale"] = scales.view(-1)
+        return lesam_kernels.sum_sq(self._table, "g", perturbed_only=True, **self._direction)
 
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         self._set("g_hat", grads)
         self._second = grads
         return lesam_kernels.sum_sq(self._table, "g_hat")
 
-    def perturb(self, grads: Gradients, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
-        return lesam_kernels.perturb(self._table, sum_sq, self._radii.on_device(radii, torch.float64))
+    def perturb(self, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
+        on_device = self._radii.on_device(radii, torch.float64)
+        return lesam_kernels.perturb(self._table, sum_sq, on_device, **self._direction)
 
     def restore(self) -> None:
         lesam_kernels.restore(self._table)
@@ -64,7 +74,9 @@ class TritonOps:
     def fuses(self) -> bool:
         return True
 
-    def restore_and_update(self, update: BaseUpdate, grads: Gradients, overflow: Tensor) -> None:
+    def restore_and_update(
+        self, update: BaseUpdate, grads: Gradients, overflow: Tensor, factors: Tensor | None
+    ) -> None:
         if self._second is not grads:
             self._set("g_hat", grads)
         self._second = None
@@ -74,7 +86,11 @@ class TritonOps:
         elif self._table.has("g_kept"):
             self._table.clear("g_kept")
         kernel = getattr(lesam_kernels, update.kernel)
-        kernel(self._table, self._scalars.on_device(update.scalars, update.dtype), found_inf=overflow)
+        scalars = self._scalars.on_device(update.scalars, update.dtype)
+        if factors is not None:
+            scalars = scalars.clone()
+            scalars[:, _A : _B + 1] *= factors.to(scalars)
+        kernel(self._table, scalars, found_inf=overflow)
         if self._empty_steps:
             torch._foreach_add_(self._empty_steps, 1 - overflow)
 

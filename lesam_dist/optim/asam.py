@@ -1,0 +1,68 @@
+"""ASAM, Adaptive SAM (Kwon et al., 2021, Eq. 5 and Algorithm 1; paper, section 2).
+
+    T     = |w| + eta  (elementwise)                     1 for parameters that are not adaptive
+    w_hat = w + rho * T^2 g / ||T g||                    one norm over all perturbed parameters
+    w     <- base step with g_hat = grad L(w_hat)        from the exact w
+
+Exact: the formulas above. The paper has T = |w| for weights of layers; the released code has eta = 0.01 beside it, and
+T = 1 for every parameter whose name does not hold "weight" (biases, and BatchNorm's beta, but not its gamma). Names are
+not known here: give those parameters in groups with ``adaptive=False``, as `adaptive_groups` makes them; without, all
+are adaptive, as in the most used SAM code. Cost: two forward and backward passes a step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.options import require_nonnegative
+from lesam_dist.optim.perturbation import Aim
+from lesam_dist.optim.reference import Direction, Radius
+from lesam_dist.optim.rows import Gradients
+from lesam_dist.optim.shared import BaseOptimizer
+
+
+class ASAM(SharpnessAware):
+    """ASAM around any torch optimizer: ``ASAM(adaptive_groups(model), torch.optim.SGD, rho=0.5, lr=0.1)``.
+
+    Args:
+        params: parameters or param groups; a group may set its own ``rho``, ``eta`` and ``adaptive`` (False: T = 1).
+        base_optimizer: the class that makes the update.
+        rho: radius in units of the weights' own size, >= 0 (0.5 for CIFAR-10, 1.0 for CIFAR-100).
+        eta: added to the weights' size, >= 0.
+        kwargs: options of `SharpnessAware`; the rest goes to ``base_optimizer``.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.5, eta: float = 0.01, **kwargs: Any
+    ) -> None:
+        super().__init__(params, base_optimizer, {"rho": rho, "eta": eta, "adaptive": True}, **kwargs)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        require_nonnegative("ASAM", "rho", group["rho"])
+        require_nonnegative("ASAM", "eta", group["eta"])
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
+
+    def aim(self, grads: list[Gradients]) -> Aim:
+        return Aim(grads, [metric(group) for group in self.param_groups])
+
+
+def metric(group: dict[str, Any]) -> Direction:
+    """``T^2 g`` for a group that is adaptive, else ``g``."""
+    return Direction(p=1.0, q=float(group["eta"])) if group["adaptive"] else Direction()
+
+
+def adaptive_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Param groups by the released code's rule: a parameter is adaptive if its name holds "weight"."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    by_rule = {rule: [p for name, p in named if ("weight" in name) == rule] for rule in (True, False)}
+    return [{"params": params, "adaptive": rule} for rule, params in by_rule.items() if params]

@@ -1,0 +1,61 @@
+"""MSAM, Momentum-SAM (Becker et al., 2024, Algorithm 1; paper, section 2).
+
+    w_hat = w - rho * v / ||v||                          v: the base optimizer's momentum
+    w     <- base step with g_hat = grad L(w_hat)        from the exact w; it also updates v
+
+v is SGD's momentum buffer or Adam's first moment (not bias-corrected, which the norm takes out). The perturbation goes
+*with* the coming update, against SAM's. The first step is not perturbed. The released code keeps the weights perturbed
+between steps, which is the same sequence but for weight decay: there it acts on w_hat, here on w, as the base optimizer
+has it; so evaluation and checkpoints see the exact weights. Cost: one forward and backward pass a step, one copy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.options import require_nonnegative
+from lesam_dist.optim.perturbation import Aim
+from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.single_pass import SinglePass
+from lesam_dist.parallel import local_shard
+
+_MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+class MSAM(SinglePass):
+    """MSAM around SGD with momentum or Adam(W): ``MSAM(params, torch.optim.SGD, rho=3.0, lr=0.1, momentum=0.9)``.
+
+    Args:
+        params: parameters or param groups; a group may set its own ``rho``.
+        base_optimizer: the class that makes the update; it must have a momentum.
+        rho: radius, >= 0; one to two orders larger than SAM's.
+        kwargs: options of `SharpnessAware`; the rest goes to ``base_optimizer``.
+
+    Raises:
+        ValueError: for a value out of range, a base optimizer without momentum, or an option that needs two passes.
+    """
+
+    def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 3.0, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        require_nonnegative("MSAM", "rho", group["rho"])
+        if not (group.get("momentum") or group.get("betas")):
+            name = type(self.base_optimizer).__name__
+            raise ValueError(f"MSAM perturbs along the momentum, but {name} has none here: set momentum above 0.")
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
+
+    def look_ahead(self) -> Aim:
+        return Aim([[self._against(p) for p in rows.params] for rows in self._perturbation.rows])
+
+    def _against(self, p: Tensor) -> Tensor | None:
+        state = self.state.get(p, {})
+        momentum = next((state[name] for name in _MOMENTA if state.get(name) is not None), None)
+        return None if momentum is None else -local_shard(momentum)

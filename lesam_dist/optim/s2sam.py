@@ -1,0 +1,58 @@
+"""S2-SAM, Single-Step SAM (Ji et al., 2024; paper, section 2).
+
+    w_hat = w + rho * g_prev / ||g_prev||                g_prev: the gradient of the step before
+    g_hat = grad L(w_hat),  g_prev <- g_hat
+    w     <- base step with g_hat                        from the exact w
+
+The authors released no code, and public summaries say no more than that the perturbation is made of the last step's
+gradient. That this is the gradient at the *perturbed* weights, and that it is normalised, is this library's reading.
+The first step is not perturbed. Cost: one forward and backward pass a step, and g_prev, which is in the `state_dict`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.options import require_nonnegative
+from lesam_dist.optim.perturbation import Aim
+from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.rows import Gradients
+from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.single_pass import SinglePass
+
+_PREVIOUS = "previous_grad"
+
+
+class S2SAM(SinglePass):
+    """S2-SAM around any torch optimizer: ``S2SAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``.
+
+    Args:
+        params: parameters or param groups; a group may set its own ``rho``.
+        base_optimizer: the class that makes the update.
+        rho: radius, >= 0. 0 is the base optimizer.
+        kwargs: options of `SharpnessAware`; the rest goes to ``base_optimizer``.
+
+    Raises:
+        ValueError: for a value out of range, or an option that needs two passes.
+    """
+
+    memory_names = (_PREVIOUS,)
+
+    def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        require_nonnegative("S2SAM", "rho", group["rho"])
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
+
+    def look_ahead(self) -> Aim:
+        return Aim([self._memory.read(_PREVIOUS, rows) for rows in self._perturbation.rows])
+
+    def update_memory(self, grads: list[Gradients]) -> None:
+        for rows, g in zip(self._perturbation.rows, grads, strict=True):
+            self._memory.blend(_PREVIOUS, rows, g, 1.0, self.overflow)

@@ -1,0 +1,63 @@
+"""SAM-ON, SAM on normalisation layers only (Mueller et al., 2023).
+
+    w_hat = w + rho * g / ||g||      for the weights and biases of normalisation layers; the norm is over these alone
+    w     <- base step with g_hat = grad L(w_hat)        all parameters, from the exact w
+
+Exact: SAM with all other parameters left out of norm and perturbation. Cost: two forward and backward passes a step,
+and a copy of the normalisation layers' parameters alone, which are 0.2 % of a ResNet-50.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.sam import SAM
+from lesam_dist.optim.shared import BaseOptimizer
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class SAMON(SAM):
+    """SAM-ON around any torch optimizer: ``SAMON(norm_groups(model), torch.optim.SGD, rho=0.5, lr=0.1)``.
+
+    Args:
+        params: param groups; those without normalisation layers have ``perturb=False``, as `norm_groups` makes them.
+        base_optimizer: the class that makes the update.
+        rho: radius, >= 0; larger than SAM's, since it is spread over few parameters.
+        kwargs: options of `SharpnessAware`; the rest goes to ``base_optimizer``.
+
+    Raises:
+        ValueError: where all groups or none are perturbed.
+    """
+
+    def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **kwargs)
+        perturbed = [bool(group["perturb"]) for group in self.param_groups]
+        if all(perturbed) or not any(perturbed):
+            raise ValueError(
+                f"SAMON: {sum(perturbed)} of {len(perturbed)} param groups are perturbed; it must be those of "
+                "normalisation layers and no other. Make the groups with norm_groups(model)."
+            )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer of torch's."""
+    return isinstance(module, _NORMS)
+
+
+def norm_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two param groups: the parameters of normalisation layers, and with ``perturb=False`` all others.
+
+    Raises:
+        ValueError: for a model without normalisation layers.
+    """
+    norms = [p for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)]
+    if not norms:
+        raise ValueError(f"SAMON: {type(model).__name__} has no normalisation layer with parameters. Choose SAM.")
+    known = set(norms)
+    others = [p for p in model.parameters() if p not in known]
+    return [{"params": norms, "perturb": True}, {"params": others, "perturb": False}]

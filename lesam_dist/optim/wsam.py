@@ -1,0 +1,98 @@
+"""WSAM, Weighted SAM (Yue et al., 2023, Algorithms 1 and 2).
+
+    a     = gamma / (1 - gamma)
+    w_hat = w + rho * g / ||g||                          one norm over all perturbed parameters
+    w     <- base step with g, then w <- w - lr * a * (g_hat - g)        decoupled
+    w     <- base step with a * g_hat + (1 - a) * g                      coupled
+
+Exact: the formulas above. The released code perturbs each process by its own gradient (``scope="local"``) and clips
+both gradients; here the averaged one perturbs and ``max_grad_norm`` clips g_hat alone. gamma = 0.5 (a = 1) with
+``decouple=False`` is SAM, gamma = 0 the base optimizer. Cost: two forward and backward passes a step, one copy of g.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.options import require_nonnegative
+from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.rows import Gradients
+from lesam_dist.optim.shared import BaseOptimizer
+
+
+class WSAM(SharpnessAware):
+    """WSAM around any torch optimizer: ``WSAM(params, torch.optim.SGD, rho=0.05, gamma=0.9, lr=0.1)``.
+
+    Args:
+        params: parameters or param groups; a group may set its own ``rho`` and ``wsam_gamma``.
+        base_optimizer: the class that makes the update.
+        rho: radius, >= 0.
+        gamma: weight of the sharpness, in [0, 1). In the groups it is ``wsam_gamma``.
+        decouple: keep the sharpness term out of the base optimizer's momentum and scaling.
+        kwargs: options of `SharpnessAware`; the rest goes to ``base_optimizer``.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: BaseOptimizer,
+        *,
+        rho: float = 0.05,
+        gamma: float = 0.9,
+        decouple: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, {"rho": rho, "wsam_gamma": gamma, "decouple": decouple}, **kwargs)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        require_nonnegative("WSAM", "rho", group["rho"])
+        if not 0 <= group["wsam_gamma"] < 1:
+            raise ValueError(f"WSAM: gamma is {group['wsam_gamma']}; it must be in [0, 1).")
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
+
+    def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
+        if self.param_groups[0]["decouple"]:
+            return 1.0, 1.0  # see mixture_factors
+        a = _weight(group)
+        return a, 1 - a
+
+    def mixture_factors(self, grads: list[Gradients]) -> Tensor | None:
+        if not self.param_groups[0]["decouple"]:
+            return None
+        # The base optimizer is given g, and what was kept of it becomes g_hat - g.
+        for rows, second in zip(self._perturbation.rows, grads, strict=True):
+            for g_hat, g in zip(second, rows.kept, strict=True):
+                if g_hat is not None and g is not None:
+                    difference = g_hat - g
+                    g_hat.copy_(g)
+                    g.copy_(difference)
+        device = self.overflow.device
+        return torch.tensor([1.0, 0.0], dtype=torch.float64).to(device, non_blocking=True)
+
+    def updated(self) -> None:
+        if not self.param_groups[0]["decouple"]:
+            return
+        finite = self.overflow == 0
+        for rows in self._perturbation.rows:
+            for w, difference, index in zip(rows.shards, rows.kept, rows.groups, strict=True):
+                if difference is None:
+                    continue
+                group = self.param_groups[index]
+                step = difference * (group["lr"] * _weight(group))
+                w.sub_(torch.where(finite.to(w.device), step, 0.0))
+
+
+def _weight(group: dict[str, Any]) -> float:
+    gamma = float(group["wsam_gamma"])
+    return gamma / (1 - gamma)

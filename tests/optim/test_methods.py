@@ -1,0 +1,307 @@
+"""Each method on a quadratic against its rule in float64, and what all of them share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import SGD, AdamW
+
+from lesam_dist import optim
+from tests.methods import CASES, LR, MOMENTUM, Vector, follow
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 5
+SETTINGS = [("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)]
+# Of the largest weight. float32: tens of roundings of 6e-8 per step. LookSAM and EigenSAM make a difference of nearly
+# equal gradients, a tenth to a hundredth of them, as long as a gradient again.
+ATOL = {torch.float64: 1e-10, torch.float32: 5e-6}
+AMPLIFIED = {"looksam": 10, "eigen": 10}
+
+
+class Quadratic(nn.Module):
+    """L_t(w) = (w - c_t)' A (w - c_t) / 2 with a positive A; w in three tensors of odd sizes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        root = torch.randn(14, 14, dtype=torch.float64)
+        self.a = (root @ root.T / 14 + 0.1 * torch.eye(14, dtype=torch.float64)).to(DEVICE, dtype)
+        self.c = torch.randn(2 * STEPS, 14, dtype=torch.float64).to(DEVICE, dtype)
+        self.parts = nn.ParameterList([torch.randn(shape).to(DEVICE, dtype) for shape in ((3, 2), (5,), (1, 3))])
+
+    def forward(self, t: int) -> Tensor:
+        d = torch.cat([p.flatten() for p in self.parts]) - self.c[t]
+        return d @ self.a @ d / 2
+
+    def flat(self) -> Vector:
+        return np.concatenate([p.detach().cpu().double().numpy().ravel() for p in self.parts])
+
+    def gradient(self, w: Vector, t: int) -> Vector:
+        a, c = (x.cpu().double().numpy() for x in (self.a, self.c[t]))
+        return np.asarray(a @ (w - c))
+
+    def closure(self, t: int, scaler: GradScaler | None = None) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            loss = self(t)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            return loss
+
+        return run
+
+
+def make(name: str, net: nn.Module, base: Any = SGD, **options: Any) -> optim.SharpnessAware:
+    case = CASES[name]
+    kwargs = {"lr": LR, **({"momentum": MOMENTUM} if base is SGD else {})}
+    made: optim.SharpnessAware = case.method(net.parameters(), base, **case.kwargs, **kwargs, **options)  # type: ignore[call-arg, arg-type]
+    return made
+
+
+def close(net: Quadratic, expected: Vector, dtype: torch.dtype, name: str = "") -> None:
+    atol = ATOL[dtype] * AMPLIFIED.get(name, 1) * np.abs(expected).max()
+    np.testing.assert_allclose(net.flat(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("backend", "dtype"), SETTINGS, ids=lambda v: str(v).replace("torch.", ""))
+def test_follows_its_rule(seed: int, name: str, backend: str, dtype: torch.dtype) -> None:
+    net = Quadratic(dtype)
+    expected = follow(CASES[name].rule, net.flat(), net.gradient, STEPS)
+    plain = follow(lambda w, grad, t, s: (grad(w), 0.0), net.flat(), net.gradient, STEPS)
+    assert np.abs(expected - plain).max() > 1e-3, "the method must do something here"
+    optimizer = make(name, net, backend=backend)
+    calls = []
+    for t in range(STEPS):
+        run, count = net.closure(t), 0
+
+        def closure(run: Callable[[], Tensor] = run, **arguments: Any) -> Tensor:
+            nonlocal count
+            assert not arguments, "only methods that need them ask for arguments"
+            count += 1
+            return run()
+
+        optimizer.step(closure)
+        calls.append(count)
+    assert tuple(calls[:2]) == CASES[name].calls
+    close(net, expected, dtype, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("base", [SGD, AdamW], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("how", ["torch", "checkpoint"])
+def test_a_resumed_run_is_the_same_bit_for_bit(seed: int, name: str, base: Any, how: str) -> None:
+    net = Quadratic(torch.float32)
+    optimizer = make(name, net, base)
+    for t in range(3):
+        optimizer.step(net.closure(t))
+    twin = copy.deepcopy(net)
+    resumed = make(name, twin, base)
+    if how == "torch":
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        set_optimizer_state_dict(twin, resumed, copy.deepcopy(get_optimizer_state_dict(net, optimizer)))
+    for t in range(3, STEPS):
+        optimizer.step(net.closure(t))
+        resumed.step(twin.closure(t))
+    assert np.array_equal(net.flat(), twin.flat())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_loss_scaling_changes_nothing_and_an_overflow_is_survived(seed: int, name: str, backend: str) -> None:
+    net = Quadratic(torch.float32)
+    twin = copy.deepcopy(net)
+    plain, scaled = make(name, net, backend=backend), make(name, twin, backend=backend)
+    scaler = scaled.grad_scaler = GradScaler(DEVICE, init_scale=2.0**12)
+    for t in range(3):
+        plain.step(net.closure(t))
+        scaled.step(twin.closure(t, scaler))
+        scaler.update()
+    close(twin, net.flat(), torch.float32, name)
+    before = twin.flat()
+    twin.c[3] = torch.inf
+    scaled.step(twin.closure(3, scaler))
+    scaler.update()
+    assert np.array_equal(twin.flat(), before)
+    assert (scaled.telemetry["skipped"].item(), scaler.get_scale()) == (1, 2.0**11)
+    for t in (4, 5):  # nothing that is kept was spoilt
+        scaled.step(twin.closure(t, scaler))
+        scaler.update()
+    assert np.isfinite(twin.flat()).all()
+    assert scaled.telemetry["skipped"].item() == 1
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("wsam", "wsam-coupled")])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_without_a_radius_it_is_the_base_optimizer(seed: int, name: str, backend: str) -> None:
+    """Bit for bit, but for methods that mix or rescale gradients, which then only round."""
+    net = Quadratic(torch.float32)
+    twin = copy.deepcopy(net)
+    case = CASES[name]
+    kwargs = {**case.kwargs, ("sigma" if name.startswith("lesam") else "rho"): 0.0}
+    if name == "looksam":
+        kwargs["alpha"] = 0.0
+    optimizer: Any = case.method(net.parameters(), SGD, backend=backend, lr=LR, momentum=MOMENTUM, **kwargs)  # type: ignore[call-arg, arg-type]
+    fused = make("sam", twin, backend=backend)
+    fused.param_groups[0]["rho"] = 0.0  # the same kernels, which round otherwise than torch's
+    for t in range(STEPS):
+        optimizer.step(net.closure(t))
+        fused.step(twin.closure(t))
+    if name in ("gsam", "ssam", "looksam"):
+        close(net, twin.flat(), torch.float32)
+    else:
+        assert np.array_equal(net.flat(), twin.flat())
+
+
+EQUAL: dict[str, tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]] = {
+    "gsam, alpha 0": ((optim.GSAM, {"rho": 0.1, "alpha": 0.0}), (optim.SAM, {"rho": 0.1})),
+    "fisher, eta 0": ((optim.FisherSAM, {"rho": 0.1, "eta": 0.0}), (optim.SAM, {"rho": 0.1})),
+    "friendly, sigma 0": ((optim.FriendlySAM, {"rho": 0.1, "sigma": 0.0}), (optim.SAM, {"rho": 0.1})),
+    "eigen, alpha 0": ((optim.EigenSAM, {"rho": 0.1, "alpha": 0.0, "interval": 1}), (optim.SAM, {"rho": 0.1})),
+    "wsam, gamma 1/2": ((optim.WSAM, {"rho": 0.1, "gamma": 0.5, "decouple": False}), (optim.SAM, {"rho": 0.1})),
+    "looksam, interval 1": ((optim.LookSAM, {"rho": 0.1, "interval": 1}), (optim.SAM, {"rho": 0.1})),
+    "lesam adaptive, eta": (
+        (optim.LESAM, {"sigma": 1e9, "rho_max": 0.1, "adaptive": True, "eta": 0.01}),
+        (optim.ASAM, {"rho": 0.1, "eta": 0.01}),
+    ),
+    "esam, all": ((optim.ESAM, {"rho": 0.1, "beta": 1.0, "gamma": 1.0}), (optim.SAM, {"rho": 0.1})),
+}
+
+
+@pytest.mark.parametrize("what", EQUAL)
+@pytest.mark.parametrize(("backend", "dtype"), SETTINGS, ids=lambda v: str(v).replace("torch.", ""))
+def test_special_cases(seed: int, what: str, backend: str, dtype: torch.dtype) -> None:
+    net = Quadratic(dtype)
+    twin = copy.deepcopy(net)
+    optimizers = []
+    for model, (method, kwargs) in zip((net, twin), EQUAL[what], strict=True):
+        optimizers.append(method(model.parameters(), SGD, backend=backend, lr=LR, momentum=MOMENTUM, **kwargs))
+    for t in range(STEPS):
+        optimizers[0].step(net.closure(t))
+        optimizers[1].step(twin.closure(t))
+    close(net, twin.flat(), dtype)
+
+
+def test_gsam_radius_follows_the_learning_rate() -> None:
+    optimizer = optim.GSAM([nn.Parameter(torch.ones(2))], SGD, rho=0.6, rho_min=0.1, lr_min=0.1, lr=1.0)
+    for lr, rho in ((1.0, 0.6), (0.1, 0.1), (0.55, 0.35), (0.0, 0.1 - 0.5 / 9)):
+        optimizer.param_groups[0]["lr"] = lr
+        assert optimizer.radius(optimizer.param_groups[0]).rho_max == pytest.approx(rho)
+
+
+def test_eigensam_finds_the_largest_curvature(seed: int) -> None:
+    net = Quadratic(torch.float64)
+    optimizer = optim.EigenSAM(net.parameters(), SGD, interval=1, power_steps=60, lr=1e-3)
+    for t in range(3):
+        optimizer.step(net.closure(t))
+    state = optimizer.state_dict()["state"]
+    v = torch.cat([state[i]["eigenvector"].flatten() for i in range(3)]).cpu().numpy()
+    a = net.a.cpu().numpy()
+    np.testing.assert_allclose(v @ a @ v, np.linalg.eigvalsh(a)[-1], rtol=1e-2)
+    assert np.linalg.norm(v) == pytest.approx(1.0)
+
+
+class Samples(nn.Module):
+    """A loss per sample, (w - c_i)' A_i (w - c_i), and the passes that ESAM asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList([torch.randn(3, dtype=torch.float64) for _ in range(4)])
+        self.a, self.c = torch.rand(10, 12, dtype=torch.float64), torch.randn(10, 12, dtype=torch.float64)
+        self.asked: list[dict[str, Any]] = []
+
+    def losses(self, w: Tensor) -> Tensor:
+        return (self.a * (w - self.c) ** 2).sum(dim=1)
+
+    def closure(self, **arguments: Any) -> Tensor:
+        self.asked.append(arguments)
+        losses = self.losses(torch.cat(list(self.w)))
+        if arguments.get("subset") is not None:
+            losses = losses[arguments["subset"]]
+        if arguments.get("backward", True):
+            losses.mean().backward()
+        return losses.detach() if arguments.get("per_sample") else losses.mean().detach()
+
+
+@pytest.mark.parametrize(("beta", "gamma"), [(0.5, 1.0), (1.0, 0.35), (0.5, 0.35)])
+def test_esam_perturbs_some_tensors_and_keeps_the_samples_that_rose_most(seed: int, beta: float, gamma: float) -> None:
+    net = Samples()
+    optimizer = optim.ESAM(net.w.parameters(), SGD, rho=0.3, beta=beta, gamma=gamma, seed=seed, lr=0.1)
+    chosen = set()
+    for t in range(6):
+        w = torch.cat([p.detach() for p in net.w])
+        drawn = torch.rand(4, generator=torch.Generator().manual_seed(seed + 1_000_003 * t)) < beta
+        mask = drawn.repeat_interleave(3)
+        g = (2 * net.a * (w - net.c)).mean(dim=0) * mask
+        moved = w + (0.3 / beta * g / g.norm() if mask.any() else 0.0)
+        rise = net.losses(moved) - net.losses(w)
+        kept = rise.argsort(descending=True)[: int(gamma * 10)]
+        expected = w - 0.1 * (2 * net.a * (moved - net.c))[kept].mean(dim=0)
+        net.asked.clear()
+        loss = optimizer.step(net.closure)
+        if mask.any():  # else no loss rose, and any samples will do
+            torch.testing.assert_close(torch.cat([p.detach() for p in net.w]), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(loss, net.losses(w).mean())
+        assert len(net.asked) == (2 if gamma == 1 else 3)
+        chosen.add(tuple(drawn.tolist()))
+    assert beta == 1 or len(chosen) > 1, "every step draws anew"
+
+
+def test_samon_perturbs_normalisation_layers_alone(seed: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)).to(DEVICE)
+    optimizer = optim.SAMON(optim.norm_groups(net), SGD, rho=0.3, lr=0.1)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    net(torch.randn(5, 4, device=DEVICE)).square().sum().backward()
+    norm = torch.cat([net[1].weight.grad, net[1].bias.grad]).norm()
+    optimizer.first_step()
+    for n, p in net.named_parameters():
+        moved = 0.3 * p.grad / norm if n.startswith("1.") else torch.zeros_like(p)  # type: ignore[operator]
+        torch.testing.assert_close(p.detach(), before[n] + moved)
+    optimizer.restore()
+    with pytest.raises(ValueError, match="1 of 1 param groups are perturbed"):
+        optim.SAMON(net.parameters(), SGD, lr=0.1)
+    with pytest.raises(ValueError, match="has no normalisation layer"):
+        optim.norm_groups(nn.Linear(2, 2))
+
+
+def test_asam_by_the_released_rule(seed: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).to(DEVICE)
+    optimizer = optim.ASAM(optim.adaptive_groups(net), SGD, rho=0.3, eta=0.0, lr=0.1)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    grads = {n: p.grad for n, p in net.named_parameters()}
+    metric = {n: w.abs() if "weight" in n else torch.ones_like(w) for n, w in before.items()}
+    norm = torch.stack([(metric[n] * grads[n]).square().sum() for n in before]).sum().sqrt()  # type: ignore[operator]
+    optimizer.first_step()
+    for n, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), before[n] + 0.3 * metric[n] ** 2 * grads[n] / norm)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("method", "kwargs", "message"),
+    [
+        (optim.ASAM, {"eta": -1.0}, "eta is -1.0"),
+        (optim.FisherSAM, {"eta": -1.0}, "eta is -1.0"),
+        (optim.FriendlySAM, {"lam": 1.5}, "lam is 1.5"),
+        (optim.WSAM, {"gamma": 1.0}, "gamma is 1.0"),
+        (optim.ESAM, {"beta": 0.0}, "beta is 0.0"),
+        (optim.ESAM, {"ascent_fraction": 0.5}, "needs ascent_fraction=1"),
+        (optim.EigenSAM, {"interval": 0}, "interval 0"),
+        (optim.EigenSAM, {"scope": "local"}, "must share one eigenvector"),
+        (optim.MSAM, {}, "SGD has none here: set momentum above 0"),
+        (optim.S2SAM, {"scope": "local"}, "it has no first pass to change"),
+        (optim.S2SAM, {"check_second": False}, "its only gradient must be checked"),
+        (optim.GSAM, {"ascent_interval": 2, "ascent_between": "reuse"}, "needs the first gradient of every step"),
+    ],
+    ids=str,
+)
+def test_bad_hyper_parameters(method: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method([nn.Parameter(torch.ones(2))], SGD, lr=0.1, **kwargs)
