@@ -37,6 +37,12 @@ def _fsdp_flags(environ: Mapping[str, str]) -> dict[str, str]:
         raise UserError(f"accelerate's fsdp_version is {version}: the trainer uses FSDP2, set fsdp_version: 2.")
     if _true(environ, "FSDP_OFFLOAD_PARAMS"):
         raise UserError("accelerate's fsdp_offload_params is true: the trainer does not offload, set it to false.")
+    for axis in ("TP", "CP", "SP"):
+        size = environ.get(f"PARALLELISM_CONFIG_{axis}_SIZE", "1")
+        if size != "1":
+            raise UserError(
+                f"accelerate's {axis.lower()}_size is {size}, but the trainer splits only data and parameters: set it to 1."
+            )
     flags = {"parallel.strategy": "fsdp"}
     if "FSDP_RESHARD_AFTER_FORWARD" in environ:
         flags["parallel.reshard_after_forward"] = str(_true(environ, "FSDP_RESHARD_AFTER_FORWARD")).lower()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cifar_data
 import gpu
 import pytest
 import step
@@ -207,3 +208,29 @@ def test_prediction_is_bytes_over_bandwidth(capsys: pytest.CaptureFixture[str]) 
     stdout = capsys.readouterr().out
     assert "Predicted, not measured" in stdout
     assert "| resnet50 | 25.6 | 0.388 |" in stdout
+
+
+def test_cifar_data(tmp_path: Path) -> None:
+    """In a process of its own, since worker processes are forked."""
+    sizes = ["--workers", "0,1", "--images", "300", "--batch", "64", "--repeats", "2", "--device", "cpu"]
+    command = [sys.executable, "benchmarks/cifar_data.py", *sizes, *outputs(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    document = check_files(tmp_path, done.stdout)
+    ours, alone, worker = document["results"]
+    assert [r["cores"] for r in (ours, alone, worker)] == [1, 1, 1]
+    assert (ours["provider"], ours["ours_is"]) == ("lesam_dist", 1.0)
+    for other in (alone, worker):
+        assert other["images_per_second_per_core"] == pytest.approx(4 * 64 / other["seconds"]["p50"])
+        assert other["ours_is"] == pytest.approx(
+            ours["images_per_second_per_core"] / other["images_per_second_per_core"]
+        )
+    assert "| torchvision, 1 workers | 1 |" in done.stdout
+    assert done.stdout.count(">= 10x") == 2
+
+
+def test_the_cifar_table_of_a_gpu() -> None:
+    ours = {"provider": "lesam_dist", "cores": 1, "images_per_second_per_core": 2e5, "ours_is": 1.0}
+    theirs = {"provider": "torchvision", "workers": 4, "cores": 4, "images_per_second_per_core": 2.5e4, "ours_is": 8.0}
+    text = cifar_data.report([ours, theirs], on_cuda=True)
+    assert "| torchvision, 4 workers | 4 | 8.0x | >= 10x | **no** | 25000 | 200000 |" in text

@@ -49,6 +49,7 @@ def test_fsdp_and_hsdp_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision is 'fp8'"),
         ({**FSDP, "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "does not offload"),
+        ({**FSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size is 2"),
     ],
 )
 def test_settings_that_cannot_be_honoured(environ: dict[str, str], message: str) -> None:
@@ -57,13 +58,24 @@ def test_settings_that_cannot_be_honoured(environ: dict[str, str], message: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "shown"), [("ddp", "'no'", "fp32, 2 x cpu, ddp"), ("fsdp2", "bf16", "bf16, 2 x cpu, fsdp")]
+    ("name", "changes", "shown"),
+    [
+        ("ddp", {}, "fp32, 2 x cpu, ddp"),
+        ("fsdp2", {"mixed_precision: 'no'": "mixed_precision: bf16"}, "bf16, 2 x cpu, fsdp"),
+        ("hsdp", {"num_processes: 8": "num_processes: 4", "shard_size: 4": "shard_size: 2"}, "fp32, 4 x cpu, hsdp"),
+    ],
+    ids=["ddp", "fsdp2", "hsdp"],
 )
-def test_accelerate_launch_starts_two_processes(tmp_path: Path, name: str, precision: str, shown: str) -> None:
-    """The files of launch/accelerate, with two processes on the CPU."""
+def test_accelerate_launch_trains(tmp_path: Path, name: str, changes: dict[str, str], shown: str) -> None:
+    """Each file of launch/accelerate, with fewer processes and on the CPU: it starts them, and they train two steps.
+
+    The sizes of HSDP's mesh must fill the processes, so that it trains shows that the trainer got both.
+    """
     text = (ROOT / "launch" / "accelerate" / f"{name}.yaml").read_text()
-    text = text.replace("num_processes: 8", "num_processes: 2")
-    (tmp_path / "launch.yaml").write_text(text.replace("mixed_precision: 'no'", f"mixed_precision: {precision}"))
+    for old, new in {"num_processes: 8": "num_processes: 2", **changes}.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "launch.yaml").write_text(text)
     flags = ["--config", "digits", "--dry_run", "--data.batch_size", "4", "--precision.channels_last", "false"]
     result = subprocess.run(
         [
