@@ -30,6 +30,11 @@ def sum_sq(w: torch.dtype, g: torch.dtype, *, metric: bool = False, ema: bool = 
     return Traffic("sum_sq", g.itemsize * (1 + ema) + w.itemsize * metric, 0)
 
 
+def dots(g: torch.dtype) -> Traffic:
+    """Reads both gradients."""
+    return Traffic("dots", 2 * g.itemsize, 0)
+
+
 def perturb(w: torch.dtype, g: torch.dtype, *, ema: bool = False, moved: bool = True) -> Traffic:
     """Reads w and g (and the moving average), writes the copy and w; where rho is 0 (not moved), copies w alone."""
     if not moved:

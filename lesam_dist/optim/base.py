@@ -45,7 +45,8 @@ class SharpnessAware(SharedOptimizer):
     left out so far because a gradient was not finite) and, after ``step``, ``loss`` and ``perturbed_loss``. With
     several param groups of different settings, ``rho`` and ``sigma`` are those of the first one. Set the attribute
     `measure_rho` to have also ``realized_rho``, ||w' - w|| as stored: in bfloat16 and float16 weights most of a small
-    perturbation is lost to rounding. It costs one more read of weights and copies.
+    perturbation is lost to rounding. It costs one more read of weights and copies. While the attribute `enabled` is
+    False, ``step(closure)`` makes the base optimizer's plain step in one pass.
 
     With float16, set the attribute `grad_scaler` and let the closure scale the loss; ``step(closure)`` or
     ``scaler.step(optimizer, closure)``, then ``scaler.update()``. In a hand-written loop, call
@@ -83,6 +84,7 @@ class SharpnessAware(SharedOptimizer):
         ValueError: for a hyper-parameter out of range, or options that exclude each other.
     """
 
+    enabled = True
     measure_rho = False
     memory_names: tuple[str, ...] = ()  # of the tensors that a method keeps per parameter, see `Memory`
 
@@ -206,7 +208,7 @@ class SharpnessAware(SharedOptimizer):
         except BaseException:
             self.restore()
             raise
-        if "ascent_step" in self.defaults:
+        if self.enabled and "ascent_step" in self.defaults:
             for group in self.param_groups:
                 group["ascent_step"] += 1
         first, second = ([torch.as_tensor(loss).detach() for loss in column] for column in zip(*losses, strict=True))
@@ -253,7 +255,7 @@ class SharpnessAware(SharedOptimizer):
             # The scaler allows one unscaling per optimizer and step, and combines what it finds for both.
             self._unscale(self.base_optimizer)
             return loss, perturbed_loss
-        if self._reuses():
+        if self.enabled and self._reuses():
             self._refresh()
             self._perturb([self._memory.read(_ASCENT, rows) for rows in self._perturbation.rows], fresh=fresh)
             # A kept gradient that is not finite perturbs nothing, and was counted in its own step.
@@ -264,7 +266,8 @@ class SharpnessAware(SharedOptimizer):
             loss = self.run_pass(closure)
             self._unscale(self)
             grads = self.first_gradients()
-            self.between(grads)
+            if self.enabled:
+                self.between(grads)
             self._perturb(grads, fresh=fresh, plain=True)  # the update reads the saved weights
         return loss, loss
 
@@ -359,7 +362,7 @@ class SharpnessAware(SharedOptimizer):
     def _is_ascent_step(self) -> bool:
         """Whether this step makes both passes."""
         interval: int = self._options["ascent_interval"]
-        return interval == 1 or self.step_index % interval == 0
+        return self.enabled and (interval == 1 or self.step_index % interval == 0)
 
     def _first_pass_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {}

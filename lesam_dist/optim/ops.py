@@ -36,6 +36,9 @@ class Ops(Protocol):
     def restore(self) -> None:
         """Give back the saved weights to the rows that `perturb` touched."""
 
+    def dots_kept(self, grads: Gradients) -> Tensor:
+        """``(g . g_hat, g . g, g_hat . g_hat)`` of kept first and of second gradients, where there are both; (3,)."""
+
     def moved_sq(self) -> Tensor:
         """Sum of squares of w' - w as stored, over the rows that `perturb` touched, float64 0-d."""
 
@@ -96,6 +99,14 @@ class ReferenceOps:
         rows = self._rows
         reference.restore(_take(rows.shards, self._touched), _take(rows.copies, self._touched))
         self._touched = []
+
+    def dots_kept(self, grads: Gradients) -> Tensor:
+        pairs = zip(self._rows.kept, grads, strict=True)
+        both = [(g, g_hat) for g, g_hat in pairs if g is not None and g_hat is not None]
+        if not both:
+            return torch.zeros(3, dtype=torch.float64, device=self._rows.device)
+        g, g_hat = [pair[0] for pair in both], [pair[1] for pair in both]
+        return torch.stack([reference.dot(g, g_hat), reference.dot(g, g), reference.dot(g_hat, g_hat)])
 
     def moved_sq(self) -> Tensor:
         return moved_sq(self._rows, self._touched)

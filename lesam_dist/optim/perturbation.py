@@ -139,15 +139,7 @@ class Perturbation:
 
     def dot_kept(self, grads: list[Gradients]) -> Tensor:
         """``(g . g_hat, ||g||^2, ||g_hat||^2)`` over the rows that have both gradients, float64 (3,); one reduction."""
-        parts = []
-        for rows, second in zip(self.rows, grads, strict=True):
-            pairs = [(g, h) for g, h in zip(rows.kept, second, strict=True) if g is not None and h is not None]
-            if pairs:
-                g, g_hat = ([pair[i] for pair in pairs] for i in (0, 1))
-                parts.append(torch.stack([reference.dot(g, g_hat), reference.dot(g, g), reference.dot(g_hat, g_hat)]))
-            else:
-                parts.append(torch.zeros(3, dtype=torch.float64, device=rows.device))
-        return self._sum(parts)
+        return self._sum([ops.dots_kept(g_hat) for ops, g_hat in zip(self.ops, grads, strict=True)])
 
     def dot(self, first: list[Gradients], second: list[Gradients]) -> Tensor:
         """Sum of the products of two lists over all rows and shards, float64 0-d; a missing tensor counts as zero."""

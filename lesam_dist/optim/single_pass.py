@@ -44,6 +44,8 @@ class SinglePass(SharpnessAware):
         return self.look_ahead()
 
     def _passes_of(self, closure: Closure, fresh: bool) -> tuple[Any, Any]:
+        if not self.enabled:
+            return super()._passes_of(closure, fresh)
         self.zero_grads()
         self._refresh()
         self._perturb([[None] * len(rows.params) for rows in self._perturbation.rows], fresh=fresh)

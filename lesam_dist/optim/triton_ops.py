@@ -66,6 +66,12 @@ class TritonOps:
     def restore(self) -> None:
         lesam_kernels.restore(self._table)
 
+    def dots_kept(self, grads: Gradients) -> Tensor:
+        self._table.set("g_kept", self._rows.kept)
+        if self._second is not grads:
+            self._set("g_hat", grads)
+        return lesam_kernels.dots(self._table, "g_kept", "g_hat")
+
     def moved_sq(self) -> Tensor:
         return moved_sq(
             self._rows, [row for row, there in enumerate(self._copied) if there and self._rows.perturbed[row]]

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lesam_kernels.dots import _dots_kernel, types_of
 from lesam_kernels.launch_config import CHUNK, MAX_REGISTERS, NUM_WARPS, TRITON_DTYPES, launch_config
 from lesam_kernels.norm import _FINISH_BLOCK, _sum_sq_kernel
 from lesam_kernels.perturb import _perturb_kernel, _stats_kernel
@@ -32,7 +33,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 COMMON: tuple[Pair, ...] = ((F32, F32), (BF16, BF16), (F32, BF16))
 ALL: tuple[Pair, ...] = (*COMMON, (BF16, F32), (F16, F16), (F16, F32), (F16, BF16))
 
-DOUBLES = {"sum_sq_ptr", "radius_ptr", "stats_ptr"}
+DOUBLES = {"sum_sq_ptr", "sum_ptr", "radius_ptr", "stats_ptr"}
 INTS = {"blocks_ptr", "ticket_ptr"}
 NO_METRIC, NO_EMA = {"metric_ptr", "w_ptrs"}, {"ema_scale_ptr", "ema_ptrs"}
 
@@ -44,6 +45,8 @@ def name_of(dtype: torch.dtype) -> str:
 def specs() -> Iterator[Spec]:
     """Kernels as the launchers launch them: for every pair of dtypes that is used, with options for the common ones."""
     yield sum_sq_spec("", ALL, NO_METRIC | NO_EMA | {"inv_scale_ptr"})
+    types = tuple(types_of(g) for _, g in ALL)
+    yield "dots", _dots_kernel, {"TYPES": types, "CHUNK": CHUNK, "FINISH_BLOCK": _FINISH_BLOCK}, set()
     yield "stats", _stats_kernel, {}, set()
     for dtype in (F32, BF16, F16):
         constants = {"DTYPE": TRITON_DTYPES[dtype], "CHUNK": CHUNK, "BLOCK": launch_config(dtype).block}

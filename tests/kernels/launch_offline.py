@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lesam_kernels import TensorTable, perturb, restore, restore_adamw, restore_sgd, sum_sq
+from lesam_kernels import TensorTable, dots, perturb, restore, restore_adamw, restore_sgd, sum_sq
 
 
 class Driver:
@@ -35,6 +35,7 @@ def step(table: TensorTable, scalars: Tensor) -> None:
     """All launchers, with scalars that are views at any offset, as a caller may have them."""
     found_inf, metric, row = scalars[0], scalars[1:3].view(1, 2), scalars[3:11].view(1, 8)
     squared = sum_sq(table, "g", found_inf=found_inf)
+    dots(table, "g", "g_hat")
     radius = torch.rand(4, dtype=torch.float64)[1:].view(1, 3)
     perturb(table, squared, radius)
     perturb(table, squared, radius, metric=metric)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-MODULES = ("norm", "perturb", "restore", "restore_sgd", "restore_adamw")
+MODULES = ("norm", "dots", "perturb", "restore", "restore_sgd", "restore_adamw")
 # Marks in bits that no address has: a pointer that promises 16-byte alignment, rightly or wrongly.
 PROMISED, BROKEN = 1 << 60, 1 << 61
 ADDRESS = PROMISED - 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesam_kernels import TensorTable, perturb, restore, restore_adamw, restore_sgd, sum_sq
+from lesam_kernels import TensorTable, dots, perturb, restore, restore_adamw, restore_sgd, sum_sq
 from tests.kernels.cases import F32, Make, table_of
 from tests.kernels.memory_spy import MemorySpy
 
@@ -29,6 +29,7 @@ def radius(sigma: float) -> tuple[Tensor, Tensor]:
 
 LAUNCHES: dict[str, Callable[[TensorTable], Any]] = {
     "sum_sq": lambda table: sum_sq(table, "g"),
+    "dots": lambda table: dots(table, "g", "g_hat"),
     "sum_sq-metric-ema": lambda table: sum_sq(table, "g", metric=one(1, 2), ema_scale=one(1)),
     "perturb": lambda table: perturb(table, *radius(0.3)),
     "perturb-metric-ema": lambda table: perturb(table, *radius(0.3), metric=one(1, 2), ema_scale=one(1)),
@@ -42,7 +43,7 @@ LAUNCHES: dict[str, Callable[[TensorTable], Any]] = {
 @pytest.mark.parametrize("unaligned", [None, *COLUMNS])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_promises_are_kept_and_made(name: str, unaligned: str | None, spy: MemorySpy, make: Make) -> None:
-    """An unaligned gradient costs its own vectors alone; in sum_sq those of the row."""
+    """An unaligned gradient costs its own vectors alone; in sums those of the row."""
     columns = {c: [make(NUMEL, F32, "offset1" if c == unaligned else "contiguous").abs_()] for c in COLUMNS}
     for column, tensors in columns.items():
         spy.watch(column, tensors)
@@ -55,6 +56,6 @@ def test_promises_are_kept_and_made(name: str, unaligned: str | None, spy: Memor
         accesses = (spy.loaded[column] + spy.stored[column]) // (4 * NUMEL)
         assert spy.loaded[column] + spy.stored[column] == accesses * 4 * NUMEL
         hit = unaligned is not None and unaligned in accessed
-        alone = hit and unaligned in GRADS and not name.startswith("sum_sq")
+        alone = hit and unaligned in GRADS and not name.startswith(("sum_sq", "dots"))
         scalar = column in GRADS if alone else hit
         assert spy.promised[column] == (0 if scalar else accesses * VECTOR_BYTES)

@@ -23,7 +23,7 @@ ELEMENTWISE = (
     *(f"{kernel}-{pair}" for kernel in ("perturb-metric", "perturb-ema") for pair in COMMON),
     *(f"{kernel}-kept-{pair}" for kernel in ("restore_sgd", "restore_adamw") for pair in COMMON),
 )
-SUMS = ("sum_sq", *(f"sum_sq-{option}-{pair}" for option in ("metric", "ema") for pair in COMMON))
+SUMS = ("sum_sq", "dots", *(f"sum_sq-{option}-{pair}" for option in ("metric", "ema") for pair in COMMON))
 RESTORES = ("restore-fp32", "restore-bf16", "restore-fp16")
 KERNELS = (*SUMS, "stats", *RESTORES, "restore_sgd-plain", *ELEMENTWISE)
 MAX_REGISTERS = 64  # 256 threads of this many still fill half of an SM
@@ -55,9 +55,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 def test_launchers_compile_once(tmp_path: Path) -> None:
-    """Six kernels, perturb twice: not again for other values, other alignments of scalars, other lists."""
+    """Seven kernels, perturb twice: not again for other values, other alignments of scalars, other lists."""
     counts = run_offline("launch_offline.py", tmp_path)
-    assert counts == [6] * 9
+    assert counts == [7] * 9
 
 
 def test_every_kernel_is_checked(compiled: Report) -> None:
@@ -116,7 +116,7 @@ def test_a_restore_moves_16_bytes(arch: int, compiled: Report) -> None:
 def test_sums_read_16_bytes(arch: int, compiled: Report) -> None:
     """32 bytes of the widest dtype per thread and iteration; one loop for each pair of dtypes."""
     of_g = {pair: 1 if pair == "fp32-bf16" else 2 for pair in PAIRS}
-    expected = {"sum_sq": sum(of_g.values())}
+    expected = {"sum_sq": sum(of_g.values()), "dots": 2 * len(PAIRS)}
     for pair in COMMON:
         expected[f"sum_sq-metric-{pair}"] = of_g[pair] + 2
         expected[f"sum_sq-ema-{pair}"] = 2 * of_g[pair]
@@ -128,7 +128,7 @@ def test_sums_read_16_bytes(arch: int, compiled: Report) -> None:
 @pytest.mark.parametrize("kernel", [*SUMS, *RESTORES, *ELEMENTWISE])
 def test_unaligned_tensors_have_narrow_accesses(kernel: str, arch: int, compiled: Report) -> None:
     """An alignment promise that leaked into another span would leave no access of a single element."""
-    dtypes = ("fp32", "bf16") if kernel == "sum_sq" else kernel.split("-")[1:]
+    dtypes = ("fp32", "bf16") if kernel in ("sum_sq", "dots") else kernel.split("-")[1:]
     narrow = {"fp32": "ld.b32", "bf16": "ld.b16", "fp16": "ld.b16"}
     expected = {narrow[dtype] for dtype in dtypes if dtype in narrow}
     if kernel.startswith("sum_sq-ema"):

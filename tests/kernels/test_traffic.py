@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesam_kernels import TensorTable, perturb, restore, restore_adamw, restore_sgd, sum_sq, traffic
+from lesam_kernels import TensorTable, dots, perturb, restore, restore_adamw, restore_sgd, sum_sq, traffic
 from tests.kernels.cases import BF16, F16, F32, USED_PAIRS, Make, pair_id, table_of
 from tests.kernels.memory_spy import MemorySpy
 
@@ -64,6 +64,7 @@ def test_sum_sq(pair: tuple[torch.dtype, torch.dtype], case: Callable[..., Case]
     c = case(pair)
     table = c.table()
     c.check(traffic.sum_sq(*pair), lambda: sum_sq(table, "g"))
+    c.check(traffic.dots(pair[1]), lambda: dots(table, "g", "g_hat"))
     c.check(traffic.sum_sq(*pair, metric=True), lambda: sum_sq(table, "g", metric=ones(1, 2)))
     c.check(traffic.sum_sq(*pair, ema=True), lambda: sum_sq(table, "g", ema_scale=ones(1)))
 

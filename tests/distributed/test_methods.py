@@ -1,0 +1,93 @@
+"""Every method gives the same numbers in one process, under DDP, FSDP2 with empty shards and HSDP."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lesam_dist import optim
+from lesam_dist.parallel import Distributed
+from lesam_dist.train.passes import BatchPasses
+from lesam_dist.wrapping import wrap
+from tests.distributed.processes import run
+from tests.distributed.test_optimizers import BATCH, STEPS, make_net, make_problem
+from tests.distributed.test_scopes import part_of, whole
+from tests.methods import CASES
+from tests.oracles import Weights
+
+WRAPPED: dict[str, tuple[int, Any, dict[str, Any]]] = {
+    "ddp2": (2, "ddp", {}),
+    "fsdp3": (3, "fsdp", {"wrap_classes": ["Linear"]}),
+    "hsdp2x2": (4, "hsdp", {"shard_size": 2, "wrap_classes": ["Linear"]}),
+}
+SETTINGS = [("reference", torch.float64), ("triton", torch.float32)]
+# As in test_optimizers. float32: LookSAM and EigenSAM scale differences of gradients up, see tests/optim/test_methods.
+ATOL = {torch.float64: 1e-10, torch.float32: 2e-5}
+AMPLIFIED = {"looksam": 10, "eigen": 10}
+
+
+def train(here: Distributed, seed: int, strategy: Any, options: dict[str, Any]) -> dict[tuple[str, Any], Weights]:
+    state, x, y = make_problem(seed)
+    part = part_of(here)
+    results = {}
+    for name, (backend, dtype) in itertools.product(CASES, SETTINGS):
+        case = CASES[name]
+        net = make_net().to(dtype)
+        net.load_state_dict(state)
+        model = wrap(net, here, strategy, **options)
+        optimizer: Any = case.method(  # type: ignore[call-arg]
+            net.parameters(),  # type: ignore[arg-type]
+            torch.optim.SGD,  # type: ignore[arg-type]
+            backend=backend,
+            lr=0.05,
+            momentum=0.9,
+            **case.kwargs,
+        )
+        for t in range(STEPS):
+            optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), x[t][part].to(dtype), y[t][part]))
+        results[name, (backend, dtype)] = whole(net)
+    return results
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
+    world_size, strategy, options = WRAPPED[how]
+    alone = train(Distributed(0, 0, 1, torch.device("cpu")), seed, "none", {})
+    ranks = run(train, world_size, seed, strategy, options)
+    for (name, (backend, dtype)), weights in alone.items():
+        reference = alone[name, SETTINGS[0]]
+        atol = ATOL[dtype] * (AMPLIFIED.get(name, 1) if dtype == torch.float32 else 1)
+        for rank in ranks:
+            for n, value in reference.items():
+                actual = rank[name, (backend, dtype)][n]
+                scale = np.abs(value).max()
+                np.testing.assert_allclose(actual / scale, value / scale, rtol=0, atol=atol, err_msg=f"{name} {n}")
+                assert np.array_equal(actual, ranks[0][name, (backend, dtype)][n]), f"{name}: replicas drifted apart"
+                np.testing.assert_allclose(weights[n] / scale, value / scale, rtol=0, atol=atol, err_msg=name)
+
+
+def select(here: Distributed, seed: int, strategy: Any, options: dict[str, Any]) -> Weights:
+    """ESAM with every choice on; equal data on all ranks, so that all select the same samples."""
+    state, x, y = make_problem(seed)
+    net = make_net().double()
+    net.load_state_dict(state)
+    model = wrap(net, here, strategy, **options)
+    kwargs: dict[str, Any] = {"rho": 0.1, "beta": 0.5, "gamma": 0.5, "lr": 0.05}
+    optimizer = optim.ESAM(net.parameters(), torch.optim.SGD, **kwargs)
+    for t in range(STEPS):
+        optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), x[t].double(), y[t], micro_batches=BATCH // 6))
+    return whole(net)
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_esam_chooses_alike_on_all_ranks(seed: int, how: str) -> None:
+    world_size, strategy, options = WRAPPED[how]
+    alone = select(Distributed(0, 0, 1, torch.device("cpu")), seed, "none", {})
+    for rank in run(select, world_size, seed, strategy, options):
+        for n, value in alone.items():
+            np.testing.assert_allclose(rank[n], value, rtol=0, atol=1e-11 * np.abs(value).max())
