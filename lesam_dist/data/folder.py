@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,15 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the file names below the root, in order: the dataset may move, but not change."""
+        below = len(str(self.root))
+        digest = hashlib.blake2b(digest_size=8)
+        for path in self.paths:
+            digest.update(os.fsencode(path[below:]) + b"\0")
+        return digest.hexdigest()
 
 
 def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFolder:

@@ -83,22 +83,9 @@ def build_loader(
     """
     if backend not in BACKENDS:
         raise unknown_name("data backend", backend, BACKENDS)
-    if batch_size < 1 or seed < 0 or workers < 0:
-        raise UserError(
-            f"batch_size is {batch_size}, seed is {seed}, workers is {workers}: "
-            "use a batch size of at least 1, and no negative seed or number of workers."
-        )
-    if train and batch_size % world_size:
-        raise UserError(
-            f"the global batch size {batch_size} cannot be divided by {world_size} processes: "
-            f"use a multiple of {world_size}, e.g. {-(-batch_size // world_size) * world_size}."
-        )
-    if train and len(folder) < batch_size:
-        raise UserError(
-            f"'{folder.root}' has {len(folder)} training images, fewer than one global batch of "
-            f"{batch_size}: use a batch size of at most {len(folder)}, or more images."
-        )
-    plan = Plan(folder, transform, train, batch_size, seed, rank, world_size)
+    if workers < 0:
+        raise UserError(f"workers is {workers}: use no negative number.")
+    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform)
     if backend == "dali":
         try:
             from lesam_dist.data.dali import DaliLoader

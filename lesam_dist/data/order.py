@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch, ...)).
-ORDER_STREAM, CROP_STREAM = 0, 1
+ORDER_STREAM, CROP_STREAM, CIFAR_STREAM = 0, 1, 2
 
 
 def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torchvision
@@ -9,13 +10,22 @@ from torch import nn
 
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
+from lesam_dist.models.pretrained import fetch_weights, load_pretrained
+from lesam_dist.models.pyramidnet import PyramidNet
+from lesam_dist.models.wide_resnet import WideResNet
 
-__all__ = ["build_model", "model_names", "require_model"]
+__all__ = ["build_model", "fetch_weights", "model_names", "require_model"]
+
+# Networks of one size, by number of classes.
+_FIXED: dict[str, Callable[..., nn.Module]] = {
+    "wide_resnet28_10": lambda num_classes: WideResNet(28, 10, num_classes),
+    "pyramidnet110_270": lambda num_classes: PyramidNet(110, 270, num_classes),
+}
 
 
 def model_names() -> list[str]:
     """Every name that `build_model` takes."""
-    return [*CIFAR_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
+    return [*CIFAR_RESNETS, *_FIXED, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def require_model(name: str) -> None:
@@ -24,19 +34,30 @@ def require_model(name: str) -> None:
         raise unknown_name("model", name, model_names())
 
 
-def build_model(name: str, num_classes: int, *, image_size: int = 224, zero_init_residual: bool = False) -> nn.Module:
-    """A freshly initialised image classifier: (B, 3, image_size, image_size) to (B, num_classes).
+def build_model(
+    name: str, num_classes: int, *, image_size: int = 224, zero_init_residual: bool = False, pretrained: bool = False
+) -> nn.Module:
+    """An image classifier: (B, 3, image_size, image_size) to (B, num_classes).
 
     Args:
         name: one of `model_names`.
         num_classes: size of the last layer.
         image_size: side of the input; only ViTs are built for one size.
         zero_init_residual: start each residual branch at zero (ResNets).
+        pretrained: take torchvision's ImageNet weights for all but the last layer, which is freshly initialised, as the
+            whole model is otherwise.
 
     Raises:
-        UserError: for an unknown name, or an option that this model does not have.
+        UserError: for an unknown name, an option that this model does not have, or weights that cannot be had.
     """
     require_model(name)
+    model = _fresh_model(name, num_classes, image_size, zero_init_residual)
+    if pretrained:
+        load_pretrained(model, name)
+    return model
+
+
+def _fresh_model(name: str, num_classes: int, image_size: int, zero_init_residual: bool) -> nn.Module:
     if name in CIFAR_RESNETS:
         return cifar_resnet(CIFAR_RESNETS[name], num_classes, zero_init_residual)
     options: dict[str, Any] = {"num_classes": num_classes}
@@ -48,6 +69,8 @@ def build_model(name: str, num_classes: int, *, image_size: int = 224, zero_init
         # Their auxiliary heads return tuples in training; a trainer of one loss has no use for them.
         options |= {"aux_logits": False, "init_weights": True}
     try:
+        if name in _FIXED:
+            return _FIXED[name](**options)
         model: nn.Module = torchvision.models.get_model(name, **options)
     except TypeError as error:
         raise UserError(f"model '{name}' has no option zero_init_residual; leave it false.") from error

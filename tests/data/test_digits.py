@@ -45,6 +45,47 @@ def test_split_is_stratified_and_fixed(digits: Path, tmp_path: Path) -> None:
     assert len(other) == 1797
 
 
+def test_noisy_digits(digits: Path, tmp_path: Path) -> None:
+    """30 training images of each digit, of which 6 have another label; the validation images of the clean data."""
+    root = prepare_digits(tmp_path / "noisy", noisy=True)
+    clean, noisy = contents(digits), contents(root)
+    assert {k: v for k, v in noisy.items() if k.startswith("val")} == {
+        k: v for k, v in clean.items() if k.startswith("val")
+    }
+    _, truth = load_digits(return_X_y=True)
+    train = [Path(name) for name in noisy if name.startswith("train")]
+    digit = np.array([truth[int(path.stem)] for path in train])
+    label = np.array([int(path.parent.name) for path in train])
+    assert np.bincount(digit).tolist() == [30] * 10
+    assert np.bincount(digit[digit != label]).tolist() == [6] * 10
+    for path, of in zip(train, digit, strict=True):
+        assert noisy[str(path)] == clean[f"train/{of}/{path.name}"]
+    [header, *lines] = (root / "wrong_labels.csv").read_text().split()
+    assert header == "number,digit,label"
+    listed = sorted(tuple(map(int, line.split(","))) for line in lines)
+    wrong = np.flatnonzero(digit != label)
+    assert listed == sorted((int(train[i].stem), int(digit[i]), int(label[i])) for i in wrong)
+
+
+def test_noise_is_fixed(tmp_path: Path) -> None:
+    first = prepare_digits(tmp_path / "a", noisy=True)
+    assert contents(prepare_digits(tmp_path / "b", noisy=True)) == contents(first)
+    assert contents(prepare_digits(tmp_path / "c", seed=1, noisy=True)) != contents(first)
+    labels = [int(line.split(",")[2]) for line in (first / "wrong_labels.csv").read_text().split()[1:]]
+    # Uniform over the other digits: 60 labels, 6 of each expected.
+    assert np.abs(np.bincount(labels, minlength=10) - 6).max() < 6 * 6**0.5
+    assert len(set(labels)) > 5
+
+
+def test_the_two_variants_are_not_mixed_up(digits: Path, tmp_path: Path) -> None:
+    noisy = prepare_digits(tmp_path / "noisy", noisy=True)
+    assert prepare_digits(noisy, noisy=True) == noisy
+    with pytest.raises(UserError, match=r"is not the noisy digits dataset \(the one without noise\): choose another"):
+        prepare_digits(digits, noisy=True)
+    with pytest.raises(UserError, match=r"is not the digits dataset \(the noisy one\): choose another"):
+        prepare_digits(noisy)
+
+
 def test_second_call_does_nothing(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("written again")

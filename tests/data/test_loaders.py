@@ -82,7 +82,7 @@ def test_training_batches_do_not_depend_on_the_number_of_ranks(
 
 
 def test_labels_match_files(digits_train: ImageFolder, seed: int) -> None:
-    plan = Plan(digits_train, Transform(), True, 100, seed, 0, 1)
+    plan = Plan(digits_train, True, 100, seed, 0, 1, Transform())
     paths, labels = zip(*((batch.paths, batch.labels) for batch in plan.epoch(2)), strict=True)
     flat = list(itertools.chain(*paths))
     assert [int(Path(path).parent.name) for path in flat] == np.concatenate(labels).tolist()
@@ -117,7 +117,7 @@ def test_flips_and_crops(digits_train: ImageFolder, backend: str, load: Load, se
             std=(1, 1, 1),
         )
         images, labels = read(load(folder, backend, transform=transform))
-        [batch] = Plan(folder, transform, True, 120, seed, 0, 1).epoch(0)
+        [batch] = Plan(folder, True, 120, seed, 0, 1, transform).epoch(0)
         files = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in batch.paths])
         assert labels.tolist() == batch.labels.tolist()
         assert batch.draws is not None

@@ -1,0 +1,132 @@
+"""Which samples each batch of a process holds, whatever the samples are stored as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesam_dist.data.order import epoch_order, rank_batches
+from lesam_dist.errors import UserError
+
+
+class Split(Protocol):
+    """The training or the evaluation part of a data set: sample ``i`` has the label ``labels[i]``."""
+
+    @property
+    def root(self) -> Path:
+        """Where it came from, for messages."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """``(N,)``."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """What makes it this data and no other; the same where it has only moved."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The samples of all batches of one rank, a pure function of ``(seed, epoch)``.
+
+    Neither the number of processes nor what was read before has a part in it, so there is no position and no
+    generator state to save; ``state_dict`` only holds what makes two of them the same.
+
+    Attributes:
+        folder: the data.
+        train: shuffle, and drop the last incomplete global batch.
+        batch_size: over all ranks for training, on this rank for evaluation (see ``rank_batches``).
+        seed: not negative, the same on all ranks.
+        rank: of this process, below ``world_size``.
+        world_size: number of processes.
+
+    Raises:
+        UserError: the batch size cannot be used for this many images or processes, or the seed is negative.
+    """
+
+    folder: Split
+    train: bool
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        batch_size, world_size = self.batch_size, self.world_size
+        if batch_size < 1 or self.seed < 0:
+            raise UserError(
+                f"batch_size is {batch_size}, seed is {self.seed}: use a batch size of at least 1, and no negative "
+                "seed."
+            )
+        if self.train and batch_size % world_size:
+            raise UserError(
+                f"the global batch size {batch_size} cannot be divided by {world_size} processes: "
+                f"use a multiple of {world_size}, e.g. {-(-batch_size // world_size) * world_size}."
+            )
+        if self.train and len(self.folder) < batch_size:
+            raise UserError(
+                f"'{self.folder.root}' has {len(self.folder)} training images, fewer than one global batch of "
+                f"{batch_size}: use a batch size of at most {len(self.folder)}, or more images."
+            )
+
+    @property
+    def local_batch_size(self) -> int:
+        """Images in a full batch of this rank."""
+        return self.batch_size // self.world_size if self.train else self.batch_size
+
+    @property
+    def rows(self) -> slice:
+        """This rank's part of a global training batch."""
+        return slice(self.rank * self.local_batch_size, (self.rank + 1) * self.local_batch_size)
+
+    def __len__(self) -> int:
+        if self.train:
+            return len(self.folder) // self.batch_size
+        n, rank, world = len(self.folder), self.rank, self.world_size
+        return -(-((rank + 1) * n // world - rank * n // world) // self.batch_size)
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The samples of each batch of any epoch; evaluation epochs are all the same."""
+        order = epoch_order(len(self.folder), seed=self.seed, epoch=epoch, shuffle=self.train)
+        return rank_batches(
+            order, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, train=self.train
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"samples": len(self.folder), "files": self.folder.digest}
+        if self.train:
+            state |= {"seed": self.seed, "batch_size": self.batch_size}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that these batches continue those that were saved.
+
+        Raises:
+            UserError: the files, the seed or the global batch size differ. World size and backend may.
+        """
+        names = {
+            "samples": "the number of images",
+            "files": "the image files",
+            "seed": "the seed",
+            "batch_size": "the global batch size",
+        }
+        for key, now in self.state_dict().items():
+            if key in state and state[key] != now:
+                raise UserError(
+                    f"cannot continue this run exactly: {names[key]} was {state[key]} in the checkpoint and "
+                    f"is {now} now (data in '{self.folder.root}'). Go back to the former, or start a new run."
+                )
