@@ -1,6 +1,45 @@
 """lesam_dist: LE-SAM (Loss-Equated Sharpness-Aware Minimization) and its relatives, at scale."""
 
-from lesam_dist.optim import LESAM, SAM, CosineBudget, SharpnessAware
+from lesam_dist.optim import (
+    ASAM,
+    ESAM,
+    GSAM,
+    LESAM,
+    MSAM,
+    S2SAM,
+    SAM,
+    SAMON,
+    SSAM,
+    WSAM,
+    CosineBudget,
+    EigenSAM,
+    FisherSAM,
+    FriendlySAM,
+    LookSAM,
+    SharpnessAware,
+    adaptive_groups,
+    norm_groups,
+)
 
 __version__ = "0.1.0"
-__all__ = ["LESAM", "SAM", "CosineBudget", "SharpnessAware", "__version__"]
+__all__ = [
+    "ASAM",
+    "ESAM",
+    "GSAM",
+    "LESAM",
+    "MSAM",
+    "S2SAM",
+    "SAM",
+    "SAMON",
+    "SSAM",
+    "WSAM",
+    "CosineBudget",
+    "EigenSAM",
+    "FisherSAM",
+    "FriendlySAM",
+    "LookSAM",
+    "SharpnessAware",
+    "__version__",
+    "adaptive_groups",
+    "norm_groups",
+]

@@ -17,8 +17,22 @@ def _train(argv: Sequence[str]) -> None:
     train(parse(argv))
 
 
+def _compare(argv: Sequence[str]) -> None:
+    from lesam_dist.train.compare import compare
+
+    compare(argv)
+
+
+def _sweep(argv: Sequence[str]) -> None:
+    from lesam_dist.train.sweep import sweep
+
+    sweep(argv)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a network (lesam-dist train --help)"),
+    "compare": (_compare, "train several methods with several seeds, and compare them (lesam-dist compare --help)"),
+    "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
 }
 
 

@@ -1,7 +1,7 @@
 """A model as the processes train it together: DDP, FSDP2 (`fully_shard`) or HSDP.
 
-Perturbation is global under every strategy: one from the gradient averaged over all processes. Under FSDP2 nothing
-else is possible, since the shards of all ranks are one copy of the weights.
+Under FSDP2 the shards of all ranks are one copy of the weights, so a perturbation is theirs in common: global, or under
+HSDP one for each replica (`lesam_dist.replicas`).
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.blocks import find_blocks
+from lesam_dist.errors import UserError
+from lesam_dist.optim.options import Scope
 from lesam_dist.parallel import Distributed
+from lesam_dist.replicas import average_over_replicas
 
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
-
-# torchvision's residual and transformer blocks, which the models of this package use too.
-_BLOCKS = ("BasicBlock", "Bottleneck", "EncoderBlock", "SwinTransformerBlock", "CNBlock")
 
 
 def wrap(
@@ -33,6 +35,8 @@ def wrap(
     replicate_size: int | None = None,
     reshard_after_forward: bool = True,
     wrap_classes: Sequence[str] = (),
+    scope: Scope = "global",
+    gather_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The model as trained by these processes; alone, the model itself (FSDP2 changes it in place).
 
@@ -43,6 +47,10 @@ def wrap(
         shard_size, replicate_size: the mesh of "hsdp"; their product is the number of processes.
         reshard_after_forward: free gathered parameters after each forward.
         wrap_classes: class names of the units that are gathered together; empty takes the known blocks.
+        scope: of the optimizer's perturbation; "replica" needs "hsdp", see `SharpnessAware`.
+        gather_dtype: what FSDP2 gathers parameters in and computes with; the model's output is float32. Shards,
+            gradients and their reduction, BatchNorm's parameters and statistics keep the model's dtype. None gathers
+            in the model's dtype.
 
     Raises:
         UserError: a mesh that the processes do not fill, a class that the model does not have, or a parameter that
@@ -54,12 +62,25 @@ def wrap(
         return model
     if strategy == "ddp":
         return _ddp(model, here)
+    if scope == "replica" and strategy != "hsdp":
+        raise UserError(f"scope is replica but the strategy is {strategy}: only hsdp has replicas of shards.")
     _check_shardable(model)
     mesh = _mesh(here, strategy, shard_size, replicate_size)
-    for block in _units(model, wrap_classes):
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    replicas = None
+    if scope == "replica":
+        mesh, replicas = mesh["shard"], mesh["replicate"]
+    blocks = find_blocks(model, wrap_classes)
+    if gather_dtype is not None:
+        blocks = [block for block in blocks if not isinstance(block, _BatchNorm)]
+        _shard_batchnorms(model, gather_dtype, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    for block in blocks:
+        policy = _policy(gather_dtype)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root too: left gathered after an evaluation, it would not see the next perturbation.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    policy = _policy(gather_dtype, output_dtype=None if gather_dtype is None else torch.float32)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if replicas is not None:
+        average_over_replicas(model, replicas.get_group())
     return model
 
 
@@ -92,13 +113,18 @@ def _mesh(here: Distributed, strategy: Strategy, shard_size: int | None, replica
     return init_device_mesh(here.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
-def _units(model: nn.Module, wrap_classes: Sequence[str]) -> list[nn.Module]:
-    present = {type(module).__name__ for module in model.modules()}
-    for name in wrap_classes:
-        if name not in present:
-            raise unknown_name("class in parallel.wrap_classes", name, present)
-    names = set(wrap_classes or _BLOCKS)
-    return [module for module in model.modules() if type(module).__name__ in names]
+def _policy(gather_dtype: torch.dtype | None, output_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
+    """float32 reductions whatever is gathered: the perturbation's norm comes from these gradients."""
+    reduce_dtype = None if gather_dtype is None else torch.float32
+    return MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=reduce_dtype, output_dtype=output_dtype)
+
+
+def _shard_batchnorms(model: nn.Module, gather_dtype: torch.dtype, **options: Any) -> None:
+    """All BatchNorm layers as one unit in their own dtype, which their running statistics have: one all-gather."""
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if layers:
+        policy = MixedPrecisionPolicy(output_dtype=gather_dtype, cast_forward_inputs=False)
+        fully_shard(layers, mp_policy=policy, **options)
 
 
 def _check_shardable(model: nn.Module) -> None:

@@ -4,75 +4,88 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lesam_dist.blocks import compile_in_place, recompute_in_backward
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
+from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
+from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.errors import UserError
-from lesam_dist.models import build_model
-from lesam_dist.optim import LESAM, SAM, CosineBudget
+from lesam_dist.models import build_model, fetch_weights
+from lesam_dist.optim import CosineBudget
 from lesam_dist.optim.shared import fused_if_possible
 from lesam_dist.parallel import Distributed
-from lesam_dist.train.config import Config, OptimizerConfig
+from lesam_dist.train.config import Config, DataConfig, OptimizerConfig
+from lesam_dist.train.methods import METHODS, method_arguments, param_groups
 
 _DRY_BATCHES = 2
+Images = ImageFolder | CifarSplit
 
 
-def build_folders(config: Config, here: Distributed) -> tuple[ImageFolder, ImageFolder]:
+def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
     """The training and validation images; writes a built-in data set first where it is missing.
 
     Raises:
-        UserError: for a data root that is missing, or not a class-folder data set.
+        UserError: for a data root that is missing, or holds something else than the data set.
     """
+    builtin = config.data.builtin
     if config.data.root is None:
+        content = "train/ and val/" if builtin is None else f"{builtin}, or should"
         raise UserError(
-            "data.root is not set: give the folder that holds train/ and val/ with --data.root DIR, or try the recipe "
-            "on random images with --dry_run."
+            f"data.root is not set: give the folder that holds {content} with --data.root DIR, or try the recipe on "
+            "random images with --dry_run."
         )
     root = Path(config.data.root)
-    if config.data.builtin == "digits":
+    if builtin in DATASETS:
+        if here.is_main:
+            prepare_cifar(builtin, root)
+        here.barrier()
+        return load_cifar(builtin, root)
+    if builtin is not None:
         from lesam_dist.data.digits import prepare_digits
 
         if here.is_main:
-            prepare_digits(root)
+            prepare_digits(root, noisy=builtin == "digits_noisy")
         here.barrier()
     train = scan_split(root, "train")
     return train, scan_split(root, "val", train.classes)
 
 
-def build_loaders(config: Config, folders: tuple[ImageFolder, ImageFolder], here: Distributed) -> tuple[Loader, Loader]:
+def build_loaders(config: Config, folders: tuple[Images, Images], here: Distributed) -> tuple[Loader, Loader]:
     """Loaders of the training and the validation images for this process."""
     data = config.data
-    common: dict[str, Any] = {
-        "backend": data.backend,
-        "transform": Transform(
-            image_size=data.image_size,
-            val_resize=data.val_resize,
-            random_area=data.random_area,
-            random_aspect_ratio=data.random_aspect_ratio,
-            horizontal_flip=data.horizontal_flip,
-            mean=data.mean,
-            std=data.std,
-        ),
-        "seed": config.seed,
-        "rank": here.rank,
-        "world_size": here.world_size,
-        "device": here.device,
-        "workers": data.workers,
-    }
-    train = build_loader(folders[0], train=True, batch_size=data.batch_size, **common)
+    common: dict[str, Any] = {"seed": config.seed, "rank": here.rank, "world_size": here.world_size}
+    loader = partial(_loader(data), **common, device=here.device)
+    train = loader(folders[0], train=True, batch_size=data.batch_size)
     share = data.batch_size // here.world_size
     if share % data.micro_batches:
         raise UserError(
             f"data.micro_batches {data.micro_batches} does not divide the {share} images that each process takes of a "
             f"batch of {data.batch_size}: choose a divisor."
         )
-    return train, build_loader(folders[1], train=False, batch_size=data.eval_batch_size, **common)
+    return train, loader(folders[1], train=False, batch_size=data.eval_batch_size)
+
+
+def _loader(data: DataConfig) -> Callable[..., Loader]:
+    """`CifarLoader` or `build_loader` with its own part of the config."""
+
+    def named(*names: str) -> dict[str, Any]:
+        return {name: getattr(data, name) for name in names}
+
+    common = named("image_size", "horizontal_flip", "mean", "std")
+    if data.builtin in DATASETS:
+        own = named("crop_padding", "cutout", "cutout_probability")
+        return partial(CifarLoader, transform=CifarTransform(**common, **own))
+    own = named("val_resize", "random_area", "random_aspect_ratio")
+    return partial(build_loader, transform=Transform(**common, **own), **named("backend", "workers"))
 
 
 def build_synthetic_loaders(config: Config, num_classes: int, here: Distributed) -> tuple[Loader, Loader]:
@@ -113,16 +126,38 @@ def resolve_num_classes(config: Config, classes: tuple[str, ...] | None) -> int:
 
 
 def build_network(config: Config, num_classes: int, here: Distributed) -> nn.Module:
-    """The model on this process's device, equal on every rank (seeded)."""
+    """The model on this process's device, equal on every rank (seeded), and as it is computed; not wrapped yet."""
+    pretrained = config.model.pretrained and not config.dry_run
+    if pretrained:
+        if here.local_rank == 0:
+            fetch_weights(config.model.name)
+        here.barrier()
     torch.manual_seed(config.seed)
     model = build_model(
         config.model.name,
         num_classes,
         image_size=config.data.image_size,
         zero_init_residual=config.model.zero_init_residual,
+        pretrained=pretrained,
     )
     memory_format = torch.channels_last if config.precision.channels_last else torch.preserve_format
-    return model.to(here.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+    model.to(here.device, memory_format=memory_format)  # type: ignore[call-overload]
+    if config.precision.weights == "bf16":
+        _to_bfloat16(model)
+    if config.model.activation_checkpointing:
+        recompute_in_backward(model, config.parallel.wrap_classes)
+    if config.model.compile:
+        whole = here.world_size == 1 or config.parallel.strategy == "ddp"
+        compile_in_place(model, whole, config.parallel.wrap_classes)
+    return model
+
+
+def _to_bfloat16(model: nn.Module) -> None:
+    """All parameters but BatchNorm's, whose running statistics would hardly move in bfloat16."""
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.bfloat16()
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -134,22 +169,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     else:
         kwargs |= {"betas": config.betas}
     cls = torch.optim.SGD if base == "sgd" else torch.optim.AdamW
-    groups = _param_groups(model, config)
-    if config.name == "lesam":
-        return LESAM(
-            groups,
-            cls,
-            sigma=config.sigma,
-            rho_max=config.rho_max,
-            eps=config.eps,
-            alpha=config.alpha,
-            plus_form=config.plus_form,
-            backend=config.backend,
-            scope=config.scope,
-            **kwargs,
-        )
-    if config.name == "sam":
-        return SAM(groups, cls, rho=config.rho, backend=config.backend, scope=config.scope, **kwargs)
+    groups = param_groups(model, config)
+    if config.name in METHODS:
+        try:
+            method: Any = METHODS[config.name]
+            optimizer: Optimizer = method(groups, cls, **method_arguments(config), **kwargs)
+            return optimizer
+        except ValueError as error:
+            raise UserError(f"optimizer: {error}") from error
     return cls(groups, **(kwargs | fused_if_possible(cls, groups)))
 
 
@@ -175,14 +202,3 @@ def warmup_cosine(total: int, warmup: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     return factor
-
-
-def _param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    params = [p for p in model.parameters() if p.requires_grad]
-    if config.decay_norm_and_bias:
-        return [{"params": params}]
-    # The field's rule: vectors are biases and normalisation weights.
-    return [
-        {"params": [p for p in params if p.ndim > 1]},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from lesam_dist.errors import UserError
 from lesam_dist.parallel import Distributed
+from lesam_dist.train.ema import WeightAverage
 
 _MANIFEST = "manifest.json"
 
@@ -42,15 +43,27 @@ class Checkpointer:
     def __init__(self, folder: Path, keep: int, here: Distributed) -> None:
         self.folder, self.keep, self.here = folder, keep, here
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-        """Write a checkpoint. ``progress`` must be JSON and equal on all ranks.
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: dict[str, Any],
+        ema: WeightAverage | None = None,
+    ) -> None:
+        """Write a checkpoint.
+
+        Args:
+            step: updates made so far; names the checkpoint.
+            model, optimizer, ema: what to save.
+            progress: must be JSON and equal on all ranks.
 
         Raises:
             UserError: where it cannot be written (no space, no permission); older checkpoints are untouched.
         """
         target = self.folder / f"step_{step:08d}"
         aside = self.folder / f".{target.name}.partial"
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = _state(model, optimizer, ema)
         try:
             if self.here.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -58,7 +71,7 @@ class Checkpointer:
             self.here.barrier()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
-                save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
+                save(state, checkpoint_id=aside)
             if self.here.is_main:
                 self._publish(aside, target, {"step": step, **progress})
         except (OSError, CheckpointException) as error:
@@ -70,8 +83,10 @@ class Checkpointer:
             ) from error
         self.here.barrier()
 
-    def load_latest(self, model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any] | None, list[str]]:
-        """Load the newest whole checkpoint into model and optimizer.
+    def load_latest(
+        self, model: nn.Module, optimizer: Optimizer, ema: WeightAverage | None = None
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load the newest whole checkpoint into model, optimizer and average.
 
         Returns:
             Its progress, None where there is no checkpoint at all; and a line for each damaged one passed over.
@@ -89,8 +104,7 @@ class Checkpointer:
             if damaged:
                 raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damaged))
             return None, []
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        state = _state(model, optimizer, ema)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
             load(state, checkpoint_id=self.folder / name)
@@ -137,6 +151,12 @@ class Checkpointer:
                 return name, damaged
             damaged.append(fault)
         return None, damaged
+
+
+def _state(model: nn.Module, optimizer: Optimizer, ema: WeightAverage | None) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    return state if ema is None else {**state, "ema": ema.state_dict()}
 
 
 def _fault(checkpoint: Path) -> str | None:

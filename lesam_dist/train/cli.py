@@ -7,27 +7,21 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
-from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.errors import UserError
 from lesam_dist.train.config import Config, flatten
 from lesam_dist.train.launcher import accelerate_flags
+from lesam_dist.train.recipes import compose, describe, split
 
 _PROG = "lesam-dist train"
 _USAGE = """lesam-dist train [--config NAME_OR_FILE] [--SECTION.FIELD VALUE ...]
        torchrun --nproc-per-node N -m lesam_dist.train [the same]"""
-_DESCRIPTION = "Train an image classifier with LE-SAM. Recipes for --config: {recipes}. Flags behind it win."
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    folder = Path(str(files("lesam_dist.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+_DESCRIPTION = "Train an image classifier with LE-SAM. Recipes for --config: {recipes} Flags behind it win."
 
 
 def build_parser() -> ArgumentParser:
@@ -36,7 +30,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=_PROG,
         usage=_USAGE,
-        description=_DESCRIPTION.format(recipes=", ".join(recipes())),
+        description=_DESCRIPTION.format(recipes=describe()),
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -79,14 +73,14 @@ def _instantiate(parser: ArgumentParser, namespace: Any) -> Config:
 
 
 def _resolve(argv: list[str]) -> list[str]:
-    """Replace recipe names behind --config by their files, and let --dry_run stand alone."""
+    """Replace recipe names behind --config by their content, and let --dry_run stand alone."""
     resolved: list[str] = []
     previous = ""
     for arg in argv:
         if previous == "--config":
-            arg = _config_path(arg)
+            arg = _config_source(arg)
         elif arg.startswith("--config="):
-            arg = "--config=" + _config_path(arg.removeprefix("--config="))
+            arg = "--config=" + _config_source(arg.removeprefix("--config="))
         if previous == "--dry_run" and arg not in ("true", "false"):
             resolved[-1] = "--dry_run=true"  # a flag without a value
         resolved.append(arg)
@@ -108,14 +102,14 @@ def _with_launcher(argv: list[str]) -> list[str]:
     return [*files, *accelerate_flags(os.environ), *flags]
 
 
-def _config_path(name: str) -> str:
-    if name in recipes():
-        return str(recipes()[name])
-    if Path(name).is_file():
-        return name
-    if Path(name).suffix in (".yaml", ".yml"):
-        raise UserError(f"config file '{name}' does not exist. Recipes by name: {', '.join(recipes())}.")
-    raise unknown_name("recipe", name, recipes())
+def _config_source(name: str) -> str:
+    """A recipe as YAML text, which jsonargparse takes like a file; text and files as they are."""
+    if split(name) is None:
+        if "\n" in name or Path(name).is_file():
+            return name
+        if Path(name).suffix in (".yaml", ".yml"):
+            raise UserError(f"config file '{name}' does not exist. Recipes by name are {describe()}")
+    return str(yaml.safe_dump(compose(name), sort_keys=False))
 
 
 _UNKNOWN = (
@@ -130,14 +124,15 @@ def _explain(message: str) -> str:
     """jsonargparse's message as one line, with the nearest key where one is unknown."""
     for pattern in _UNKNOWN:
         if found := re.search(pattern, message):
-            return _nearest_key(".".join(found.groups()))
+            return nearest_key(".".join(found.groups()))
     if found := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
         key, reason = found.groups()
         return f"{key}: {' '.join(reason.replace('typing.', '').split())}"
     return " ".join(message.split())
 
 
-def _nearest_key(key: str) -> str:
+def nearest_key(key: str) -> str:
+    """What to say of a key that the config does not have."""
     keys = list(flatten(Config()))
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not near:  # a field named without its section

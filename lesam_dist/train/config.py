@@ -9,8 +9,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.optim.options import check_options
 
-OPTIMIZERS = ("lesam", "sam", "sgd", "adamw")
+OPTIMIZERS = (
+    *("lesam", "sam", "asam", "esam", "fsam", "eigensam", "fishersam", "gsam", "ssam", "msam", "s2sam", "looksam"),
+    *("wsam", "samon", "sgd", "adamw"),
+)
 
 
 @dataclass
@@ -23,32 +27,51 @@ class ModelConfig:
     """size of the last layer; null takes the number of classes in the data"""
     zero_init_residual: bool = False
     """start each residual branch at zero (ResNets only)"""
+    pretrained: bool = False
+    """start from torchvision's ImageNet weights (its DEFAULT), with a fresh last layer; they are downloaded to torch
+    hub's cache (TORCH_HOME) if they are not there. A dry run does without"""
+    compile: bool = False
+    """torch.compile: the whole model (none, ddp), or block by block (fsdp, hsdp). The first steps take a minute or
+    more, and dropout draws other masks than without"""
+    activation_checkpointing: bool = False
+    """keep only each block's input for backward and compute the rest again: less memory, a third more work. Blocks are
+    those of parallel.wrap_classes and must not hold BatchNorm"""
 
 
 @dataclass
 class DataConfig:
-    """The images, as ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE."""
+    """The images, as ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE, or CIFAR."""
 
     root: str | None = None
-    """folder that holds train/ and val/"""
-    builtin: Literal["digits"] | None = None
-    """write this data set to root first if it is not there: scikit-learn's scanned digits"""
+    """folder that holds train/ and val/; for cifar10 and cifar100 the folder that torchvision keeps them in"""
+    builtin: Literal["digits", "digits_noisy", "cifar10", "cifar100"] | None = None
+    """write this data set to root first if it is not there: scikit-learn's scanned digits; 300 of them with 20 % wrong
+    labels and the same validation images; or CIFAR, which is downloaded, and kept on the device"""
     backend: Literal["dali", "torchvision"] = "dali"
-    """who reads, decodes and augments"""
+    """who reads, decodes and augments class folders; CIFAR needs neither"""
     batch_size: int = 256
     """images per optimizer step, over all processes"""
     micro_batches: int = 1
     """parts that each process takes its share of a batch in, to save memory; their gradients are added up"""
+    accumulation_mode: Literal["batch", "micro"] = "batch"
+    """batch: one perturbation, from the gradient of all micro-batches; micro: one for each micro-batch (m-sharpness),
+    which reduces gradients over the processes in every pass of each"""
     eval_batch_size: int = 256
     """images per forward in evaluation, per process"""
     image_size: int = 224
-    """side of the square that the network sees, in pixels"""
+    """side of the square that the network sees, in pixels; CIFAR's 32 x 32 images are resized to it in the end"""
     val_resize: int = 256
-    """short side that evaluation resizes to before the centre crop, in pixels"""
+    """short side that evaluation resizes to before the centre crop, in pixels (class folders)"""
     random_area: tuple[float, float] = (0.08, 1.0)
-    """range of the random crop's share of the image area"""
+    """range of the random crop's share of the image area (class folders)"""
     random_aspect_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """range of the random crop's width over height"""
+    """range of the random crop's width over height (class folders)"""
+    crop_padding: int = 4
+    """black pixels on each side of the image that the random crop may show (CIFAR)"""
+    cutout: int = 0
+    """side in pixels of a square at a random place that is set to the mean colour; 0 for none (CIFAR)"""
+    cutout_probability: float = 1.0
+    """share of the training images that get one (CIFAR)"""
     horizontal_flip: bool = True
     """flip half of the training images"""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -64,9 +87,14 @@ class OptimizerConfig:
     """How the weights move. sgd and adamw are the plain optimizers, one pass a step."""
 
     name: str = "lesam"
-    """lesam, sam, sgd or adamw"""
+    """lesam, sam, asam, esam, fsam, eigensam, fishersam, gsam, ssam, msam, s2sam, looksam, wsam, samon; or plain sgd,
+    adamw"""
     base: Literal["sgd", "adamw"] = "sgd"
-    """what makes the update inside lesam and sam"""
+    """what makes the update inside a sharpness-aware method"""
+    start_epoch: float = 0.0
+    """the method works from this epoch on; before, its base optimizer alone, at one pass a step"""
+    stop_epoch: float | None = None
+    """and up to this epoch; null goes on to the end"""
     lr: float = 0.1
     """peak learning rate"""
     momentum: float = 0.9
@@ -85,14 +113,40 @@ class OptimizerConfig:
     """LE-SAM's cap on the radius; null means none"""
     eps: float = 1e-12
     """LE-SAM's constant beside the gradient norm"""
-    alpha: float = 0.0
-    """above 0: LE-SAM+ with this weight of the surrogate gap"""
+    alpha: float | None = None
+    """lesam: above 0 LE-SAM+ with this weight of the surrogate gap; gsam, eigensam, looksam: weight of their second
+    direction. This and what follows: null takes the method's own default"""
     plus_form: Literal["paper", "released"] = "paper"
     """LE-SAM+ by the paper's Eq. 16 or as in the authors' code"""
-    rho: float = 0.05
-    """SAM's radius"""
-    scope: Literal["global", "local"] = "global"
-    """what perturbs: the gradient averaged over all processes, or (ddp) each process's own, which saves a reduction"""
+    rho: float | None = None
+    """radius of every method but lesam"""
+    adaptive: bool = False
+    """lesam: measure the perturbation in units of the weights' own size, as asam does"""
+    eta: float | None = None
+    """asam, adaptive lesam: added to the weights' size; fishersam: weight of the Fisher information"""
+    beta: float | None = None
+    """esam: share of the tensors that is perturbed"""
+    gamma: float | None = None
+    """esam: share of the samples in the second pass; wsam: weight of the sharpness"""
+    lam: float | None = None
+    """fsam: share of the gradients' average that a step keeps"""
+    interval: int | None = None
+    """eigensam: steps between power iterations; looksam: steps between ascents"""
+    power_steps: int | None = None
+    """eigensam: products with the Hessian in a power iteration"""
+    rho_min: float | None = None
+    """gsam: radius at a learning rate of zero; null keeps it constant"""
+    scope: Literal["global", "local", "replica"] = "global"
+    """what perturbs: the gradient averaged over all processes; or each process's own (local, ddp), or each replica's
+    (replica, hsdp), which save a reduction. sigma must be tuned for each"""
+    max_grad_norm: float | None = None
+    """clip the gradient of the update to this global norm; never the first one, which makes the radius"""
+    ascent_fraction: float = 1.0
+    """share of each process's samples that the first pass takes; a step costs 1 + ascent_fraction passes"""
+    ascent_interval: int = 1
+    """make both passes only every k-th step; a step then costs (k + 1) / k passes"""
+    ascent_between: Literal["skip", "reuse"] = "skip"
+    """the single pass of the steps between: plain, or perturbed by the last first gradient (one more copy of it)"""
     backend: Literal["auto", "reference", "triton"] = "auto"
     """who does the optimizer's maths"""
 
@@ -108,6 +162,15 @@ class ScheduleConfig:
     anneal_start_epoch: float | None = None
     """epoch at which sigma starts its cosine to zero at the end of the run; null keeps it constant. The paper's tables
     call it "Budget annealing (epoch)"."""
+
+
+@dataclass
+class EmaConfig:
+    """An average of the weights over the steps, evaluated and saved beside them."""
+
+    decay: float | None = None
+    """share of the average that a step keeps, in [0, 1), e.g. 0.9999; null keeps no average. BatchNorm statistics are
+    the model's own"""
 
 
 @dataclass
@@ -132,7 +195,8 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """free gathered parameters between forward and backward: less memory, one more all-gather (fsdp, hsdp)"""
     wrap_classes: list[str] = field(default_factory=list)
-    """names of the module classes that are gathered as one unit (fsdp, hsdp); empty takes the model's known blocks"""
+    """names of the module classes that are gathered (fsdp, hsdp), compiled and recomputed as one unit; empty takes the
+    model's known blocks"""
     device: Literal["cpu", "cuda"] | None = None
     """null takes the GPUs where there are some"""
 
@@ -144,6 +208,12 @@ class PrecisionConfig:
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 run the forward under autocast, fp16 with a loss scale; weights, gradients and optimizer stay
     float32"""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """bf16 stores all weights but BatchNorm's, their gradients and momenta in bfloat16 (none, ddp). It rounds small
+    perturbations away: realized_rho in the log is what is left of rho"""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """what fsdp and hsdp gather parameters in; bf16 needs compute bf16 and halves that traffic. BatchNorm, gradients
+    and their reduction stay float32"""
     tf32: bool = True
     """let CUDA use TF32 inside float32 convolutions and matrix products"""
     channels_last: bool = False
@@ -178,6 +248,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -206,13 +277,100 @@ class Config:
                 raise UserError(f"{path} is {value}: it must be at least {low}.")
         if not 0 <= self.loss.label_smoothing < 1:
             raise UserError(f"loss.label_smoothing is {self.loss.label_smoothing}: it must be in [0, 1).")
-        if self.optimizer.scope == "local" and self.parallel.strategy in ("fsdp", "hsdp"):
-            raise UserError(
-                f"optimizer.scope is local but parallel.strategy is {self.parallel.strategy}: the shards of all "
-                "processes are one copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, "
-                "or global."
-            )
+        self._check_data()
+        self._check_optimizer()
+        if self.ema.decay is not None and not 0 <= self.ema.decay < 1:
+            raise UserError(f"ema.decay is {self.ema.decay}: it must be in [0, 1).")
+        self._check_precision()
         self._check_schedule()
+
+    def _check_data(self) -> None:
+        """Refuse what would have no effect."""
+        is_cifar = self.data.builtin in ("cifar10", "cifar100")
+        default = DataConfig()
+        for name in _FOLDERS_ONLY if is_cifar else _CIFAR_ONLY:
+            value = getattr(self.data, name)
+            if value != getattr(default, name):
+                kind = "class folders" if is_cifar else "cifar10 and cifar100"
+                raise UserError(
+                    f"data.{name} is {value} but data.builtin is {self.data.builtin or 'null'}: only {kind} are "
+                    f"augmented that way. Leave it at {getattr(default, name)}."
+                )
+
+    def _check_optimizer(self) -> None:
+        optimizer, strategy = self.optimizer, self.parallel.strategy
+        names = ("scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
+        try:
+            check_options("optimizer", {name: getattr(optimizer, name) for name in names})
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._check_window()
+        if optimizer.scope == "local" and strategy in ("fsdp", "hsdp"):
+            raise UserError(
+                f"optimizer.scope is local but parallel.strategy is {strategy}: the shards of all processes are one "
+                "copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, or global."
+            )
+        if optimizer.scope == "replica" and strategy != "hsdp":
+            raise UserError(
+                f"optimizer.scope is replica but parallel.strategy is {strategy}: only hsdp has replicas of shards. "
+                "Choose hsdp, or global."
+            )
+        if self.data.accumulation_mode == "micro":
+            if optimizer.name in ("sgd", "adamw"):
+                raise UserError(
+                    f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: "
+                    "choose batch."
+                )
+            if self.precision.compute == "fp16":
+                raise UserError(
+                    "data.accumulation_mode is micro but precision.compute is fp16, whose loss scale is taken off only "
+                    "once a step: choose bf16, or batch."
+                )
+
+    def _check_window(self) -> None:
+        """Refuse a late switch or an annealing that would never happen."""
+        start, stop = self.optimizer.start_epoch, self.optimizer.stop_epoch
+        if (start, stop) == (0.0, None):
+            return
+        if self.optimizer.name in ("sgd", "adamw"):
+            raise UserError(
+                f"optimizer.start_epoch and stop_epoch say when a sharpness-aware method works, but optimizer.name is "
+                f"{self.optimizer.name}: leave them at 0 and null."
+            )
+        end = self.epochs if stop is None else min(stop, self.epochs)
+        if start >= end:
+            raise UserError(
+                f"optimizer.start_epoch is {start} but the method stops at epoch {end} of {self.epochs}: it would "
+                "never work. Start earlier, or stop later."
+            )
+        anneal = self.schedule.anneal_start_epoch
+        if self.optimizer.name == "lesam" and anneal is not None and stop is not None and anneal >= stop:
+            raise UserError(
+                f"schedule.anneal_start_epoch is {anneal} but optimizer.stop_epoch is {stop}: the annealing would "
+                "never start. Anneal earlier, or set it to null."
+            )
+
+    def _check_precision(self) -> None:
+        precision, strategy = self.precision, self.parallel.strategy
+        if precision.weights == "bf16" and (strategy in ("fsdp", "hsdp") or precision.compute != "bf16"):
+            raise UserError(
+                f"precision.weights is bf16 but precision.compute is {precision.compute} and parallel.strategy is "
+                f"{strategy}: it needs compute bf16, and none or ddp. To save memory when sharding, set "
+                "precision.gather_dtype to bf16."
+            )
+        if precision.gather_dtype == "fp32":
+            return
+        if strategy not in ("fsdp", "hsdp"):
+            raise UserError(
+                f"precision.gather_dtype is {precision.gather_dtype} but parallel.strategy is {strategy}, which "
+                "gathers no parameters: choose fsdp or hsdp, or fp32."
+            )
+        if precision.compute != precision.gather_dtype:
+            raise UserError(
+                f"precision.gather_dtype is {precision.gather_dtype} but precision.compute is {precision.compute}: "
+                f"products of parameters gathered in {precision.gather_dtype} are {precision.gather_dtype}. Set both "
+                f"to {precision.gather_dtype}, or gather_dtype to fp32."
+            )
 
     def _check_schedule(self) -> None:
         schedule, epochs = self.schedule, self.epochs
@@ -233,6 +391,9 @@ class Config:
             )
 
 
+_FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
+_CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
+
 _AT_LEAST = {
     "epochs": 1,
     "model.num_classes": 1,
@@ -250,6 +411,7 @@ _AT_LEAST = {
     "optimizer.eps": 0,
     "optimizer.alpha": 0,
     "optimizer.rho": 0,
+    "optimizer.start_epoch": 0,
     "schedule.lr_warmup_epochs": 0,
     "schedule.sigma_warmup_epochs": 0,
     "schedule.anneal_start_epoch": 0,
@@ -270,6 +432,8 @@ _FREE_ON_RESUME = (
     "data.root",
     "data.workers",
     "data.eval_batch_size",
+    "model.compile",
+    "model.activation_checkpointing",
 )
 
 
@@ -303,10 +467,11 @@ def check_same_run(now: Config, saved: dict[str, Any]) -> None:
     Raises:
         UserError: naming every field that differs, with both values.
     """
+    then = flatten(Config()) | saved  # a field younger than the checkpoint had what is its default now
     differing = [
-        f"{path}: {saved.get(path)!r} then, {value!r} now"
+        f"{path}: {then[path]!r} then, {value!r} now"
         for path, value in flatten(now).items()
-        if saved.get(path) != value and not path.startswith(_FREE_ON_RESUME)
+        if then[path] != value and not path.startswith(_FREE_ON_RESUME)
     ]
     if differing:
         raise UserError(

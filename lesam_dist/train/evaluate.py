@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice, repeat
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ def evaluate(
     batches: Batches,
     here: Distributed,
     autocast: torch.dtype | None = None,
+    *,
+    count: int | None = None,
 ) -> dict[str, float]:
     """Top-1 accuracy and cross entropy over the samples of all ranks.
 
@@ -31,14 +34,22 @@ def evaluate(
         batches: this rank's share, images (B, C, H, W) and labels (B,).
         here: this process among all.
         autocast: dtype of the forward, or None.
+        count: number of this rank's batches; needed where the model is sharded, and not used elsewhere.
 
     Returns:
         ``acc1`` in per cent, ``loss`` per sample, and the ``samples`` counted.
+
+    Raises:
+        ValueError: for a sharded model without ``count``.
     """
+    if is_sharded(model):
+        if count is None:
+            raise ValueError("the forwards of a sharded model are collective: pass count, the number of batches")
+        batches = _in_step(batches, count, here)
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=here.device)
-    for images, labels in _in_step(batches, here) if is_sharded(model) else batches:
+    for images, labels in batches:
         with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -51,18 +62,17 @@ def evaluate(
     return {"acc1": 100 * correct_sum / samples, "loss": loss_sum / samples, "samples": samples}
 
 
-def _in_step(batches: Batches, here: Distributed) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, then empty ones until every rank has run out."""
+def _in_step(batches: Batches, count: int, here: Distributed) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, then empty ones until every rank has had as many as the one with the most."""
     source = iter(batches)
-    while True:
-        batch = next(source, None)
-        # Every rank learns who goes on, and the shape of an image from one that has any.
-        shapes: list[list[int] | None] = [None] * here.world_size
-        dist.all_gather_object(shapes, None if batch is None else list(batch[0].shape[1:]))
-        shape = next((s for s in shapes if s is not None), None)
-        if shape is None:
-            return
-        if batch is None:
-            images = torch.empty(0, *shape, device=here.device)
-            batch = images, images.new_empty(0, dtype=torch.long)
-        yield batch
+    first = list(islice(source, 1))
+    # What an image looks like comes from a rank that has one: another may have none at all.
+    ranks: list[tuple[int, list[tuple[torch.Size, torch.dtype]]]] = [(0, [])] * here.world_size
+    dist.all_gather_object(ranks, (count, [(images.shape[1:], images.dtype) for images, _ in first]))
+    most = max(count for count, _ in ranks)
+    if most == 0:
+        return
+    shape, dtype = next(chain.from_iterable(images for _, images in ranks))
+    images = torch.empty(0, *shape, dtype=dtype, device=here.device)
+    empty = images, images.new_empty(0, dtype=torch.long)
+    yield from islice(chain(first, source, repeat(empty)), most)

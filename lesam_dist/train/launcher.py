@@ -40,9 +40,7 @@ def _fsdp_flags(environ: Mapping[str, str]) -> dict[str, str]:
     for axis in ("TP", "CP", "SP"):
         size = environ.get(f"PARALLELISM_CONFIG_{axis}_SIZE", "1")
         if size != "1":
-            raise UserError(
-                f"accelerate's {axis.lower()}_size is {size}, but the trainer splits only data and parameters: set it to 1."
-            )
+            raise UserError(f"accelerate's {axis.lower()}_size is {size}: the trainer knows none of it, set it to 1.")
     flags = {"parallel.strategy": "fsdp"}
     if "FSDP_RESHARD_AFTER_FORWARD" in environ:
         flags["parallel.reshard_after_forward"] = str(_true(environ, "FSDP_RESHARD_AFTER_FORWARD")).lower()

@@ -56,6 +56,7 @@ class BatchPasses:
         sync: Sync = True,
         fraction: float = 1.0,
         subset: Tensor | None = None,
+        per_sample: bool = False,
         backward: bool = True,
     ) -> Tensor:
         """One pass over the batch.
@@ -66,10 +67,11 @@ class BatchPasses:
             fraction: share of this rank's samples to use, in (0, 1]: the first ones, which a shuffled batch makes
                 random ones; rounded up.
             subset: indices of the samples to use, (K,) int64; None uses all.
+            per_sample: return the loss of each sample; the criterion must have torch's attribute ``reduction``.
             backward: False only evaluates the loss.
 
         Returns:
-            The loss of this rank's samples, 0-d, detached, not scaled.
+            The mean loss of this rank's samples, 0-d, detached, not scaled; with ``per_sample`` all of them, (B,).
         """
         count = math.ceil(fraction * len(self.labels))
         images, labels = (t[:count] if subset is None else t[subset] for t in (self.images, self.labels))
@@ -85,16 +87,21 @@ class BatchPasses:
             losses = []
             for index, part in enumerate(parts):
                 with gradient_sync(self.model, sync if index == len(parts) - 1 else False):
-                    losses.append(self._part(*part, weight=len(part[1]) / len(labels), backward=backward))
+                    share = len(part[1]) / len(labels)
+                    losses.append(self._part(*part, share, per_sample, backward))
+        if per_sample:
+            return torch.cat(losses)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _part(self, images: Tensor, labels: Tensor, weight: float, backward: bool) -> Tensor:
-        """Forward and backward of a part, weighted by its share of the batch."""
+    def _part(self, images: Tensor, labels: Tensor, share: float, per_sample: bool, backward: bool) -> Tensor:
+        """Forward and backward of a part that is ``share`` of the batch; its share of the loss, or all its losses."""
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            loss: Tensor = self.criterion(self.model(images), labels) * weight
+            with unreduced(self.criterion) if per_sample else nullcontext():
+                losses: Tensor = self.criterion(self.model(images), labels)
+            loss = (losses.mean() if per_sample else losses) * share
         if backward:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return loss.detach()
+        return losses.detach() if per_sample else loss.detach()
 
 
 @contextmanager
@@ -127,6 +134,22 @@ def gradient_sync(model: nn.Module, sync: Sync) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextmanager
+def unreduced(criterion: nn.Module) -> Iterator[None]:
+    """A criterion of torch's gives the loss of each sample inside."""
+    if not hasattr(criterion, "reduction"):
+        raise TypeError(
+            f"the loss of each sample was asked for, but {type(criterion).__name__} has no attribute 'reduction' as "
+            "torch's losses have. Give it one, or choose a method that does not select samples."
+        )
+    before = criterion.reduction
+    criterion.reduction = "none"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        criterion.reduction = before
 
 
 @contextmanager

@@ -100,9 +100,10 @@ def plot_curves(run_dir: Path) -> Path:
                 ("train", "loss", "train"),
                 ("train", "perturbed_loss", "train, perturbed"),
                 ("val", "loss", "val"),
+                ("val", "ema_loss", "val, averaged weights"),
             ],
         ),
-        ("top-1 accuracy (%)", [("val", "acc1", "val")]),
+        ("top-1 accuracy (%)", [("val", "acc1", "val"), ("val", "ema_acc1", "val, averaged weights")]),
         ("radius rho", [("train", "rho", "rho")]),
         ("loss budget sigma", [("train", "sigma", "sigma")]),
     ]

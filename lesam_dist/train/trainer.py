@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from lesam_dist.train import build
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.cli import dump
 from lesam_dist.train.config import Config, check_same_run, flatten
+from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
 from lesam_dist.train.telemetry import METRICS, RunLog, plot_curves
 from lesam_dist.wrapping import wrap
 
+_ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -39,21 +42,26 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         UserError: for anything that the user can mend; raised before training where it can be known then.
     """
-    require_model(config.model.name)  # before a data set of millions of files is scanned
     with process_group(config.parallel.device) as here:
-        _set_precision(config)
-        trainer = _dry_trainer(config, here) if config.dry_run else _trainer(config, here)
-        try:
-            return trainer.fit()
-        except OSError as error:
-            if error.errno not in _CANNOT_WRITE:
-                raise
-            raise UserError(
-                f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, "
-                "then go on with --resume auto."
-            ) from error
-        finally:
-            trainer.close()
+        return train_here(config, here)
+
+
+def train_here(config: Config, here: Distributed) -> dict[str, float]:
+    """`train` in a process group that has been joined already, as for one run after the other."""
+    require_model(config.model.name)  # before a data set of millions of files is scanned
+    _set_precision(config)
+    trainer = _dry_trainer(config, here) if config.dry_run else _trainer(config, here)
+    try:
+        return trainer.fit()
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError(
+            f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, "
+            "then go on with --resume auto."
+        ) from error
+    finally:
+        trainer.close()
 
 
 def _trainer(config: Config, here: Distributed) -> Trainer:
@@ -62,7 +70,7 @@ def _trainer(config: Config, here: Distributed) -> Trainer:
     loaders = build.build_loaders(config, folders, here)
     model = build.build_network(config, num_classes, here)
     run_dir = _prepare_run_dir(config, here)
-    return Trainer(config, here, model, loaders, run_dir, val_samples=len(folders[1].paths))
+    return Trainer(config, here, model, loaders, run_dir, val_samples=len(folders[1]))
 
 
 def _dry_trainer(config: Config, here: Distributed) -> Trainer:
@@ -110,6 +118,8 @@ class Trainer:
             replicate_size=parallel.replicate_size,
             reshard_after_forward=parallel.reshard_after_forward,
             wrap_classes=parallel.wrap_classes,
+            scope=config.optimizer.scope,
+            gather_dtype=torch.bfloat16 if config.precision.gather_dtype == "bf16" else None,
         )
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
@@ -117,9 +127,11 @@ class Trainer:
         self.optimizer: Optimizer = build.build_optimizer(model, config.optimizer)
         if isinstance(self.optimizer, SharpnessAware):
             self.optimizer.grad_scaler = self.scaler
+        self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.epoch = self.step = 0
+        self.warned = False
         self.last_evaluation: dict[str, float] = {}
         self.checkpoints = (
             None if run_dir is None else Checkpointer(run_dir / "checkpoints", config.checkpoint.keep, here)
@@ -140,7 +152,7 @@ class Trainer:
             self._evaluate()
             last = self.epoch == self.config.epochs
             if self.checkpoints and (last or self.epoch % self.config.checkpoint.every_epochs == 0):
-                self.checkpoints.save(self.step, self.model, self.optimizer, self._progress())
+                self.checkpoints.save(self.step, self.model, self.optimizer, self._progress(), self.ema)
         return self.last_evaluation
 
     def close(self) -> None:
@@ -170,6 +182,8 @@ class Trainer:
             images = images.to(memory_format=self.memory_format)
             used = self._schedule_values()
             loss = self._step(images, labels)
+            if self.ema:
+                self.ema.update()
             self.lr_schedule.step()
             if self.budget:
                 self.budget.step()
@@ -177,44 +191,96 @@ class Trainer:
             meter.count()
             if self.log:
                 self.log.advance()
-            if self.step % self.config.logging.every_steps == 0:
+            if self._logs(self.step):
                 self._log_step(loss, used, meter, self.epoch + (index + 1) / self.steps_per_epoch)
         self.epoch += 1
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns this rank's loss at the weights before it."""
-        micro_batches = self.config.data.micro_batches
-        closure = BatchPasses(self.wrapped, self.criterion, images, labels, self.autocast, self.scaler, micro_batches)
-        optimizer, scaler = self.optimizer, self.scaler
+        optimizer = self.optimizer
         if isinstance(optimizer, SharpnessAware):
-            loss: Tensor = optimizer.step(closure)
+            optimizer.enabled = self._method_works()
+            optimizer.measure_rho = self.config.precision.weights != "fp32" and self._logs(self.step + 1)
+            loss: Tensor = optimizer.step(self._closure(images, labels))
         else:
-            optimizer.zero_grad()
-            loss = closure()
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
+            loss = self._plain_step(self._passes(images, labels, self.config.data.micro_batches))
+        if self.scaler is not None:
+            self.scaler.update()
         return loss
+
+    def _closure(self, images: Tensor, labels: Tensor) -> BatchPasses | list[BatchPasses]:
+        """What is perturbed as one: the batch, or each of its micro-batches."""
+        data = self.config.data
+        if data.accumulation_mode == "batch":
+            return self._passes(images, labels, data.micro_batches)
+        parts = zip(images.chunk(data.micro_batches), labels.chunk(data.micro_batches), strict=True)
+        return [self._passes(*part) for part in parts]
+
+    def _passes(self, images: Tensor, labels: Tensor, micro_batches: int = 1) -> BatchPasses:
+        return BatchPasses(self.wrapped, self.criterion, images, labels, self.autocast, self.scaler, micro_batches)
+
+    def _method_works(self) -> bool:
+        """Whether this step lies in the epochs in which the method works."""
+        start, stop = self.config.optimizer.start_epoch, self.config.optimizer.stop_epoch
+        epoch = self.step / self.steps_per_epoch
+        return start <= epoch and (stop is None or epoch < stop)
+
+    def _plain_step(self, closure: BatchPasses) -> Tensor:
+        optimizer, scaler, max_norm = self.optimizer, self.scaler, self.config.optimizer.max_grad_norm
+        optimizer.zero_grad()
+        loss = closure()
+        if max_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        return loss
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.logging.every_steps == 0
 
     def _log_step(self, loss: Any, used: dict[str, float], meter: _Meter, epoch: float) -> None:
         scalars: dict[str, Tensor] = {"loss": loss}
         if isinstance(self.optimizer, SharpnessAware):
             telemetry = self.optimizer.telemetry
-            scalars |= {k: telemetry[k].to(loss.device) for k in ("perturbed_loss", "grad_norm", "rho", "skipped")}
+            names = ["perturbed_loss", "grad_norm", "rho", "skipped"]
+            names += ["realized_rho"] if self.optimizer.measure_rho else []
+            scalars |= {name: telemetry[name].to(loss.device) for name in names}
         means = dict(zip(scalars, self.here.mean(list(scalars.values())), strict=True))
         if self.log:
             self.log.write("train", self.step, epoch, {**means, **used, **meter.rates()})
+            if "realized_rho" in means:
+                self._warn_of_rounding(means["rho"], means["realized_rho"])
+
+    def _warn_of_rounding(self, rho: float, realized: float) -> None:
+        """Once, where bfloat16 weights moved by something else than they should."""
+        if self.log and rho > 0 and not self.warned and not 1 / _ROUNDED <= realized / rho <= _ROUNDED:
+            self.warned = True
+            self.log.print(
+                f"warning: at step {self.step} rho was {rho:.4g} but the weights, stored in bfloat16, moved by "
+                f"{realized:.4g}: rounding spoils the perturbation. Use precision.weights fp32, or a larger sigma or "
+                "rho. This is said once; realized_rho is in the log."
+            )
 
     def _evaluate(self) -> None:
-        result = evaluate(self.model, self.val_loader.epoch(0), self.here, self.autocast)
-        if self.val_samples is not None and result["samples"] != self.val_samples:
-            raise RuntimeError(f"evaluation counted {result['samples']:.0f} of {self.val_samples} images")
+        result = self._evaluate_weights()
+        if self.ema:
+            with self.ema.swapped():
+                averaged = self._evaluate_weights()
+            result |= {f"ema_{name}": averaged[name] for name in ("acc1", "loss")}
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)
+
+    def _evaluate_weights(self) -> dict[str, float]:
+        batches, count = self.val_loader.epoch(0), len(self.val_loader)
+        result = evaluate(self.model, batches, self.here, self.autocast, count=count)
+        if self.val_samples is not None and result["samples"] != self.val_samples:
+            raise RuntimeError(f"evaluation counted {result['samples']:.0f} of {self.val_samples} images")
+        return result
 
     def _schedule_values(self) -> dict[str, float]:
         """The learning rate and the budget of the coming step."""
@@ -236,7 +302,7 @@ class Trainer:
 
     def _resume(self) -> None:
         assert self.checkpoints is not None
-        progress, damaged = self.checkpoints.load_latest(self.model, self.optimizer)
+        progress, damaged = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
         if self.here.is_main:
             for fault in damaged:
                 print(f"warning: {fault}; going on from an older checkpoint", flush=True)
@@ -265,7 +331,18 @@ class Trainer:
             f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, "
             f"{processes}, batch {config.data.batch_size}, {config.epochs} epochs of "
             f"{self.steps_per_epoch} steps{start}"
+            f"{self._plan()}"
         )
+
+    def _plan(self) -> str:
+        """What is active when, where that changes during the run."""
+        optimizer, schedule, epochs = self.config.optimizer, self.config.schedule, self.config.epochs
+        start, stop = optimizer.start_epoch, optimizer.stop_epoch or epochs
+        parts = [(0.0, start, optimizer.base), (start, stop, optimizer.name), (stop, epochs, optimizer.base)]
+        windows = [f"{name} from epoch {first:g} to {last:g}" for first, last, name in parts if first < last]
+        if self.budget and schedule.anneal_start_epoch is not None:
+            windows.append(f"sigma goes to 0 from epoch {schedule.anneal_start_epoch:g}")
+        return "\nplan: " + ", ".join(windows) if len(windows) > 1 else ""
 
 
 class _Meter:
@@ -278,8 +355,11 @@ class _Meter:
     def _reset(self) -> None:
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def waiting(self) -> _Wait:
-        return _Wait(self)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - since
 
     def count(self) -> None:
         self.steps += 1
@@ -289,17 +369,6 @@ class _Meter:
         rates = {"images_per_s": self.steps * self.batch_size / elapsed, "data_wait": self.waited / elapsed}
         self._reset()
         return rates
-
-
-class _Wait:
-    def __init__(self, meter: _Meter) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.waited += time.perf_counter() - self.since
 
 
 def _set_precision(config: Config) -> None:

@@ -42,6 +42,27 @@ FLAGS = [
     (["--data.batch_size", "1000"], "fewer than one global batch of 1000"),
     (["--data.micro_batches", "3"], "data.micro_batches 3 does not divide the 20 images"),
     (["--optimizer.scope", "local", "--parallel.strategy", "fsdp"], "scope is local but parallel.strategy is fsdp"),
+    (["--optimizer.scope", "replica"], "scope is replica but parallel.strategy is ddp"),
+    (["--optimizer.ascent_interval", "0"], "optimizer: ascent_interval is 0; it must be a whole number >= 1"),
+    (["--optimizer.max_grad_norm", "0"], "optimizer: max_grad_norm is 0.0"),
+    (
+        ["--data.accumulation_mode", "micro", "--optimizer.name", "sgd"],
+        "accumulation_mode is micro but optimizer.name is sgd",
+    ),
+    (["--data.accumulation_mode", "micro", "--precision.compute", "fp16"], "whose loss scale is taken off only once"),
+    (["--precision.weights", "bf16"], "precision.weights is bf16 but precision.compute is fp32"),
+    (["--precision.gather_dtype", "bf16"], "gather_dtype is bf16 but parallel.strategy is ddp"),
+    (["--precision.gather_dtype", "bf16", "--parallel.strategy", "none"], "choose fsdp or hsdp, or fp32"),
+    (
+        ["--precision.gather_dtype", "bf16", "--parallel.strategy", "fsdp", "--precision.compute", "fp16"],
+        "gather_dtype is bf16 but precision.compute is fp16",
+    ),
+    (["--ema.decay", "1"], "ema.decay is 1.0: it must be in [0, 1)"),
+    (["--model.activation_checkpointing", "true"], "BasicBlock has BatchNorm"),
+    (
+        ["--model.name", "vgg11", "--model.activation_checkpointing", "true"],
+        "VGG has none of the known blocks",
+    ),
     (["--parallel.strategy", "zero"], "parallel.strategy: Expected"),
     (["--data.root", "/nowhere"], "'/nowhere'"),
 ]

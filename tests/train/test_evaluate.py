@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.evaluate import evaluate
+from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 
 SAMPLES = 11
@@ -20,13 +24,24 @@ def make(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     return net, torch.randn(SAMPLES, 4), torch.randint(0, 3, (SAMPLES,))
 
 
-def share(here: Distributed, seed: int, owners: list[int]) -> dict[str, float]:
-    """Sample i belongs to rank owners[i]; batches of 3, the last one partial."""
-    net, x, y = make(seed)
-    mine = torch.tensor([i for i, owner in enumerate(owners) if owner == here.rank], dtype=torch.long)
-    result = evaluate(net, [(x[part], y[part]) for part in mine.split(3) if len(part)], here)
-    assert net.training
-    return result
+Counted = tuple[dict[str, float], int, int]  # the evaluation, this rank's forwards, and its gathers of objects
+
+
+def share(here: Distributed, seed: int, owners: list[int]) -> list[Counted]:
+    """Sample i belongs to rank owners[i]; batches of 3, the last one partial. Replicated, then sharded."""
+    results = []
+    for strategy in ("ddp", "fsdp"):
+        net, x, y = make(seed)
+        wrap(net, here, strategy, wrap_classes=["Linear"])  # type: ignore[arg-type]
+        mine = torch.tensor([i for i, owner in enumerate(owners) if owner == here.rank], dtype=torch.long)
+        batches = [(x[part], y[part]) for part in mine.split(3) if len(part)]
+        forwards: list[int] = []
+        net.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))
+        with patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as gather:
+            result = evaluate(net, iter(batches), here, count=len(batches))
+        assert net.training
+        results.append((result, len(forwards), gather.call_count))
+    return results
 
 
 def expected(seed: int) -> dict[str, float]:
@@ -45,5 +60,23 @@ def test_every_sample_counts_once(seed: int, world_size: int) -> None:
         results = [share(Distributed(0, 0, 1, torch.device("cpu")), seed, owners)]
     else:
         results = run(share, world_size, seed, owners)
-    for result in results:
-        assert result == pytest.approx(expected(seed), rel=1e-5)
+    for rank, (replicated, sharded) in enumerate(results):
+        mine = -(-owners.count(rank) // 3)
+        for evaluation, *_ in (replicated, sharded):
+            assert evaluation == pytest.approx(expected(seed), rel=1e-5)
+        assert replicated[1:] == (mine, 0)
+        # Sharded, all ranks run as often as the one with the most, and agree on that once, not in every batch.
+        assert sharded[1:] == ((mine, 0) if world_size == 1 else (3, 1))
+
+
+def without_count(here: Distributed) -> str:
+    net = nn.Sequential(nn.Linear(4, 3))
+    wrap(net, here, "fsdp")
+    with pytest.raises(ValueError, match="collective") as error:
+        evaluate(net, [], here)
+    return str(error.value)
+
+
+def test_sharded_evaluation_wants_the_number_of_batches() -> None:
+    for message in run(without_count, 2):
+        assert "pass count" in message

@@ -1,24 +1,177 @@
-"""Every recipe builds and steps, and those of the paper hold the paper's numbers."""
+"""Every recipe is a valid config, those of the paper hold the paper's numbers, and the small ones step."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from lesam_dist.train.cli import dump, parse, recipes
-from lesam_dist.train.config import Config
+from lesam_dist.models import build_model
+from lesam_dist.train.build import build_optimizer
+from lesam_dist.train.cli import dump, parse
+from lesam_dist.train.config import Config, OptimizerConfig, flatten
+from lesam_dist.train.methods import METHODS
+from lesam_dist.train.recipes import ALIASES, bases, compose, merge, methods, recipes, split
 from tests.train.conftest import Command
 
+TABLE_1 = ("sgd", "eigensam", "asam", "esam", "fsam", "sam", "lesam")
+CIFAR_MODELS = ("resnet18", "wrn28_10", "pyramidnet110")
 
-def test_the_recipes_are_found() -> None:
-    assert {"digits", "imagenet_resnet50_lesam", "imagenet_resnet101_lesam"} <= set(recipes())
+# The paper's Tables 8 and 9: epochs, batch size, peak learning rate, weight decay, rho_max, sigma, budget annealing.
+# Its "/" is None.
+LESAM: dict[str, tuple[float | None, ...]] = {
+    "cifar10_resnet18": (200, 128, 0.05, 1e-3, 0.4, 0.35, 160),
+    "cifar100_resnet18": (200, 128, 0.05, 1e-3, 0.4, 0.35, 160),
+    "cifar10_wrn28_10": (200, 256, 0.05, 1e-3, None, 0.3, None),
+    "cifar100_wrn28_10": (200, 256, 0.05, 1e-3, None, 0.3, None),
+    "cifar10_pyramidnet110": (300, 256, 0.10, 5e-4, None, 0.3, None),
+    "cifar100_pyramidnet110": (300, 256, 0.10, 5e-4, None, 0.3, None),
+    "imagenet_resnet50": (90, 512, 0.2, 1e-4, 0.2, 0.3, 60),
+    "imagenet_resnet101": (90, 512, 0.2, 1e-4, 0.2, 0.3, 60),
+}
 
 
-@pytest.mark.parametrize("name", recipes())
+def test_every_row_of_the_paper_has_a_name() -> None:
+    expected = {f"{data}_{model}_{m}" for data in ("cifar10", "cifar100") for model in CIFAR_MODELS for m in TABLE_1}
+    expected |= {f"imagenet_{model}_{m}" for model in ("resnet50", "resnet101") for m in TABLE_1}
+    expected |= {f"{d}_vit_b16_finetune_{m}" for d in ("cifar10", "cifar100") for m in ("sgd", "sam", "lesam")}
+    expected |= {f"cifar100_{model}_{m}" for model in CIFAR_MODELS for m in ("sam", "lesam", "lesam_plus")}
+    assert expected | {"digits"} <= set(recipes())
+    assert len(recipes()) == len(set(recipes())), "no name can be read in two ways"
+    assert set(METHODS) | {"sgd", "lesam_plus"} == set(methods())
+
+
+@pytest.mark.parametrize("base", bases())
+def test_every_recipe_is_a_valid_config(base: str) -> None:
+    configs = {method: parse(["--config", f"{base}_{method}"]) for method in methods()}
+    trained: list[dict[str, Any]] = []
+    for method, config in configs.items():
+        assert config.optimizer.name == method.removesuffix("_plus")
+        assert config.run_dir == f"runs/{base}_{method}"
+        build_optimizer(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)), config.optimizer)
+        leaves = flatten(config)
+        own = {f"optimizer.{name}" for name in vars(OptimizerConfig())} - {"optimizer.lr", "optimizer.weight_decay"}
+        trained.append({k: v for k, v in leaves.items() if k not in own | {"run_dir", "schedule.anneal_start_epoch"}})
+    assert all(leaves == trained[0] for leaves in trained), "methods are compared on the same terms"
+
+
+@pytest.mark.parametrize("base", LESAM)
+def test_lesam_has_the_values_of_tables_8_and_9(base: str) -> None:
+    config = parse(["--config", f"{base}_lesam"])
+    optimizer, anneal = config.optimizer, config.schedule.anneal_start_epoch
+    found = (config.epochs, config.data.batch_size, optimizer.lr, optimizer.weight_decay)
+    assert (*found, optimizer.rho_max, optimizer.sigma, anneal) == LESAM[base]
+    assert (optimizer.base, optimizer.momentum, optimizer.alpha) == ("sgd", 0.9, None)
+    assert config.data.cutout == 0, "Table 8: basic augmentation"
+    assert config.schedule.lr_warmup_epochs == config.schedule.sigma_warmup_epochs == 0
+    assert config.data.image_size == (224 if base.startswith("imagenet") else 32)
+
+
+def test_lesam_plus_has_the_values_of_section_6_1() -> None:
+    for model, alpha, sigma in zip(CIFAR_MODELS, (0.5, 0.55, 0.6), (0.15, 0.2, 0.25), strict=True):
+        optimizer = parse(["--config", f"cifar100_{model}_lesam_plus"]).optimizer
+        assert (optimizer.alpha, optimizer.sigma, optimizer.plus_form) == (alpha, sigma, "paper")
+
+
+def test_fine_tuning_takes_8000_steps() -> None:
+    config = parse(["--config", "cifar100_vit_b16_finetune_lesam"])
+    assert config.epochs * (50_000 // config.data.batch_size) == 8000
+    assert config.model.pretrained
+    assert config.data.mean == Config().data.mean, "the weights' own normalisation wins over CIFAR's"
+
+
+def test_other_methods_have_the_values_of_their_authors() -> None:
+    def optimizer(name: str) -> OptimizerConfig:
+        return parse(["--config", name]).optimizer
+
+    esam = {"resnet18": (0.05, 0.6, 0.5), "wrn28_10": (0.1, 0.5, 0.5), "pyramidnet110": (0.2, 0.5, 0.5)}
+    for model, values in esam.items():
+        found = optimizer(f"cifar100_{model}_esam")
+        assert (found.rho, found.beta, found.gamma) == values
+    for name, rho in {
+        "cifar10_resnet18_asam": 0.5,
+        "cifar100_wrn28_10_asam": 1.0,
+        "imagenet_resnet50_sam": 0.05,
+    }.items():
+        assert optimizer(name).rho == rho
+    fsam = optimizer("cifar100_resnet18_fsam")
+    assert (fsam.rho, fsam.lam) == (0.2, 0.6)
+    eigen = optimizer("cifar100_resnet18_eigensam")
+    assert (eigen.rho, eigen.alpha, eigen.interval) == (0.1, 0.2, 100)
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+def test_imagenet_recipes_are_what_they_were_as_files(depth: int) -> None:
+    name = f"imagenet_resnet{depth}_lesam"
+    expected = {"model.name": f"resnet{depth}", "model.num_classes": 1000, "data.batch_size": 512, "data.workers": 8}
+    expected |= {"optimizer.lr": 0.2, "schedule.anneal_start_epoch": 60, "run_dir": f"runs/{name}"}
+    expected |= {"precision.compute": "bf16", "precision.channels_last": True}
+    assert flatten(parse(["--config", name])) == flatten(Config()) | expected
+
+
+def test_digits_is_what_it_was_as_a_file() -> None:
+    expected = {
+        "model.name": "cifar_resnet8",
+        "data.builtin": "digits",
+        "data.root": "data/digits",
+        "data.batch_size": 32,
+        "data.image_size": 32,
+        "data.val_resize": 32,
+        "data.random_area": [0.7, 1.0],
+        "data.horizontal_flip": False,
+        "data.mean": [0.3, 0.3, 0.3],
+        "data.std": [0.35, 0.35, 0.35],
+        "data.workers": 1,
+        "optimizer.weight_decay": 5e-4,
+        "optimizer.decay_norm_and_bias": False,
+        "optimizer.sigma": 0.1,
+        "schedule.lr_warmup_epochs": 1.0,
+        "schedule.anneal_start_epoch": 4.0,
+        "logging.every_steps": 10,
+        "epochs": 15,
+        "run_dir": "runs/digits",
+        "precision.channels_last": True,
+    }
+    assert flatten(parse(["--config", "digits"])) == flatten(Config()) | expected
+
+
+def test_flags_win_wherever_they_stand_between_recipes_and_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("optimizer: {sigma: 0.7}\nepochs: 180\n")
+    config = parse(["--config", "cifar100_resnet18_lesam", "--config", str(tmp_path / "mine.yaml"), "--epochs", "190"])
+    assert (config.optimizer.sigma, config.epochs, config.optimizer.rho_max) == (0.7, 190, 0.4)
+    late = ("--optimizer.start_epoch", "160", "--optimizer.rho_max", "null", "--schedule.anneal_start_epoch", "null")
+    figure_6 = parse(["--config=cifar100_resnet18_lesam", *late])
+    assert (figure_6.optimizer.start_epoch, figure_6.optimizer.rho_max) == (160, None)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar100_resnet18_lesam", "cifar10_vit_b16_finetune_esam"])
+def test_composed_config_reads_back_from_a_file(name: str, tmp_path: Path, command: Command) -> None:
+    config = parse(["--config", name, "--optimizer.rho_max", "null", "--seed", "5"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+    assert config != Config()
+    status, out, _ = command("--config", name, "--print_config")
+    assert status == 0
+    (tmp_path / "printed.yaml").write_text(out)
+    assert parse(["--config", str(tmp_path / "printed.yaml")]) == parse(["--config", name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits",
+        "digits_noisy_resnet8_esam",
+        "cifar10_resnet18_sgd",
+        "cifar100_resnet18_lesam",
+        "imagenet_resnet50_lesam",
+    ],
+)
 def test_dry_run(command: Command, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    reduced = ("--data.image_size", "32", "--data.val_resize", "32", "--data.batch_size", "2", "--dry_run")
+    reduced = ["--data.image_size", "32", "--data.batch_size", "2", "--dry_run"]
+    reduced += [] if name.startswith("cifar") else ["--data.val_resize", "32"]
     status, out, err = command("--config", name, *reduced)
     assert (status, err) == (0, "")
     assert out.count("[train]") == 2
@@ -26,29 +179,45 @@ def test_dry_run(command: Command, name: str, tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
 
 
-@pytest.mark.parametrize("name", recipes())
-def test_dumped_config_reads_back(name: str, tmp_path: Path) -> None:
-    config = parse(["--config", name, "--optimizer.rho_max", "null", "--seed", "5"])
-    (tmp_path / "config.yaml").write_text(dump(config))
-    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
-    assert config != Config()
+@pytest.mark.parametrize("base", bases())
+def test_the_model_fits_the_data(base: str) -> None:
+    """Shapes alone: nothing is computed."""
+    config = parse(["--config", f"{base}_sgd"])
+    with torch.device("meta"):
+        model = build_model(config.model.name, 10, image_size=config.data.image_size).eval()
+        side = config.data.image_size
+        assert model(torch.empty(2, 3, side, side)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("depth", [50, 101])
-def test_imagenet_recipes_hold_table_9(depth: int) -> None:
-    config = parse(["--config", f"imagenet_resnet{depth}_lesam"])
-    assert config.model.name == f"resnet{depth}"
-    assert (config.epochs, config.data.batch_size, config.data.image_size) == (90, 512, 224)
-    optimizer = config.optimizer
-    assert (optimizer.name, optimizer.base, optimizer.lr, optimizer.weight_decay) == (
-        "lesam",
-        "sgd",
-        0.2,
-        1e-4,
-    )
-    assert (optimizer.sigma, optimizer.rho_max, config.schedule.anneal_start_epoch) == (0.3, 0.2, 60)
-    assert (config.data.backend, config.precision.compute, config.parallel.strategy) == (
-        "dali",
-        "bf16",
-        "ddp",
-    )
+def test_names() -> None:
+    assert split("digits_noisy_resnet8_lesam_plus") == ("digits_noisy_resnet8", "lesam_plus")
+    assert split("digits") == split(ALIASES["digits"])
+    assert split("cifar100_resnet18") is None
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": None}, "d": 3}) == {"a": {"b": None, "c": 2}, "d": 3}
+    assert compose("digits")["run_dir"] == "runs/digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar100_resnet18_lesan", "did you mean 'cifar100_resnet18_lesam'?"),
+        ("cifar100_resnet8_sam", "unknown recipe 'cifar100_resnet8_sam': did you mean"),
+        ("cifar100_resnet18", "names no method: add one of _asam,"),
+        (
+            "xyz",
+            "a recipe is DATA_MODEL_METHOD, e.g. cifar100_resnet18_lesam. DATA and MODEL: cifar10 or cifar100 with",
+        ),
+    ],
+)
+def test_unknown_names(command: Command, name: str, message: str) -> None:
+    status, _, err = command("--config", name)
+    assert status == 2
+    assert message in err
+
+
+def test_help_lists_recipes_by_parts(command: Command) -> None:
+    status, out, _ = command("--help")
+    text = " ".join(out.split())
+    assert status == 0
+    assert "cifar10 or cifar100 with resnet18, wrn28_10, pyramidnet110, vit_b16_finetune;" in text
+    assert "cifar10_resnet18_sam" not in text

@@ -34,6 +34,7 @@ def final_state(run_dir: Path, tmp_path: Path) -> dict[str, Any]:
 
 def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
     torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
+    torch.testing.assert_close(first.get("ema"), second.get("ema"), rtol=0, atol=0)
     torch.testing.assert_close(first["optimizer"]["state"], second["optimizer"]["state"], rtol=0, atol=0)
     assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
 
@@ -84,9 +85,19 @@ def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...],
     "flags",
     [
         (),
-        ("--optimizer.name", "sgd"),
+        ("--optimizer.name", "sgd", "--ema.decay", "0.8"),
         ("--precision.compute", "bf16", "--data.micro_batches", "2"),
         ("--precision.compute", "fp16", "--optimizer.base", "adamw", "--optimizer.lr", "0.01"),
+        # The epoch that is cut reuses a gradient of the one before.
+        (
+            "--optimizer.ascent_interval",
+            "5",
+            "--optimizer.ascent_between",
+            "reuse",
+            "--optimizer.ascent_fraction",
+            "0.5",
+        ),
+        ("--data.accumulation_mode", "micro", "--data.micro_batches", "2", "--optimizer.max_grad_norm", "0.5"),
     ],
     ids=" ".join,
 )

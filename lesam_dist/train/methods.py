@@ -1,0 +1,77 @@
+"""The methods that a config may name, and what each takes from it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from lesam_dist import optim
+from lesam_dist.errors import UserError
+from lesam_dist.optim.samon import is_norm
+from lesam_dist.train.config import OptimizerConfig
+
+METHODS: dict[str, type[optim.SharpnessAware]] = {
+    "lesam": optim.LESAM,
+    "sam": optim.SAM,
+    "asam": optim.ASAM,
+    "esam": optim.ESAM,
+    "fsam": optim.FriendlySAM,
+    "eigensam": optim.EigenSAM,
+    "fishersam": optim.FisherSAM,
+    "gsam": optim.GSAM,
+    "ssam": optim.SSAM,
+    "msam": optim.MSAM,
+    "s2sam": optim.S2SAM,
+    "looksam": optim.LookSAM,
+    "wsam": optim.WSAM,
+    "samon": optim.SAMON,
+}
+
+_OPTIONS = ("backend", "scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
+# The same word, another thing: LE-SAM's sigma is a loss budget.
+_OTHER_MEANING = {"fsam": ("sigma",)}
+
+
+def method_arguments(config: OptimizerConfig) -> dict[str, Any]:
+    """What the config says of its method's hyper-parameters and of the options that all share.
+
+    A hyper-parameter that is null in the config keeps the method's own default; one of another method is left out, so
+    that a config can change its method by one word.
+    """
+    method = METHODS[config.name]
+    own = inspect.signature(method.__init__).parameters.keys() - {"self", "params", "base_optimizer", "kwargs"}
+    own -= set(_OTHER_MEANING.get(config.name, ()))
+    arguments = {name: getattr(config, name) for name in own if getattr(config, name, None) is not None}
+    if config.name == "lesam":
+        arguments["rho_max"] = config.rho_max  # null means no cap
+    if config.name == "looksam" and config.ascent_interval != 1:
+        raise UserError("optimizer.ascent_interval is for other methods: looksam has optimizer.interval.")
+    skipped = {"ascent_interval"} if config.name == "looksam" else set()
+    return arguments | {name: getattr(config, name) for name in _OPTIONS if name not in skipped}
+
+
+def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The model's parameters, in groups where weight decay or the method treats some of them otherwise.
+
+    Raises:
+        UserError: for samon on a model without normalisation layers.
+    """
+    norms = {p for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)}
+    if config.name == "samon" and not norms:
+        raise UserError("optimizer.name is samon but the model has no normalisation layer: choose another method.")
+    adapts = config.name == "asam" or (config.name == "lesam" and config.adaptive)
+    groups: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        settings: dict[str, Any] = {}
+        if not config.decay_norm_and_bias and p.ndim <= 1:  # the field's rule: biases and normalisation weights
+            settings["weight_decay"] = 0.0
+        if adapts:
+            settings["adaptive"] = "weight" in name  # ASAM's released rule
+        if config.name == "samon":
+            settings["perturb"] = p in norms
+        groups.setdefault(tuple(settings.items()), []).append(p)
+    return [{"params": params, **dict(settings)} for settings, params in groups.items()]

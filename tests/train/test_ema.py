@@ -1,0 +1,198 @@
+"""The weight average: its closed form, on one process and sharded; swapping it in and out; saving and resuming it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lesam_dist import LESAM
+from lesam_dist.parallel import Distributed
+from lesam_dist.train.checkpoint import Checkpointer
+from lesam_dist.train.ema import WeightAverage
+from lesam_dist.train.passes import BatchPasses
+from lesam_dist.wrapping import Strategy, wrap
+from tests.distributed.processes import run
+
+ALONE = Distributed(0, 0, 1, torch.device("cpu"))
+STEPS, BATCH, DECAY = 5, 12, 0.8
+Weights = dict[str, Tensor]
+
+# float32: the closed form adds in float64 what each update rounds once (6e-8); other processes sum gradients otherwise.
+ROUNDING, SUMS = 1e-6, 2e-5
+
+
+def make(dtype: torch.dtype = torch.float32) -> nn.Module:
+    # The last layers have fewer rows than processes: empty shards.
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 1), nn.Linear(1, 3)).to(dtype)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> Weights:
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+
+
+class Run:
+    """A model in training with its average; every weight it had is kept."""
+
+    def __init__(self, here: Distributed, seed: int, strategy: Strategy, **options: Any) -> None:
+        torch.manual_seed(seed)
+        self.here, self.net = here, make()
+        self.x, self.y = torch.randn(STEPS, BATCH, 6), torch.randint(0, 3, (STEPS, BATCH))
+        self.model = wrap(self.net, here, strategy, **options)
+        self.params = dict(self.net.named_parameters())  # kept: a gathered model names the gathered ones
+        self.optimizer = LESAM(self.net.parameters(), torch.optim.SGD, sigma=0.05, rho_max=0.1, lr=0.5, momentum=0.9)
+        self.ema = WeightAverage(self.net, DECAY)
+        self.history = [self.weights()]
+
+    def weights(self) -> Weights:
+        return whole(self.params)
+
+    def average(self) -> Weights:
+        return whole(self.ema.state_dict())
+
+    def train(self, steps: range) -> None:
+        for t in steps:
+            x, y = (v[t].chunk(self.here.world_size)[self.here.rank] for v in (self.x, self.y))
+            self.optimizer.step(BatchPasses(self.model, nn.CrossEntropyLoss(), x, y))
+            self.ema.update()
+            self.history.append(self.weights())
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        out: Tensor = self.net(self.x[0])
+        return out
+
+
+def closed_form(history: list[Weights]) -> Weights:
+    """decay^T w_0 + (1 - decay) * sum over t of decay^(T - t) w_t."""
+    last = len(history) - 1
+    shares = [DECAY**last, *((1 - DECAY) * DECAY ** (last - t) for t in range(1, last + 1))]
+    return {n: sum(a * w[n].double() for a, w in zip(shares, history, strict=True)) for n in history[0]}  # type: ignore[misc]
+
+
+def assert_near(actual: Weights, expected: Weights, tolerance: float) -> None:
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(actual[name].double(), value.double(), rtol=0, atol=tolerance * scale, msg=name)
+
+
+def test_closed_form(seed: int) -> None:
+    this = Run(ALONE, seed, "none")
+    this.train(range(STEPS))
+    assert_near(this.average(), closed_form(this.history), ROUNDING)
+
+
+def test_bfloat16_weights_have_a_float32_average(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = make(torch.bfloat16)
+    ema = WeightAverage(net, 0.9999)
+    start = whole(dict(net.named_parameters()))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    ema.update()
+    for name, average in ema.state_dict().items():
+        w = start[name].double()
+        torch.testing.assert_close(average.double(), w + 1e-4 * w, rtol=1e-7, atol=0, msg=name)
+    before = whole(dict(net.named_parameters()))
+    with ema.swapped():
+        for name, p in net.named_parameters():
+            assert torch.equal(p, ema.state_dict()[name].bfloat16())
+    torch.testing.assert_close(whole(dict(net.named_parameters())), before, rtol=0, atol=0)
+
+
+def sharded(here: Distributed, seed: int) -> list[dict[str, Any]]:
+    """Average, weights and outputs; with parameters that stay gathered after a forward, and that do not."""
+    results = []
+    for reshard in (False, True):
+        this = Run(here, seed, "fsdp", wrap_classes=["Linear"], reshard_after_forward=reshard)
+        this.train(range(STEPS))
+        before, weights = this.logits(), this.weights()  # the forward leaves parameters gathered
+        with this.ema.swapped():
+            swapped, held = this.logits(), this.weights()
+        after = this.logits()
+        results.append(
+            {
+                "average": this.average(),
+                "history": this.history,
+                "held": held,
+                "swapped": swapped,
+                "exact": torch.equal(before, after)
+                and all(torch.equal(w, weights[n]) for n, w in this.weights().items()),
+            }
+        )
+    return results
+
+
+def test_sharded_average_equals_the_single_process(seed: int) -> None:
+    alone = Run(ALONE, seed, "none")
+    alone.train(range(STEPS))
+    with alone.ema.swapped():
+        expected = alone.logits()
+    for rank in run(sharded, 2, seed):
+        for result in rank:
+            assert_near(result["average"], closed_form(result["history"]), ROUNDING)
+            assert_near(result["average"], alone.average(), SUMS)
+            torch.testing.assert_close(result["held"], result["average"], rtol=0, atol=0)
+            assert_near({"": result["swapped"]}, {"": expected}, SUMS)
+            assert result["exact"], "swapping must give back the weights bit for bit"
+
+
+def test_an_error_inside_gives_the_weights_back(seed: int) -> None:
+    this = Run(ALONE, seed, "none")
+    this.train(range(2))
+    before, average = this.weights(), this.average()
+    inside: list[Weights] = []
+
+    def fail() -> None:
+        with this.ema.swapped():
+            inside.append(this.weights())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    torch.testing.assert_close(inside[0], average, rtol=0, atol=0)
+    assert not torch.equal(inside[0]["0.weight"], before["0.weight"])
+    torch.testing.assert_close(this.weights(), before, rtol=0, atol=0)
+    torch.testing.assert_close(this.average(), average, rtol=0, atol=0)
+    this.train(range(2, STEPS))  # the swap left nothing behind in the next steps
+    untouched = Run(ALONE, seed, "none")
+    untouched.train(range(STEPS))
+    torch.testing.assert_close(this.average(), untouched.average(), rtol=0, atol=0)
+
+
+def save_then_finish(here: Distributed, seed: int, folder: Path) -> Weights:
+    this = Run(here, seed, "fsdp", wrap_classes=["Linear"])
+    this.train(range(2))
+    Checkpointer(folder, 1, here).save(2, this.net, this.optimizer, {}, this.ema)
+    this.train(range(2, STEPS))
+    return this.average()
+
+
+def load_then_finish(here: Distributed, seed: int, folder: Path, strategy: Strategy) -> tuple[Weights, Weights]:
+    this = Run(here, seed, strategy, wrap_classes=["Linear"])
+    Checkpointer(folder, 1, here).load_latest(this.net, this.optimizer, this.ema)
+    loaded = this.average()
+    this.train(range(2, STEPS))
+    return loaded, this.average()
+
+
+def test_resumed_average_equals_the_uninterrupted_one(seed: int, tmp_path: Path) -> None:
+    """Bit for bit on as many processes, and loaded bit for bit on others."""
+    uninterrupted = run(save_then_finish, 2, seed, tmp_path)[0]
+    alone = Run(ALONE, seed, "none")
+    alone.train(range(2))
+    again = run(load_then_finish, 2, seed, tmp_path, "fsdp")
+    saved = again[0][0]
+    assert_near(saved, alone.average(), SUMS)
+    for _, resumed in again:
+        torch.testing.assert_close(resumed, uninterrupted, rtol=0, atol=0)
+    elsewhere = [load_then_finish(ALONE, seed, tmp_path, "none"), *run(load_then_finish, 3, seed, tmp_path, "fsdp")]
+    for loaded, continued in elsewhere:
+        torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+        assert_near(continued, uninterrupted, SUMS)

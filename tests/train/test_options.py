@@ -1,0 +1,88 @@
+"""Options of a run that change its speed, its memory or what it evaluates, through the command line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import VisionTransformer
+
+from lesam_dist.errors import UserError
+from lesam_dist.parallel import Distributed
+from lesam_dist.train import build
+from lesam_dist.train.cli import parse
+from lesam_dist.train.config import Config, check_same_run, flatten
+from lesam_dist.train.telemetry import read_metrics
+from tests.train.conftest import Command
+
+
+def val_lines(run_dir: Path) -> list[dict[str, float]]:
+    return [line for line in read_metrics(run_dir) if line["split"] == "val"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_average_is_evaluated_beside_the_weights(
+    command: Command, small: tuple[str, ...], tmp_path: Path, decay: float
+) -> None:
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    assert command(*small, "--run_dir", plain)[0] == 0
+    assert command(*small, "--run_dir", averaged, "--ema.decay", str(decay))[0] == 0
+    for line, expected in zip(val_lines(averaged), val_lines(plain), strict=True):
+        average = {name: line.pop(f"ema_{name}") for name in ("acc1", "loss")}
+        assert line == expected, "averaging must not change the run"
+        assert (average["loss"] == line["loss"]) == (decay == 0), "decay 0 is the weights themselves"
+    assert (averaged / "curves.png").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_run(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    flags = (*small, "--epochs", "1", "--schedule.anneal_start_epoch", "null", "--optimizer.lr", "0.01")
+    runs = tmp_path / "eager", tmp_path / "compiled"
+    try:
+        for run_dir, compile in zip(runs, ("false", "true"), strict=True):
+            assert command(*flags, "--run_dir", run_dir, "--model.compile", compile)[0] == 0
+    finally:
+        torch._dynamo.reset()
+    lines = [read_metrics(run_dir) for run_dir in runs]
+    assert len(lines[0]) == len(lines[1]) == 4, "three steps and an evaluation"
+    for eager, compiled in zip(*lines, strict=True):
+        # Digits on an even background: BatchNorm divides by such small variances that both runs' first gradients are
+        # some 2e-3 off float64's.
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-2)
+    assert lines[1][0]["rho"] == pytest.approx(lines[0][0]["rho"], rel=1e-2)
+
+
+def test_recomputation_reaches_the_model(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    def tiny(*_: object, **__: object) -> VisionTransformer:
+        return VisionTransformer(8, 4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
+
+    monkeypatch.setattr(build, "build_model", tiny)
+    here = Distributed(0, 0, 1, torch.device("cpu"))
+    kept = []
+    for flag in ("false", "true"):
+        net = build.build_network(parse(["--model.activation_checkpointing", flag]), 3, here)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            net(torch.randn(2, 3, 8, 8))
+        kept.append(sum(saved))
+    assert kept[1] < kept[0]
+
+
+def test_what_may_differ_on_resume() -> None:
+    saved = flatten(Config())
+    free = parse(["--model.compile", "true", "--model.activation_checkpointing", "true"])
+    check_same_run(free, saved)
+    flags = "--ema.decay 0.9 --precision.gather_dtype bf16 --precision.compute bf16 --parallel.strategy fsdp"
+    changed = parse(flags.split())
+    with pytest.raises(UserError) as error:
+        check_same_run(changed, saved)
+    assert "ema.decay: None then, 0.9 now" in str(error.value)
+    assert "precision.gather_dtype: 'fp32' then, 'bf16' now" in str(error.value)
+    # A checkpoint of a version that did not know these fields.
+    for path in ("ema.decay", "precision.gather_dtype"):
+        del saved[path]
+    check_same_run(Config(), saved)
+    with pytest.raises(UserError, match=r"ema\.decay: None then"):
+        check_same_run(changed, saved)
