@@ -8,13 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from lesam_dist.errors import UserError, unknown_name
-from lesam_dist.optim.options import check_options
-
-OPTIMIZERS = (
-    *("lesam", "sam", "asam", "esam", "fsam", "eigensam", "fishersam", "gsam", "ssam", "msam", "s2sam", "looksam"),
-    *("wsam", "samon", "sgd", "adamw"),
-)
+from lesam_dist.errors import UserError
+from lesam_dist.train.checks import check
 
 
 @dataclass
@@ -266,161 +261,9 @@ class Config:
     """build everything, run two steps and an evaluation on random images, write nothing"""
 
     def __post_init__(self) -> None:
-        """Check what one field says about itself; what needs the data or the model is checked when they are there."""
-        if self.optimizer.name not in OPTIMIZERS:
-            raise unknown_name("optimizer", self.optimizer.name, OPTIMIZERS)
-        if self.resume not in (None, "auto"):
-            raise UserError(f"resume is '{self.resume}': it is 'auto' or null.")
-        for path, low in _AT_LEAST.items():
-            value = get(self, path)
-            if value is not None and not value >= low:
-                raise UserError(f"{path} is {value}: it must be at least {low}.")
-        if not 0 <= self.loss.label_smoothing < 1:
-            raise UserError(f"loss.label_smoothing is {self.loss.label_smoothing}: it must be in [0, 1).")
-        self._check_data()
-        self._check_optimizer()
-        if self.ema.decay is not None and not 0 <= self.ema.decay < 1:
-            raise UserError(f"ema.decay is {self.ema.decay}: it must be in [0, 1).")
-        self._check_precision()
-        self._check_schedule()
+        """Check what can be known of the fields alone; what needs the data or the model is checked when it is there."""
+        check(self)
 
-    def _check_data(self) -> None:
-        """Refuse what would have no effect."""
-        is_cifar = self.data.builtin in ("cifar10", "cifar100")
-        default = DataConfig()
-        for name in _FOLDERS_ONLY if is_cifar else _CIFAR_ONLY:
-            value = getattr(self.data, name)
-            if value != getattr(default, name):
-                kind = "class folders" if is_cifar else "cifar10 and cifar100"
-                raise UserError(
-                    f"data.{name} is {value} but data.builtin is {self.data.builtin or 'null'}: only {kind} are "
-                    f"augmented that way. Leave it at {getattr(default, name)}."
-                )
-
-    def _check_optimizer(self) -> None:
-        optimizer, strategy = self.optimizer, self.parallel.strategy
-        names = ("scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
-        try:
-            check_options("optimizer", {name: getattr(optimizer, name) for name in names})
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        self._check_window()
-        if optimizer.scope == "local" and strategy in ("fsdp", "hsdp"):
-            raise UserError(
-                f"optimizer.scope is local but parallel.strategy is {strategy}: the shards of all processes are one "
-                "copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, or global."
-            )
-        if optimizer.scope == "replica" and strategy != "hsdp":
-            raise UserError(
-                f"optimizer.scope is replica but parallel.strategy is {strategy}: only hsdp has replicas of shards. "
-                "Choose hsdp, or global."
-            )
-        if self.data.accumulation_mode == "micro":
-            if optimizer.name in ("sgd", "adamw"):
-                raise UserError(
-                    f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: "
-                    "choose batch."
-                )
-            if self.precision.compute == "fp16":
-                raise UserError(
-                    "data.accumulation_mode is micro but precision.compute is fp16, whose loss scale is taken off only "
-                    "once a step: choose bf16, or batch."
-                )
-
-    def _check_window(self) -> None:
-        """Refuse a late switch or an annealing that would never happen."""
-        start, stop = self.optimizer.start_epoch, self.optimizer.stop_epoch
-        if (start, stop) == (0.0, None):
-            return
-        if self.optimizer.name in ("sgd", "adamw"):
-            raise UserError(
-                f"optimizer.start_epoch and stop_epoch say when a sharpness-aware method works, but optimizer.name is "
-                f"{self.optimizer.name}: leave them at 0 and null."
-            )
-        end = self.epochs if stop is None else min(stop, self.epochs)
-        if start >= end:
-            raise UserError(
-                f"optimizer.start_epoch is {start} but the method stops at epoch {end} of {self.epochs}: it would "
-                "never work. Start earlier, or stop later."
-            )
-        anneal = self.schedule.anneal_start_epoch
-        if self.optimizer.name == "lesam" and anneal is not None and stop is not None and anneal >= stop:
-            raise UserError(
-                f"schedule.anneal_start_epoch is {anneal} but optimizer.stop_epoch is {stop}: the annealing would "
-                "never start. Anneal earlier, or set it to null."
-            )
-
-    def _check_precision(self) -> None:
-        precision, strategy = self.precision, self.parallel.strategy
-        if precision.weights == "bf16" and (strategy in ("fsdp", "hsdp") or precision.compute != "bf16"):
-            raise UserError(
-                f"precision.weights is bf16 but precision.compute is {precision.compute} and parallel.strategy is "
-                f"{strategy}: it needs compute bf16, and none or ddp. To save memory when sharding, set "
-                "precision.gather_dtype to bf16."
-            )
-        if precision.gather_dtype == "fp32":
-            return
-        if strategy not in ("fsdp", "hsdp"):
-            raise UserError(
-                f"precision.gather_dtype is {precision.gather_dtype} but parallel.strategy is {strategy}, which "
-                "gathers no parameters: choose fsdp or hsdp, or fp32."
-            )
-        if precision.compute != precision.gather_dtype:
-            raise UserError(
-                f"precision.gather_dtype is {precision.gather_dtype} but precision.compute is {precision.compute}: "
-                f"products of parameters gathered in {precision.gather_dtype} are {precision.gather_dtype}. Set both "
-                f"to {precision.gather_dtype}, or gather_dtype to fp32."
-            )
-
-    def _check_schedule(self) -> None:
-        schedule, epochs = self.schedule, self.epochs
-        start = epochs if schedule.anneal_start_epoch is None else schedule.anneal_start_epoch
-        if schedule.anneal_start_epoch is not None and start >= epochs:
-            raise UserError(
-                f"schedule.anneal_start_epoch is {start} but the run has {epochs} epochs: the annealing would never "
-                "start. Choose an earlier epoch, or null for a constant sigma."
-            )
-        if schedule.sigma_warmup_epochs > start:
-            raise UserError(
-                f"schedule.sigma_warmup_epochs is {schedule.sigma_warmup_epochs}, past the start of the annealing at "
-                f"epoch {start}: shorten it."
-            )
-        if schedule.lr_warmup_epochs > epochs:
-            raise UserError(
-                f"schedule.lr_warmup_epochs is {schedule.lr_warmup_epochs}, longer than the run of {epochs} epochs."
-            )
-
-
-_FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
-_CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
-
-_AT_LEAST = {
-    "epochs": 1,
-    "model.num_classes": 1,
-    "data.batch_size": 1,
-    "data.eval_batch_size": 1,
-    "data.micro_batches": 1,
-    "data.image_size": 1,
-    "data.val_resize": 1,
-    "data.workers": 1,
-    "optimizer.lr": 0,
-    "optimizer.momentum": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.sigma": 0,
-    "optimizer.rho_max": 0,
-    "optimizer.eps": 0,
-    "optimizer.alpha": 0,
-    "optimizer.rho": 0,
-    "optimizer.start_epoch": 0,
-    "schedule.lr_warmup_epochs": 0,
-    "schedule.sigma_warmup_epochs": 0,
-    "schedule.anneal_start_epoch": 0,
-    "parallel.shard_size": 1,
-    "parallel.replicate_size": 1,
-    "checkpoint.every_epochs": 1,
-    "checkpoint.keep": 1,
-    "logging.every_steps": 1,
-}
 
 # A resumed run may differ in these: they change where things go and how fast, not what is computed.
 _FREE_ON_RESUME = (

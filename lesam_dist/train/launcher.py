@@ -44,6 +44,8 @@ def _fsdp_flags(environ: Mapping[str, str]) -> dict[str, str]:
     flags = {"parallel.strategy": "fsdp"}
     if "FSDP_RESHARD_AFTER_FORWARD" in environ:
         flags["parallel.reshard_after_forward"] = str(_true(environ, "FSDP_RESHARD_AFTER_FORWARD")).lower()
+    if _true(environ, "FSDP_ACTIVATION_CHECKPOINTING"):
+        flags["model.activation_checkpointing"] = "true"
     if classes := environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
         flags["parallel.wrap_classes"] = f"[{classes}]"
     replicate = environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1")

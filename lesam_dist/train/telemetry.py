@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,29 @@ def _supersede(run_dir: Path, start_step: int) -> None:
     aside = run_dir / f".{METRICS}.partial"
     aside.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
     aside.replace(run_dir / METRICS)
+
+
+class Meter:
+    """Throughput since the last log line: images per second over all ranks, and the share of time without data."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - since
+
+    def count(self) -> None:
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.start
+        rates = {"images_per_s": self.steps * self.batch_size / elapsed, "data_wait": self.waited / elapsed}
+        self._reset()
+        return rates

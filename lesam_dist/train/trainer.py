@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,8 @@ from lesam_dist.train.config import Config, check_same_run, flatten
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
-from lesam_dist.train.telemetry import METRICS, RunLog, plot_curves
+from lesam_dist.train.summary import describe_run
+from lesam_dist.train.telemetry import METRICS, Meter, RunLog, plot_curves
 from lesam_dist.wrapping import wrap
 
 _ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
@@ -145,7 +144,7 @@ class Trainer:
         total = self.config.epochs * self.steps_per_epoch
         if self.here.is_main:
             self.log = RunLog(self.run_dir, total, self.step, self.config.logging.tensorboard)
-            self.log.print(self._summary())
+            self.log.print(describe_run(self.config, self.here, self.model, self.steps_per_epoch, self.epoch))
         while self.epoch < self.config.epochs:
             self._train_epoch()
             average_batchnorm(self.model, self.here)
@@ -174,7 +173,7 @@ class Trainer:
         self.wrapped.train()
         # A function of (seed, epoch, rank), so that a resumed epoch draws what the uninterrupted one drew.
         torch.manual_seed((self.config.seed * 100_003 + self.epoch) * 100_003 + self.here.rank)
-        meter = _Meter(self.config.data.batch_size)
+        meter = Meter(self.config.data.batch_size)
         batches = self.train_loader.epoch(self.epoch)
         for index in range(self.steps_per_epoch):
             with meter.waiting():
@@ -242,7 +241,7 @@ class Trainer:
     def _logs(self, step: int) -> bool:
         return step % self.config.logging.every_steps == 0
 
-    def _log_step(self, loss: Any, used: dict[str, float], meter: _Meter, epoch: float) -> None:
+    def _log_step(self, loss: Any, used: dict[str, float], meter: Meter, epoch: float) -> None:
         scalars: dict[str, Tensor] = {"loss": loss}
         if isinstance(self.optimizer, SharpnessAware):
             telemetry = self.optimizer.telemetry
@@ -316,59 +315,6 @@ class Trainer:
             self.scaler.load_state_dict(progress["scaler"])
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.last_evaluation = progress["evaluation"]
-
-    def _summary(self) -> str:
-        config, here = self.config, self.here
-        params = sum(p.numel() for p in self.model.parameters())
-        method = config.optimizer.name
-        if isinstance(self.optimizer, SharpnessAware):
-            method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
-        processes = f"{here.world_size} x {here.device.type}"
-        if here.world_size > 1:
-            processes += f", {config.parallel.strategy}"
-        start = f", from epoch {self.epoch}" if self.epoch else ""
-        return (
-            f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, "
-            f"{processes}, batch {config.data.batch_size}, {config.epochs} epochs of "
-            f"{self.steps_per_epoch} steps{start}"
-            f"{self._plan()}"
-        )
-
-    def _plan(self) -> str:
-        """What is active when, where that changes during the run."""
-        optimizer, schedule, epochs = self.config.optimizer, self.config.schedule, self.config.epochs
-        start, stop = optimizer.start_epoch, optimizer.stop_epoch or epochs
-        parts = [(0.0, start, optimizer.base), (start, stop, optimizer.name), (stop, epochs, optimizer.base)]
-        windows = [f"{name} from epoch {first:g} to {last:g}" for first, last, name in parts if first < last]
-        if self.budget and schedule.anneal_start_epoch is not None:
-            windows.append(f"sigma goes to 0 from epoch {schedule.anneal_start_epoch:g}")
-        return "\nplan: " + ", ".join(windows) if len(windows) > 1 else ""
-
-
-class _Meter:
-    """Throughput since the last log line: images per second over all ranks, and the share of time without data."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._reset()
-
-    def _reset(self) -> None:
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        since = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - since
-
-    def count(self) -> None:
-        self.steps += 1
-
-    def rates(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self.start
-        rates = {"images_per_s": self.steps * self.batch_size / elapsed, "data_wait": self.waited / elapsed}
-        self._reset()
-        return rates
 
 
 def _set_precision(config: Config) -> None:

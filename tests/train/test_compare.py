@@ -21,7 +21,6 @@ from lesam_dist.train.cost import sgd_steps
 from lesam_dist.train.experiment_report import markdown
 from lesam_dist.train.experiments import Outcome, paired_difference
 from lesam_dist.train.telemetry import read_metrics
-from tests.conftest import CLASSES, VAL
 from tests.train.conftest import Command
 from tests.train.test_trainer import timeless
 

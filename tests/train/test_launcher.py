@@ -34,7 +34,10 @@ def test_fsdp_and_hsdp_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "ACCELERATE_USE_CPU": "true"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Bottleneck,BasicBlock")
-    parallel = parse(["--config", "digits"]).parallel
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    config = parse(["--config", "digits"])
+    assert config.model.activation_checkpointing
+    parallel = config.parallel
     assert (parallel.strategy, parallel.reshard_after_forward, parallel.device) == ("fsdp", False, "cpu")
     assert parallel.wrap_classes == ["Bottleneck", "BasicBlock"]
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")

@@ -13,7 +13,8 @@ from torch import nn
 from lesam_dist import optim
 from lesam_dist.errors import UserError
 from lesam_dist.train.build import build_optimizer
-from lesam_dist.train.config import OPTIMIZERS, OptimizerConfig
+from lesam_dist.train.checks import OPTIMIZERS
+from lesam_dist.train.config import OptimizerConfig
 from lesam_dist.train.methods import METHODS, method_arguments
 from lesam_dist.train.telemetry import read_metrics
 from tests.train.conftest import Command

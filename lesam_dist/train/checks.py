@@ -1,0 +1,187 @@
+"""What a config must not say, checked before anything is built."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.optim.options import check_options
+
+if TYPE_CHECKING:
+    from lesam_dist.train.config import Config
+
+OPTIMIZERS = (
+    *("lesam", "sam", "asam", "esam", "fsam", "eigensam", "fishersam", "gsam", "ssam", "msam", "s2sam", "looksam"),
+    *("wsam", "samon", "sgd", "adamw"),
+)
+
+_FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
+_CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
+
+_AT_LEAST = {
+    "epochs": 1,
+    "model.num_classes": 1,
+    "data.batch_size": 1,
+    "data.eval_batch_size": 1,
+    "data.micro_batches": 1,
+    "data.image_size": 1,
+    "data.val_resize": 1,
+    "data.crop_padding": 0,
+    "data.cutout": 0,
+    "data.workers": 1,
+    "optimizer.lr": 0,
+    "optimizer.momentum": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.sigma": 0,
+    "optimizer.rho_max": 0,
+    "optimizer.eps": 0,
+    "optimizer.alpha": 0,
+    "optimizer.rho": 0,
+    "optimizer.start_epoch": 0,
+    "schedule.lr_warmup_epochs": 0,
+    "schedule.sigma_warmup_epochs": 0,
+    "schedule.anneal_start_epoch": 0,
+    "parallel.shard_size": 1,
+    "parallel.replicate_size": 1,
+    "checkpoint.every_epochs": 1,
+    "checkpoint.keep": 1,
+    "logging.every_steps": 1,
+}
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range, and those that contradict each other.
+
+    Raises:
+        UserError: for the first of them, with the value and the remedy.
+    """
+    if config.optimizer.name not in OPTIMIZERS:
+        raise unknown_name("optimizer", config.optimizer.name, OPTIMIZERS)
+    if config.resume not in (None, "auto"):
+        raise UserError(f"resume is '{config.resume}': it is 'auto' or null.")
+    for path, low in _AT_LEAST.items():
+        value = attrgetter(path)(config)
+        if value is not None and not value >= low:
+            raise UserError(f"{path} is {value}: it must be at least {low}.")
+    if not 0 <= config.loss.label_smoothing < 1:
+        raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
+    if not 0 <= config.data.cutout_probability <= 1:
+        raise UserError(f"data.cutout_probability is {config.data.cutout_probability}: it must be in [0, 1].")
+    _check_data(config)
+    _check_optimizer(config)
+    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
+        raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
+    _check_precision(config)
+    _check_schedule(config)
+
+
+def _check_data(config: Config) -> None:
+    """Refuse what would have no effect."""
+    is_cifar = config.data.builtin in ("cifar10", "cifar100")
+    default = type(config.data)()
+    for name in _FOLDERS_ONLY if is_cifar else _CIFAR_ONLY:
+        value = getattr(config.data, name)
+        if value != getattr(default, name):
+            kind = "class folders" if is_cifar else "cifar10 and cifar100"
+            raise UserError(
+                f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
+                f"augmented that way. Leave it at {getattr(default, name)}."
+            )
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer, strategy = config.optimizer, config.parallel.strategy
+    names = ("scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
+    try:
+        check_options("optimizer", {name: getattr(optimizer, name) for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    _check_window(config)
+    if optimizer.scope == "local" and strategy in ("fsdp", "hsdp"):
+        raise UserError(
+            f"optimizer.scope is local but parallel.strategy is {strategy}: the shards of all processes are one "
+            "copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, or global."
+        )
+    if optimizer.scope == "replica" and strategy != "hsdp":
+        raise UserError(
+            f"optimizer.scope is replica but parallel.strategy is {strategy}: only hsdp has replicas of shards. "
+            "Choose hsdp, or global."
+        )
+    if config.data.accumulation_mode == "micro":
+        if optimizer.name in ("sgd", "adamw"):
+            raise UserError(
+                f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: "
+                "choose batch."
+            )
+        if config.precision.compute == "fp16":
+            raise UserError(
+                "data.accumulation_mode is micro but precision.compute is fp16, whose loss scale is taken off only "
+                "once a step: choose bf16, or batch."
+            )
+
+
+def _check_window(config: Config) -> None:
+    """Refuse a late switch or an annealing that would never happen."""
+    start, stop = config.optimizer.start_epoch, config.optimizer.stop_epoch
+    if (start, stop) == (0.0, None):
+        return
+    if config.optimizer.name in ("sgd", "adamw"):
+        raise UserError(
+            f"optimizer.start_epoch and stop_epoch say when a sharpness-aware method works, but optimizer.name is "
+            f"{config.optimizer.name}: leave them at 0 and null."
+        )
+    end = config.epochs if stop is None else min(stop, config.epochs)
+    if start >= end:
+        raise UserError(
+            f"optimizer.start_epoch is {start} but the method stops at epoch {end} of {config.epochs}: it would "
+            "never work. Start earlier, or stop later."
+        )
+    anneal = config.schedule.anneal_start_epoch
+    if config.optimizer.name == "lesam" and anneal is not None and stop is not None and anneal >= stop:
+        raise UserError(
+            f"schedule.anneal_start_epoch is {anneal} but optimizer.stop_epoch is {stop}: the annealing would "
+            "never start. Anneal earlier, or set it to null."
+        )
+
+
+def _check_precision(config: Config) -> None:
+    precision, strategy = config.precision, config.parallel.strategy
+    if precision.weights == "bf16" and (strategy in ("fsdp", "hsdp") or precision.compute != "bf16"):
+        raise UserError(
+            f"precision.weights is bf16 but precision.compute is {precision.compute} and parallel.strategy is "
+            f"{strategy}: it needs compute bf16, and none or ddp. To save memory when sharding, set "
+            "precision.gather_dtype to bf16."
+        )
+    if precision.gather_dtype == "fp32":
+        return
+    if strategy not in ("fsdp", "hsdp"):
+        raise UserError(
+            f"precision.gather_dtype is {precision.gather_dtype} but parallel.strategy is {strategy}, which "
+            "gathers no parameters: choose fsdp or hsdp, or fp32."
+        )
+    if precision.compute != precision.gather_dtype:
+        raise UserError(
+            f"precision.gather_dtype is {precision.gather_dtype} but precision.compute is {precision.compute}: "
+            f"products of parameters gathered in {precision.gather_dtype} are {precision.gather_dtype}. Set both "
+            f"to {precision.gather_dtype}, or gather_dtype to fp32."
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    schedule, epochs = config.schedule, config.epochs
+    start = epochs if schedule.anneal_start_epoch is None else schedule.anneal_start_epoch
+    if schedule.anneal_start_epoch is not None and start >= epochs:
+        raise UserError(
+            f"schedule.anneal_start_epoch is {start} but the run has {epochs} epochs: the annealing would never "
+            "start. Choose an earlier epoch, or null for a constant sigma."
+        )
+    if schedule.sigma_warmup_epochs > start:
+        raise UserError(
+            f"schedule.sigma_warmup_epochs is {schedule.sigma_warmup_epochs}, past the start of the annealing at "
+            f"epoch {start}: shorten it."
+        )
+    if schedule.lr_warmup_epochs > epochs:
+        raise UserError(
+            f"schedule.lr_warmup_epochs is {schedule.lr_warmup_epochs}, longer than the run of {epochs} epochs."
+        )

@@ -1,0 +1,37 @@
+"""What a run is about to do, in a line or two."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lesam_dist.parallel import Distributed
+from lesam_dist.train.config import Config
+from lesam_dist.train.methods import METHODS
+
+
+def describe_run(config: Config, here: Distributed, model: nn.Module, steps_per_epoch: int, epoch: int) -> str:
+    """Model, method, precision, processes and length of a run that goes on from ``epoch``; and its plan."""
+    params = sum(p.numel() for p in model.parameters())
+    method = config.optimizer.name
+    if method in METHODS:
+        method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
+    processes = f"{here.world_size} x {here.device.type}"
+    if here.world_size > 1:
+        processes += f", {config.parallel.strategy}"
+    start = f", from epoch {epoch}" if epoch else ""
+    return (
+        f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, {processes}, "
+        f"batch {config.data.batch_size}, {config.epochs} epochs of {steps_per_epoch} steps{start}{_plan(config)}"
+    )
+
+
+def _plan(config: Config) -> str:
+    """What is active when, where that changes during the run."""
+    optimizer, schedule, epochs = config.optimizer, config.schedule, config.epochs
+    start = optimizer.start_epoch
+    stop = epochs if optimizer.stop_epoch is None else min(optimizer.stop_epoch, epochs)
+    parts = [(0.0, start, optimizer.base), (start, stop, optimizer.name), (stop, epochs, optimizer.base)]
+    windows = [f"{name} from epoch {first:g} to {last:g}" for first, last, name in parts if first < last]
+    if optimizer.name == "lesam" and schedule.anneal_start_epoch is not None:
+        windows.append(f"sigma goes to 0 from epoch {schedule.anneal_start_epoch:g}")
+    return "\nplan: " + ", ".join(windows) if len(windows) > 1 else ""
