@@ -1,45 +1,8 @@
 """lesam_dist: LE-SAM (Loss-Equated Sharpness-Aware Minimization) and its relatives, at scale."""
 
-from lesam_dist.optim import (
-    ASAM,
-    ESAM,
-    GSAM,
-    LESAM,
-    MSAM,
-    S2SAM,
-    SAM,
-    SAMON,
-    SSAM,
-    WSAM,
-    CosineBudget,
-    EigenSAM,
-    FisherSAM,
-    FriendlySAM,
-    LookSAM,
-    SharpnessAware,
-    adaptive_groups,
-    norm_groups,
-)
+from lesam_dist import optim
+from lesam_dist.optim import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [
-    "ASAM",
-    "ESAM",
-    "GSAM",
-    "LESAM",
-    "MSAM",
-    "S2SAM",
-    "SAM",
-    "SAMON",
-    "SSAM",
-    "WSAM",
-    "CosineBudget",
-    "EigenSAM",
-    "FisherSAM",
-    "FriendlySAM",
-    "LookSAM",
-    "SharpnessAware",
-    "__version__",
-    "adaptive_groups",
-    "norm_groups",
-]
+__all__ = ["__version__"]
+__all__ += optim.__all__

@@ -12,21 +12,20 @@ are adaptive, as in the most used SAM code. Cost: two forward and backward passe
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Direction, Radius
+from lesam_dist.optim.reference import Direction
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class ASAM(SharpnessAware):
+class ASAM(FixedRadius):
     """ASAM around any torch optimizer: ``ASAM(adaptive_groups(model), torch.optim.SGD, rho=0.5, lr=0.1)``.
 
     Args:
@@ -46,11 +45,8 @@ class ASAM(SharpnessAware):
         super().__init__(params, base_optimizer, {"rho": rho, "eta": eta, "adaptive": True}, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("ASAM", "rho", group["rho"])
+        super().check_group(group)
         require_nonnegative("ASAM", "eta", group["eta"])
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def aim(self, grads: list[Gradients]) -> Aim:
         return Aim(grads, [metric(group) for group in self.param_groups])

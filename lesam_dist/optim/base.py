@@ -13,27 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim import ops as operations
 from lesam_dist.optim.accumulate import GradientSum
 from lesam_dist.optim.base_update import Mixture
-from lesam_dist.optim.memory import Memory
+from lesam_dist.optim.guarded import GuardedOptimizer
+from lesam_dist.optim.memory import ASCENT
 from lesam_dist.optim.ops import Backend
 from lesam_dist.optim.options import Between, Scope, check_options, require_scope
-from lesam_dist.optim.perturbation import Aim, Perturbation
+from lesam_dist.optim.perturbation import Aim
 from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer, SharedOptimizer
-from lesam_dist.parallel import local_shard, reduce_max
+from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.parallel import reduce_max
 
 Closure = Callable[..., Any]
 _UNPERTURBED = Radius(sigma=0.0, rho_max=0.0, eps=0.0)
-_ASCENT = "ascent_grad"  # in the memory: the first gradient of the last full step
 
 
-class SharpnessAware(SharedOptimizer):
+class SharpnessAware(GuardedOptimizer):
     """A torch optimizer that takes its gradient at perturbed weights and updates the exact ones.
 
     ``step(closure)`` makes both passes; ``first_step`` and ``second_step`` are for hand-written loops. The update is
@@ -86,14 +87,12 @@ class SharpnessAware(SharedOptimizer):
 
     enabled = True
     measure_rho = False
-    memory_names: tuple[str, ...] = ()  # of the tensors that a method keeps per parameter, see `Memory`
 
     # What GradScaler.step asks for: it then calls step() whatever it found, and leaves the skipping to it.
     _step_supports_amp_scaling = True
     _grad_scaler: GradScaler | None = None
 
     telemetry: dict[str, Tensor]
-    _perturbation: Perturbation
     _plain: bool  # this step's update is by its gradient alone
 
     def __init__(
@@ -115,7 +114,6 @@ class SharpnessAware(SharedOptimizer):
     ) -> None:
         operations.require_backend(backend)
         self._options: dict[str, Any] = {
-            "backend": backend,
             "scope": scope,
             "check_second": check_second,
             "max_grad_norm": max_grad_norm,
@@ -125,13 +123,11 @@ class SharpnessAware(SharedOptimizer):
             "static_grads": static_grads,
         }
         check_options(type(self).__name__, self._options)
-        self.forget()
-        self._memory = Memory()
         self.telemetry = {"skipped": torch.zeros(())}
         own = {"perturb": True, **defaults}
         if ascent_interval > 1 or self.memory_names or counts_steps:
             own["ascent_step"] = 0  # in the groups, where checkpoints keep it
-        super().__init__(params, base_optimizer, own, **base_kwargs)
+        super().__init__(params, base_optimizer, own, backend, **base_kwargs)
         self._require_reusable()
 
     # ---- the rule of a method ------------------------------------------------------------------------------------
@@ -245,7 +241,7 @@ class SharpnessAware(SharedOptimizer):
             grads = self.first_gradients()
             if self._reuses():
                 for rows, g in zip(self._perturbation.rows, grads, strict=True):
-                    self._memory.write(_ASCENT, rows, g)
+                    self._memory.write(ASCENT, rows, g)
             self._perturb(grads, fresh=fresh)
             self.ascended(grads)
             self.zero_grads()
@@ -257,7 +253,7 @@ class SharpnessAware(SharedOptimizer):
             return loss, perturbed_loss
         if self.enabled and self._reuses():
             self._refresh()
-            self._perturb([self._memory.read(_ASCENT, rows) for rows in self._perturbation.rows], fresh=fresh)
+            self._perturb([self._memory.read(ASCENT, rows) for rows in self._perturbation.rows], fresh=fresh)
             # A kept gradient that is not finite perturbs nothing, and was counted in its own step.
             self._perturbation.overflow.zero_()
             loss = self.run_pass(closure)
@@ -302,7 +298,7 @@ class SharpnessAware(SharedOptimizer):
         if self._options["check_second"] or max_norm is not None or not self._is_ascent_step():
             norm = weights.check_second(grads)
             if max_norm is not None:
-                _clip(grads, norm, max_norm)
+                clip_grads_with_norm_([p for rows in weights.rows for p in rows.params], max_norm, norm)
         if self._options["scope"] != "global":
             reduce_max(weights.overflow)  # each process knows its own first gradient only
         self.telemetry["skipped"].add_(weights.overflow)  # in place: a replayed CUDA graph goes on counting
@@ -316,16 +312,6 @@ class SharpnessAware(SharedOptimizer):
         self._opt_called = True  # what torch's LR schedulers ask for
         if zero_grad:
             self.zero_grads()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Back to the exact weights without an update, e.g. after an exception; harmless when not perturbed."""
-        self._perturbation.restore()
-
-    @property
-    def is_perturbed(self) -> bool:
-        """Whether the weights are the perturbed ones: between `first_step` and `second_step` or `restore`."""
-        return self._perturbation.active
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -442,86 +428,12 @@ class SharpnessAware(SharedOptimizer):
         elif not self._perturbation.overflow.item():
             base.step()
 
-    def _create_state(self) -> None:
-        """``step(None)``: create the base optimizer's state without moving anything.
+    def names_in_use(self) -> tuple[str, ...]:
+        return (*self.memory_names, ASCENT) if self._reuses() else self.memory_names
 
-        torch.distributed.checkpoint does this with zero gradients before it saves or loads.
-        """
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(bool(local_shard(p.grad).any()) for p in params):
-            name = type(self).__name__
-            raise RuntimeError(
-                f"{name}.step() was called without a closure while there are gradients. {name} needs two passes: call "
-                "step(closure), with a closure that computes the loss and calls backward, or first_step() and "
-                "second_step()."
-            )
-        if self._reuses():
-            self._memory.create(_ASCENT, self.param_groups)
-        for memory_name in self.memory_names:
-            self._memory.create(memory_name, self.param_groups)
-        if self.state or not params:
-            return
-        rates = [group["lr"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        self.unfuse_dtensors()
-        self.base_optimizer.step()
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for state in self.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"].zero_()  # nothing was stepped
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options, "telemetry": self.telemetry}
 
     def zero_grads(self) -> None:
         """Zero all gradients as the options say."""
         self.zero_grad(set_to_none=not self._options["static_grads"])
-
-    # ---- state ---------------------------------------------------------------------------------------------------
-
-    def forget(self) -> None:
-        self._perturbation = Perturbation(self._options["backend"])
-
-    # Each of these would lose the copies, or save perturbed weights.
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; not while the weights are perturbed."""
-        self._require_exact_weights("add_param_group")
-        super().add_param_group(param_group)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, also from a plain base optimizer's; not while the weights are perturbed."""
-        self._require_exact_weights("load_state_dict")
-        super().load_state_dict(state_dict)
-        self._memory.unpack((_ASCENT, *self.memory_names), self.state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's: the base optimizer's state, and the groups with this method's hyper-parameters.
-
-        Raises:
-            RuntimeError: while the weights are perturbed, so that no checkpoint can hold them.
-        """
-        self._require_exact_weights("state_dict")
-        state_dict = super().state_dict()
-        self._memory.pack(state_dict, self.param_groups)
-        return state_dict
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._require_exact_weights("pickle")
-        own = {"_options": self._options, "_memory": self._memory, "telemetry": self.telemetry}
-        return {**super().__getstate__(), **own}
-
-    def _require_exact_weights(self, call: str) -> None:
-        if self.is_perturbed:
-            raise RuntimeError(
-                f"{type(self).__name__}.{call}: the weights are perturbed, by an earlier first_step(). Call "
-                "second_step() to update or restore() to undo, then go on."
-            )
-
-
-def _clip(grads: list[Gradients], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients of global norm ``norm`` down to ``max_norm``; the maths of `clip_grad_norm_`."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for row_grads in grads:
-        present = [g for g in row_grads if g is not None]
-        if present:
-            torch._foreach_mul_(present, factor.to(present[0].device))

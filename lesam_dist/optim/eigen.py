@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import Closure, SharpnessAware
+from lesam_dist.optim.base import Closure
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.perturbation import Aim
 from lesam_dist.optim.reference import Radius
@@ -33,7 +34,7 @@ from lesam_dist.optim.shared import BaseOptimizer
 _VECTOR = "eigenvector"
 
 
-class EigenSAM(SharpnessAware):
+class EigenSAM(FixedRadius):
     """Eigen-SAM around any torch optimizer: ``EigenSAM(params, torch.optim.SGD, rho=0.05, alpha=0.2, lr=0.1)``.
 
     Args:
@@ -74,11 +75,8 @@ class EigenSAM(SharpnessAware):
         super().__init__(params, base_optimizer, own, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("EigenSAM", "rho", group["rho"])
+        super().check_group(group)
         require_nonnegative("EigenSAM", "alpha", group["eigen_alpha"])
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def first_pass(self, closure: Closure, **arguments: Any) -> Any:
         loss = self.run_pass(closure, **arguments)

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import Closure, SharpnessAware
-from lesam_dist.optim.options import require_nonnegative
+from lesam_dist.optim.base import Closure
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.perturbation import Aim
 from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class ESAM(SharpnessAware):
+class ESAM(FixedRadius):
     """ESAM around any torch optimizer: ``ESAM(params, torch.optim.SGD, rho=0.05, beta=0.6, gamma=0.5, lr=0.05)``.
 
     Args:
@@ -65,9 +65,6 @@ class ESAM(SharpnessAware):
             raise ValueError("ESAM: gamma < 1 compares each sample's losses and needs ascent_fraction=1.")
         own = {"rho": rho, "esam_beta": beta, "esam_gamma": gamma, "esam_seed": seed}
         super().__init__(params, base_optimizer, own, counts_steps=True, **kwargs)
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("ESAM", "rho", group["rho"])
 
     def radius(self, group: dict[str, Any]) -> Radius:
         return Radius(sigma=math.inf, rho_max=float(group["rho"]) / self._option("beta"), eps=0.0)

@@ -13,20 +13,18 @@ in plain torch, and is freed before the second pass.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class FisherSAM(SharpnessAware):
+class FisherSAM(FixedRadius):
     """Fisher SAM around any torch optimizer: ``FisherSAM(params, torch.optim.SGD, rho=0.1, eta=1.0, lr=0.1)``.
 
     Args:
@@ -46,11 +44,8 @@ class FisherSAM(SharpnessAware):
         super().__init__(params, base_optimizer, {"rho": rho, "fisher_eta": eta}, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("FisherSAM", "rho", group["rho"])
+        super().check_group(group)
         require_nonnegative("FisherSAM", "eta", group["fisher_eta"])
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def aim(self, grads: list[Gradients]) -> Aim:
         grads = self._perturbation.of_perturbed(grads)

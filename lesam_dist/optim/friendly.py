@@ -12,22 +12,21 @@ a step, and m, one tensor per parameter, which is in the `state_dict`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Direction, Radius
+from lesam_dist.optim.reference import Direction
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 _AVERAGE = "friendly_ema"
 
 
-class FriendlySAM(SharpnessAware):
+class FriendlySAM(FixedRadius):
     """F-SAM around any torch optimizer: ``FriendlySAM(params, torch.optim.SGD, rho=0.2, lam=0.6, lr=0.05)``.
 
     Args:
@@ -57,13 +56,10 @@ class FriendlySAM(SharpnessAware):
         super().__init__(params, base_optimizer, {"rho": rho, "friendly_sigma": sigma, "friendly_lam": lam}, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("FriendlySAM", "rho", group["rho"])
+        super().check_group(group)
         require_nonnegative("FriendlySAM", "sigma", group["friendly_sigma"])
         if not 0 <= group["friendly_lam"] <= 1:
             raise ValueError(f"FriendlySAM: lam is {group['friendly_lam']}; it must be in [0, 1].")
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def aim(self, grads: list[Gradients]) -> Aim:
         if self.step_index == 0:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class GSAM(SharpnessAware):
+class GSAM(FixedRadius):
     """GSAM around any torch optimizer: ``GSAM(params, torch.optim.SGD, rho=0.05, alpha=0.4, lr=0.1)``.
 
     Args:
@@ -64,7 +64,7 @@ class GSAM(SharpnessAware):
                 group["lr_max"] = float(group["lr"])
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("GSAM", "rho", group["rho"])
+        super().check_group(group)
         require_nonnegative("GSAM", "alpha", group["gsam_alpha"])
         if group["rho_min"] is not None:
             require_nonnegative("GSAM", "rho_min", group["rho_min"])

@@ -11,23 +11,21 @@ them per tensor. Cost: (k + 1) / k forward and backward passes a step, one copy 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 _KEPT = "look_back"
 
 
-class LookSAM(SharpnessAware):
+class LookSAM(FixedRadius):
     """LookSAM around any torch optimizer: ``LookSAM(params, torch.optim.SGD, rho=0.1, interval=5, lr=0.1)``.
 
     Args:
@@ -58,11 +56,8 @@ class LookSAM(SharpnessAware):
         super().__init__(params, base_optimizer, own, ascent_interval=interval, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("LookSAM", "rho", group["rho"])
+        super().check_group(group)
         require_nonnegative("LookSAM", "alpha", group["look_alpha"])
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
         return 1.0, 1.0  # keeps g; see mixture_factors

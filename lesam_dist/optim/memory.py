@@ -17,6 +17,9 @@ from lesam_dist.parallel import local_shard
 
 Groups = list[dict[str, Any]]
 
+ASCENT = "ascent_grad"
+"""The first gradient of the last step that made both passes, where the steps between reuse it."""
+
 
 class Memory:
     """Per-parameter tensors by name, each like its parameter."""

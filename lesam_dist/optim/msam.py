@@ -11,15 +11,12 @@ has it; so evaluation and checkpoints see the exact weights. Cost: one forward a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.shared import BaseOptimizer
 from lesam_dist.optim.single_pass import SinglePass
 from lesam_dist.parallel import local_shard
@@ -44,13 +41,10 @@ class MSAM(SinglePass):
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("MSAM", "rho", group["rho"])
+        super().check_group(group)
         if not (group.get("momentum") or group.get("betas")):
             name = type(self.base_optimizer).__name__
             raise ValueError(f"MSAM perturbs along the momentum, but {name} has none here: set momentum above 0.")
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def look_ahead(self) -> Aim:
         return Aim([[self._against(p) for p in rows.params] for rows in self._perturbation.rows])

@@ -11,14 +11,11 @@ The first step is not perturbed. Cost: one forward and backward pass a step, and
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.options import require_nonnegative
 from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Radius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 from lesam_dist.optim.single_pass import SinglePass
@@ -43,12 +40,6 @@ class S2SAM(SinglePass):
 
     def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.05, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("S2SAM", "rho", group["rho"])
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def look_ahead(self) -> Aim:
         return Aim([self._memory.read(_PREVIOUS, rows) for rows in self._perturbation.rows])

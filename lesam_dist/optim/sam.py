@@ -9,18 +9,15 @@ forward and backward passes a step.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
-from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class SAM(SharpnessAware):
+class SAM(FixedRadius):
     """SAM around any torch optimizer: ``SAM(params, torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)``.
 
     Args:
@@ -44,9 +41,3 @@ class SAM(SharpnessAware):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("SAM", "rho", group["rho"])
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)

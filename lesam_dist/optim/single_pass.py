@@ -6,13 +6,14 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import Closure, SharpnessAware
+from lesam_dist.optim.base import Closure
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.perturbation import Aim
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class SinglePass(SharpnessAware):
+class SinglePass(FixedRadius):
     """One pass a step, at weights perturbed by what the steps before left.
 
     ``loss`` and ``perturbed_loss`` are both the loss at the perturbed weights. `first_step` perturbs and needs no

@@ -9,21 +9,18 @@ stays zero. Cost: two forward and backward passes a step.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
-from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class SSAM(SharpnessAware):
+class SSAM(FixedRadius):
     """Stable SAM around any torch optimizer: ``SSAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``.
 
     Args:
@@ -38,12 +35,6 @@ class SSAM(SharpnessAware):
 
     def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.05, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("SSAM", "rho", group["rho"])
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def mixture_factors(self, grads: list[Gradients]) -> Tensor | None:
         second = self._perturbation.of_perturbed(grads)

@@ -12,21 +12,18 @@ both gradients; here the averaged one perturbs and ``max_grad_norm`` clips g_hat
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
-from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.reference import Radius
+from lesam_dist.optim.fixed_radius import FixedRadius
 from lesam_dist.optim.rows import Gradients
 from lesam_dist.optim.shared import BaseOptimizer
 
 
-class WSAM(SharpnessAware):
+class WSAM(FixedRadius):
     """WSAM around any torch optimizer: ``WSAM(params, torch.optim.SGD, rho=0.05, gamma=0.9, lr=0.1)``.
 
     Args:
@@ -54,12 +51,9 @@ class WSAM(SharpnessAware):
         super().__init__(params, base_optimizer, {"rho": rho, "wsam_gamma": gamma, "decouple": decouple}, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        require_nonnegative("WSAM", "rho", group["rho"])
+        super().check_group(group)
         if not 0 <= group["wsam_gamma"] < 1:
             raise ValueError(f"WSAM: gamma is {group['wsam_gamma']}; it must be in [0, 1).")
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]), eps=0.0)
 
     def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
         if self.param_groups[0]["decouple"]:
@@ -77,8 +71,7 @@ class WSAM(SharpnessAware):
                     difference = g_hat - g
                     g_hat.copy_(g)
                     g.copy_(difference)
-        device = self.overflow.device
-        return torch.tensor([1.0, 0.0], dtype=torch.float64).to(device, non_blocking=True)
+        return torch.eye(2, dtype=torch.float64, device=self.overflow.device)[0]  # (1, 0), made there: no copy
 
     def updated(self) -> None:
         if not self.param_groups[0]["decouple"]:

@@ -36,6 +36,7 @@ def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
     Raises:
         UserError: for a data root that is missing, or holds something else than the data set.
     """
+    _loader(config.data)  # whose transform is checked, before anything is downloaded
     builtin = config.data.builtin
     if config.data.root is None:
         content = "train/ and val/" if builtin is None else f"{builtin}, or should"

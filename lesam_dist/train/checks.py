@@ -27,8 +27,6 @@ _AT_LEAST = {
     "data.micro_batches": 1,
     "data.image_size": 1,
     "data.val_resize": 1,
-    "data.crop_padding": 0,
-    "data.cutout": 0,
     "data.workers": 1,
     "optimizer.lr": 0,
     "optimizer.momentum": 0,
@@ -66,8 +64,6 @@ def check(config: Config) -> None:
             raise UserError(f"{path} is {value}: it must be at least {low}.")
     if not 0 <= config.loss.label_smoothing < 1:
         raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
-    if not 0 <= config.data.cutout_probability <= 1:
-        raise UserError(f"data.cutout_probability is {config.data.cutout_probability}: it must be in [0, 1].")
     _check_data(config)
     _check_optimizer(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:

@@ -12,16 +12,17 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD
 
-from lesam_dist import LESAM
+from lesam_dist import LESAM, S2SAM, FriendlySAM, LookSAM
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.passes import BatchPasses
 from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
 from tests.distributed.test_scopes import part_of, whole
-from tests.oracles import SGD64, Weights, algorithm_1, m_sharpness
+from tests.oracles import SGD64, Weights, algorithm_1, m_sharpness, norm_of
 
 KWARGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+CLIP = 0.1  # below the gradient's norm, or clipping would not show
 WRAPPED: dict[str, tuple[int, Any, dict[str, Any]]] = {
     "ddp2": (2, "ddp", {}),
     "fsdp3": (3, "fsdp", {"wrap_classes": ["Linear"]}),
@@ -60,6 +61,10 @@ def train(here: Distributed, seed: int, how: str) -> dict[str, Weights]:
         for t in range(STEPS):
             optimizer.step(passes_of(here, model, seed, t))
         results[between] = whole(net)
+    net, model, optimizer = make(here, seed, how, max_grad_norm=CLIP)
+    for t in range(STEPS):
+        optimizer.step(passes_of(here, model, seed, t))
+    results["clip"] = whole(net)
     return results
 
 
@@ -79,11 +84,21 @@ def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
     )
     first = rows_of(world_size, slice(0, int(np.ceil(0.6 * BATCH / world_size))))
     assert len(first) < BATCH
-    expected = {"micro": micro}
+    whole_batch = list(range(BATCH))
+    clipped, _ = algorithm_1(
+        start,
+        lambda w, t: gradient(w, t, whole_batch),
+        SGD64(**KWARGS),
+        steps=STEPS,
+        sigma=lambda t: SIGMA,
+        max_norm=CLIP,
+    )
+    assert norm_of(gradient(start, 0, whole_batch)) > CLIP
+    expected = {"micro": micro, "clip": clipped}
     for between in ("skip", "reuse"):
         expected[between], _ = algorithm_1(
             start,
-            lambda w, t: gradient(w, t, list(range(BATCH))),
+            lambda w, t: gradient(w, t, whole_batch),
             SGD64(**KWARGS),
             steps=STEPS,
             sigma=lambda t: SIGMA,
@@ -98,9 +113,18 @@ def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
                 np.testing.assert_allclose(results[name][n], value, rtol=0, atol=atol, err_msg=f"{name} {n}")
 
 
-def reusing(here: Distributed, seed: int, how: str, folder: Path, first: int, last: int) -> Weights:
-    """Steps ``first`` to ``last``, from the checkpoint in the folder unless from the start; leaves one there."""
+def remembering(
+    here: Distributed, seed: int, how: str, name: str, folder: Path, first: int, last: int
+) -> tuple[Weights, bool]:
+    """Steps ``first`` to ``last``, from the checkpoint in the folder unless from the start; leaves one there.
+
+    Returns the weights, and whether the method's tensors are in the checkpoint.
+    """
     net, model, optimizer = make(here, seed, how, ascent_interval=STEPS, ascent_between="reuse")
+    kept = "ascent_grad"
+    if name in METHODS:
+        method, kept = METHODS[name]
+        optimizer = method(net.parameters(), SGD, **KWARGS)
     if first > 0:
         weights, state = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
@@ -109,13 +133,23 @@ def reusing(here: Distributed, seed: int, how: str, folder: Path, first: int, la
         optimizer.step(passes_of(here, model, seed, t))
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    return whole(net)
+    return whole(net), all(kept in own for own in state["state"].values())
 
 
-def test_a_kept_gradient_is_resharded(seed: int, tmp_path: Path) -> None:
-    """Two steps on 3 shards, the others on 2 x 2: as all on 3, where the gradient of step 0 is used to the end."""
-    run(reusing, 3, seed, "fsdp3", tmp_path / "moved", 0, 2)
-    moved = run(reusing, 4, seed, "hsdp2x2", tmp_path / "moved", 2, STEPS)[0]
-    stayed = run(reusing, 3, seed, "fsdp3", tmp_path / "stayed", 0, STEPS)[0]
+METHODS: dict[str, tuple[Any, str]] = {
+    "fsam": (FriendlySAM, "friendly_ema"),
+    "looksam": (LookSAM, "look_back"),
+    "s2sam": (S2SAM, "previous_grad"),
+}
+
+
+@pytest.mark.parametrize("name", ["lesam", *METHODS])
+def test_what_a_method_keeps_is_resharded(seed: int, tmp_path: Path, name: str) -> None:
+    """Two steps on 3 shards, the others on 2 x 2: as all on 3. LE-SAM reuses the gradient of step 0 to the end."""
+    run(remembering, 3, seed, "fsdp3", name, tmp_path / "moved", 0, 2)
+    moved, has_moved = run(remembering, 4, seed, "hsdp2x2", name, tmp_path / "moved", 2, STEPS)[0]
+    stayed, has_stayed = run(remembering, 3, seed, "fsdp3", name, tmp_path / "stayed", 0, STEPS)[0]
+    assert has_moved
+    assert has_stayed
     for n, value in stayed.items():
         np.testing.assert_allclose(moved[n], value, rtol=0, atol=1e-11 * np.abs(value).max())

@@ -188,6 +188,19 @@ def test_special_cases(seed: int, what: str, backend: str, dtype: torch.dtype) -
     close(net, twin.flat(), dtype)
 
 
+def test_lesam_with_the_budget_of_sams_radius_is_sam(seed: int) -> None:
+    """To first order SAM spends rho * ||g|| of the loss."""
+    net = Quadratic(torch.float64)
+    twin = copy.deepcopy(net)
+    lesam = optim.LESAM(net.parameters(), SGD, rho_max=None, lr=LR, momentum=MOMENTUM)
+    sam = optim.SAM(twin.parameters(), SGD, rho=0.1, lr=LR, momentum=MOMENTUM)
+    for t in range(STEPS):
+        lesam.param_groups[0]["sigma"] = 0.1 * float(np.linalg.norm(net.gradient(net.flat(), t)))
+        lesam.step(net.closure(t))
+        sam.step(twin.closure(t))
+    close(net, twin.flat(), torch.float64)
+
+
 def test_gsam_radius_follows_the_learning_rate() -> None:
     optimizer = optim.GSAM([nn.Parameter(torch.ones(2))], SGD, rho=0.6, rho_min=0.1, lr_min=0.1, lr=1.0)
     for lr, rho in ((1.0, 0.6), (0.1, 0.1), (0.55, 0.35), (0.0, 0.1 - 0.5 / 9)):
