@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 Weights = dict[str, NDArray[np.float64]]
 
 
+def largest(w: Weights) -> float:
+    """max |w_i| over all tensors: what an absolute tolerance refers to, as one tensor alone may be nearly zero."""
+    return max(float(np.abs(value).max()) for value in w.values())
+
+
 class SGD64:
     """Heavy-ball SGD with L2 weight decay, as torch documents it."""
 

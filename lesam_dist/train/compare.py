@@ -70,7 +70,7 @@ def _parser() -> ExperimentParser:
         "`lesam-dist train` and holds for all runs, e.g. --epochs, --data.root or --optimizer.lr.",
         config_help="DATA_MODEL, e.g. cifar100_resnet18, where each method has the hyper-parameters of its recipe; or "
         "a YAML file, whose own method is taken as it is, and any other with that method's usual hyper-parameters",
-        example="lesam-dist compare --config digits_noisy_resnet8 --methods sgd,sam,lesam --seeds 5",
+        example="lesam-dist compare --config digits_noisy --methods sgd,sam,lesam --seeds 5",
     )
     parser.add_argument(
         "--methods",

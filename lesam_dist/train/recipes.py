@@ -17,7 +17,7 @@ from lesam_dist.errors import UserError
 
 Tree = dict[str, Any]
 
-ALIASES = {"digits": "digits_resnet8_lesam"}
+ALIASES = {data: f"{data}_resnet8_lesam" for data in ("digits", "digits_noisy")}
 _PARTS = Path(str(files("lesam_dist.recipes"))) / "parts"
 _ALL = "all"  # in combinations.yaml: whatever the method
 
@@ -92,7 +92,7 @@ def describe() -> str:
     for data, models in models_of.items():
         data_with.setdefault(", ".join(models), []).append(data)
     pairs = "; ".join(f"{' or '.join(data)} with {models}" for models, data in data_with.items())
-    short = ", ".join(f"{name} is short for {full}" for name, full in ALIASES.items())
+    short = "; ".join(f"{name} is short for {full}" for name, full in ALIASES.items())
     return (
         f"DATA_MODEL_METHOD, e.g. cifar100_resnet18_lesam. DATA and MODEL: {pairs}. METHOD: {', '.join(methods())}. "
         f"{short}."

@@ -19,7 +19,7 @@ from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
 from tests.distributed.test_scopes import part_of, whole
-from tests.oracles import SGD64, Weights, algorithm_1, m_sharpness, norm_of
+from tests.oracles import SGD64, Weights, algorithm_1, largest, m_sharpness, norm_of
 
 KWARGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 CLIP = 0.1  # below the gradient's norm, or clipping would not show
@@ -109,7 +109,7 @@ def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
     for results in run(train, world_size, seed, how):
         for name, weights in expected.items():
             for n, value in weights.items():
-                atol = 1e-11 * np.abs(value).max()
+                atol = 1e-11 * largest(weights)
                 np.testing.assert_allclose(results[name][n], value, rtol=0, atol=atol, err_msg=f"{name} {n}")
 
 
@@ -152,4 +152,4 @@ def test_what_a_method_keeps_is_resharded(seed: int, tmp_path: Path, name: str) 
     assert has_moved
     assert has_stayed
     for n, value in stayed.items():
-        np.testing.assert_allclose(moved[n], value, rtol=0, atol=1e-11 * np.abs(value).max())
+        np.testing.assert_allclose(moved[n], value, rtol=0, atol=1e-11 * largest(stayed))

@@ -20,7 +20,7 @@ from lesam_dist.wrapping import wrap
 from tests.distributed.hooks import counting_hook
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
-from tests.oracles import SGD64, Weights, norm_of
+from tests.oracles import SGD64, Weights, largest, norm_of
 
 
 def overflow_on_one_rank(here: Distributed, seed: int) -> list[tuple[bool, float]]:
@@ -113,7 +113,7 @@ def test_every_process_or_replica_perturbs_by_its_own_gradient(
         mine = rank * perturbations // world_size
         np.testing.assert_allclose(result["radii"], [r[mine] for r in radii], rtol=1e-9)
         for n, value in w.items():
-            np.testing.assert_allclose(result["weights"][n], value, rtol=0, atol=1e-11 * np.abs(value).max())
+            np.testing.assert_allclose(result["weights"][n], value, rtol=0, atol=1e-11 * largest(w))
             assert np.array_equal(result["weights"][n], ranks[0]["weights"][n]), "replicas drifted apart"
         if scope == "local":
             assert result["reductions"] == STEPS + 1, "one gradient reduction a step"

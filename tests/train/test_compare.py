@@ -63,7 +63,7 @@ def test_compare(
 ) -> None:
     """Interrupted in its third run of four and started again: the table is what the runs' logs say."""
     run_dir = tmp_path / "compare"
-    flags = ("--config", "digits_noisy_resnet8", "--methods", "lesam,sam", "--seeds", "2", "--run_dir", run_dir, *tiny)
+    flags = ("--config", "digits_noisy", "--methods", "lesam,sam", "--seeds", "2", "--run_dir", run_dir, *tiny)
     with monkeypatch.context() as patch:
         original = trainer.Trainer._step
 

@@ -38,7 +38,7 @@ def test_every_row_of_the_paper_has_a_name() -> None:
     expected |= {f"imagenet_{model}_{m}" for model in ("resnet50", "resnet101") for m in TABLE_1}
     expected |= {f"{d}_vit_b16_finetune_{m}" for d in ("cifar10", "cifar100") for m in ("sgd", "sam", "lesam")}
     expected |= {f"cifar100_{model}_{m}" for model in CIFAR_MODELS for m in ("sam", "lesam", "lesam_plus")}
-    assert expected | {"digits"} <= set(recipes())
+    assert expected | {"digits", "digits_noisy"} <= set(recipes())
     assert len(recipes()) == len(set(recipes())), "no name can be read in two ways"
     assert set(METHODS) | {"sgd", "lesam_plus"} == set(methods())
 
@@ -191,7 +191,9 @@ def test_the_model_fits_the_data(base: str) -> None:
 
 def test_names() -> None:
     assert split("digits_noisy_resnet8_lesam_plus") == ("digits_noisy_resnet8", "lesam_plus")
-    assert split("digits") == split(ALIASES["digits"])
+    for short, full in ALIASES.items():
+        assert split(short) == split(full)
+        assert full in recipes()
     assert split("cifar100_resnet18") is None
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": None}, "d": 3}) == {"a": {"b": None, "c": 2}, "d": 3}
     assert compose("digits")["run_dir"] == "runs/digits"
