@@ -29,8 +29,8 @@ SUMS = {16: 2**-8, 64: 1e-10}
 # bfloat16 rounds by up to 2**-9 at each of some ten layers, and from the second step on the weights differ too.
 LOSS = {16: 2**-4, 64: 1e-8}
 # How far the weights are from the exact ones after four steps, as a share of the way from their start. In bfloat16,
-# over 300 seeds: median 0.14 (ResNet) and 0.03 (ViT), at most 0.19 and 0.42. What must be exact is in float64: in float32
-# the sign of one ReLU's input may turn round, which made 1e-3.
+# over 300 seeds: median 0.14 (ResNet) and 0.03 (ViT), at most 0.19 and 0.42. What must be exact is in float64: in
+# float32 the sign of one ReLU's input may turn round, which made 1e-3.
 PATH = {16: 0.8, 64: 1e-6}
 
 
