@@ -27,6 +27,7 @@ from lesam_dist.train.config import Config, DataConfig, OptimizerConfig
 from lesam_dist.train.methods import METHODS, method_arguments, param_groups
 
 _DRY_BATCHES = 2
+_DRY_CLASSES = {"digits": 10, "digits_noisy": 10, "cifar10": 10, "cifar100": 100, None: 1000}  # as the data has them
 Images = ImageFolder | CifarSplit
 
 
@@ -108,14 +109,14 @@ def build_synthetic_loaders(config: Config, num_classes: int, here: Distributed)
 
 
 def resolve_num_classes(config: Config, classes: tuple[str, ...] | None) -> int:
-    """The size of the model's last layer.
+    """The size of the model's last layer; ``classes`` is None in a dry run, which reads no data.
 
     Raises:
         UserError: for more classes in the data than the model has.
     """
     wanted = config.model.num_classes
     if classes is None:
-        return wanted or 1000
+        return wanted or _DRY_CLASSES[config.data.builtin]
     if wanted is None:
         return len(classes)
     if len(classes) > wanted:

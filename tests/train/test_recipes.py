@@ -159,21 +159,22 @@ def test_composed_config_reads_back_from_a_file(name: str, tmp_path: Path, comma
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "millions"),
     [
-        "digits",
-        "digits_noisy_resnet8_esam",
-        "cifar10_resnet18_sgd",
-        "cifar100_resnet18_lesam",
-        "imagenet_resnet50_lesam",
+        ("digits", "0.08"),
+        ("digits_noisy_resnet8_esam", "0.08"),
+        ("cifar10_resnet18_sgd", "11.17"),
+        ("cifar100_resnet18_lesam", "11.22"),
+        ("imagenet_resnet50_lesam", "25.56"),
     ],
 )
-def test_dry_run(command: Command, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run(command: Command, name: str, millions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     reduced = ["--data.image_size", "32", "--data.batch_size", "2", "--dry_run"]
     reduced += [] if name.startswith("cifar") else ["--data.val_resize", "32"]
     status, out, err = command("--config", name, *reduced)
     assert (status, err) == (0, "")
+    assert f"({millions} M parameters)" in out, "the last layer is as large as with the data"
     assert out.count("[train]") == 2
     assert out.count("[val]") == 1
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
