@@ -7,14 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from lesam_dist import __version__
 from lesam_dist.errors import UserError, unknown_name
 
 
 def _train(argv: Sequence[str]) -> None:
     from lesam_dist.train.cli import parse
-    from lesam_dist.train.trainer import train
 
-    train(parse(argv))
+    config = parse(argv)
+    from lesam_dist.train.trainer import train  # here: --help and what is refused need no torch
+
+    train(config)
 
 
 def _compare(argv: Sequence[str]) -> None:
@@ -43,6 +46,9 @@ def main() -> NoReturn:
         for name, (_, text) in _COMMANDS.items():
             print(f"  {name:10s}{text}")
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] == "--version":
+        print(f"lesam-dist {__version__}")
+        sys.exit(0)
     command = sys.argv.pop(1)
     run(command)
 

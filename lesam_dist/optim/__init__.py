@@ -1,21 +1,30 @@
-"""Sharpness-aware optimizers: one file per method, on one protocol (`base`) and one set of operations (`ops`)."""
+"""Sharpness-aware optimizers: one file per method, on one protocol (`base`) and one set of operations (`ops`).
 
-from lesam_dist.optim.asam import ASAM, adaptive_groups
-from lesam_dist.optim.base import SharpnessAware
-from lesam_dist.optim.budget import CosineBudget
-from lesam_dist.optim.eigen import EigenSAM
-from lesam_dist.optim.esam import ESAM
-from lesam_dist.optim.fisher import FisherSAM
-from lesam_dist.optim.friendly import FriendlySAM
-from lesam_dist.optim.gsam import GSAM
-from lesam_dist.optim.lesam import LESAM
-from lesam_dist.optim.looksam import LookSAM
-from lesam_dist.optim.msam import MSAM
-from lesam_dist.optim.s2sam import S2SAM
-from lesam_dist.optim.sam import SAM
-from lesam_dist.optim.samon import SAMON, norm_groups
-from lesam_dist.optim.ssam import SSAM
-from lesam_dist.optim.wsam import WSAM
+The names are imported when they are first used: what only reads a config or prints a help needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lesam_dist.optim.asam import ASAM, adaptive_groups
+    from lesam_dist.optim.base import SharpnessAware
+    from lesam_dist.optim.budget import CosineBudget
+    from lesam_dist.optim.eigen import EigenSAM
+    from lesam_dist.optim.esam import ESAM
+    from lesam_dist.optim.fisher import FisherSAM
+    from lesam_dist.optim.friendly import FriendlySAM
+    from lesam_dist.optim.gsam import GSAM
+    from lesam_dist.optim.lesam import LESAM
+    from lesam_dist.optim.looksam import LookSAM
+    from lesam_dist.optim.msam import MSAM
+    from lesam_dist.optim.s2sam import S2SAM
+    from lesam_dist.optim.sam import SAM
+    from lesam_dist.optim.samon import SAMON, norm_groups
+    from lesam_dist.optim.ssam import SSAM
+    from lesam_dist.optim.wsam import WSAM
 
 __all__ = [
     "ASAM",
@@ -37,3 +46,36 @@ __all__ = [
     "adaptive_groups",
     "norm_groups",
 ]
+
+_FILES = {
+    "ASAM": "asam",
+    "ESAM": "esam",
+    "GSAM": "gsam",
+    "LESAM": "lesam",
+    "MSAM": "msam",
+    "S2SAM": "s2sam",
+    "SAM": "sam",
+    "SAMON": "samon",
+    "SSAM": "ssam",
+    "WSAM": "wsam",
+    "CosineBudget": "budget",
+    "EigenSAM": "eigen",
+    "FisherSAM": "fisher",
+    "FriendlySAM": "friendly",
+    "LookSAM": "looksam",
+    "SharpnessAware": "base",
+    "adaptive_groups": "asam",
+    "norm_groups": "samon",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch.distributed.tensor import DTensor
-
-from lesam_dist.optim.rows import Rows
+if TYPE_CHECKING:
+    from lesam_dist.optim.rows import Rows
 
 Scope = Literal["global", "local", "replica"]
 Between = Literal["skip", "reuse"]
@@ -36,6 +35,8 @@ def check_options(method: str, options: dict[str, Any]) -> None:
 
 def require_scope(method: str, scope: Scope, rows: Sequence[Rows]) -> None:
     """Raise RuntimeError for a scope that the parameters' places do not allow."""
+    from torch.distributed.tensor import DTensor  # here: a config is checked without torch
+
     if scope == "local" and any(r.axes is not None for r in rows):
         raise RuntimeError(
             f"{method}: scope='local' needs each process to hold all weights, but some are sharded: their shards are "

@@ -9,11 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-
 from lesam_dist.errors import UserError
 from lesam_dist.train.experiments import Outcome
 
@@ -45,6 +40,10 @@ def report(
     Raises:
         UserError: where they cannot be written.
     """
+    import torch  # here, as in `plot`: a wrong flag is refused without them
+    from rich.console import Console
+    from rich.table import Table
+
     console, text = Console(), markdown(header, rows)
     if console.is_terminal:
         table = Table(*header)
@@ -81,6 +80,8 @@ def plot(target: Path, outcomes: Sequence[Outcome], title: str, xlabel: str, val
         title, xlabel: texts.
         values: where each outcome is, joined by a line; None writes their names side by side.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(6.0, 0.9 * len(outcomes) + 2), 4.5), layout="constrained")  # no pyplot: no display
     axes = figure.subplots()
     places = [float(i) for i in range(len(outcomes))] if values is None else values

@@ -15,17 +15,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lesam_dist.errors import UserError
-from lesam_dist.parallel import Distributed, process_group
-from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.cli import parse
 from lesam_dist.train.config import Config, check_same_run
-from lesam_dist.train.cost import sgd_steps
-from lesam_dist.train.trainer import train_here
+
+if TYPE_CHECKING:
+    from lesam_dist.parallel import Distributed
 
 
 @dataclass(frozen=True)
@@ -132,6 +129,10 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
     Raises:
         UserError: as `lesam_dist.train.trainer.train`; a finished run whose config differs.
     """
+    from lesam_dist.parallel import process_group  # here: --help and what is refused need no torch
+    from lesam_dist.train.cost import sgd_steps
+    from lesam_dist.train.trainer import train_here
+
     costs = [sgd_steps(setting.runs[0]) for setting in settings]  # first, since it checks the hyper-parameters
     acc1: dict[str, list[float]] = {setting.name: [] for setting in settings}
     seeds = len(settings[0].runs)
@@ -149,6 +150,10 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
 
 def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
     """The last evaluation of a run that has reached its last epoch, on every rank."""
+    import torch.distributed as dist
+
+    from lesam_dist.train.checkpoint import Checkpointer
+
     found: list[Any] = [None]
     if here.is_main:
         progress = Checkpointer(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, here).progress()
