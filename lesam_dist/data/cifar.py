@@ -145,8 +145,8 @@ class CifarLoader:
             if not sampling.train:
                 yield self._batch(batch[None])
                 continue
-            draws = draw(self._transform, sampling.batch_size, seed=sampling.seed, epoch=index, batch=i)
-            yield self._batch(np.stack([batch, *draws.rows(sampling.rows)]))
+            draws = draw(self._transform, sampling.positions(i), seed=sampling.seed, epoch=index)
+            yield self._batch(np.stack([batch, *draws]))
 
     def state_dict(self) -> dict[str, Any]:
         return self._sampling.state_dict()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lesam_dist.data.order import CIFAR_STREAM
+from lesam_dist.data.order import CIFAR_STREAM, position_uniforms
 from lesam_dist.errors import UserError
 
 SIDE = 32  # pixels
@@ -77,18 +77,13 @@ class CifarDraws(NamedTuple):
     hole_top: NDArray[np.int64]
     hole_left: NDArray[np.int64]
 
-    def rows(self, part: slice) -> CifarDraws:
-        return CifarDraws(*(values[part] for values in self))
 
+def draw(transform: CifarTransform, positions: range, *, seed: int, epoch: int) -> CifarDraws:
+    """Random numbers of the samples at ``positions`` of an epoch; see `position_uniforms`.
 
-def draw(transform: CifarTransform, batch_size: int, *, seed: int, epoch: int, batch: int) -> CifarDraws:
-    """Random numbers of global batch ``batch``, a pure function of ``(seed, epoch, batch)``.
-
-    Drawn for the whole global batch on every rank, which then takes its rows: an image is augmented in the same way for
-    any number of processes. An option has its own column, so that it changes nothing in the others.
+    An option has its own column, so that it changes nothing in the others.
     """
-    key = np.random.SeedSequence(seed, spawn_key=(CIFAR_STREAM, epoch, batch))
-    u = np.random.default_rng(key).random((6, batch_size))
+    u = position_uniforms(CIFAR_STREAM, 6, positions, seed=seed, epoch=epoch).T
     top, left = (u[:2] * (2 * transform.crop_padding + 1)).astype(np.int64)
     flip = (u[2] < 0.5).astype(np.int64) * transform.horizontal_flip
     hole_top, hole_left = (u[3:5] * SIDE).astype(np.int64) - transform.cutout // 2

@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch, ...)).
+# Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch)).
 ORDER_STREAM, CROP_STREAM, CIFAR_STREAM = 0, 1, 2
+
+_PHILOX_WORDS = 4  # random numbers of 64 bits that one value of Philox's counter gives
 
 
 def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
@@ -28,6 +30,26 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.i
     if shuffle:
         np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER_STREAM, epoch))).shuffle(order)
     return order
+
+
+def position_uniforms(stream: int, width: int, positions: range, *, seed: int, epoch: int) -> NDArray[np.float64]:
+    """The random numbers of an epoch's samples, each a function of ``(seed, epoch, its position in the epoch)``.
+
+    Philox (Salmon et al., 2011) makes numbers from a counter, so a rank draws those of its own samples alone: what it
+    costs does not grow with the number of processes, and what is drawn does not depend on it.
+
+    Args:
+        stream: one of the streams above.
+        width: numbers per sample, the same in every call for this stream.
+        positions: consecutive positions in the epoch's order.
+
+    Returns:
+        float64 ``(len(positions), width)``, uniform in [0, 1).
+    """
+    per_sample = -(-width // _PHILOX_WORDS)
+    key = np.random.SeedSequence(seed, spawn_key=(stream, epoch)).generate_state(2, np.uint64)
+    philox = np.random.Philox(key=key, counter=positions.start * per_sample)
+    return np.random.Generator(philox).random((len(positions), per_sample * _PHILOX_WORDS))[:, :width]
 
 
 def rank_batches(

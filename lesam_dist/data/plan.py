@@ -35,6 +35,5 @@ class Plan(Sampling):
         for i, batch in enumerate(self.batches(index)):
             draws = None
             if self.train:
-                full = draw(self.transform, self.batch_size, seed=self.seed, epoch=index, batch=i)
-                draws = full.rows(self.rows)
+                draws = draw(self.transform, self.positions(i), seed=self.seed, epoch=index)
             yield Batch([paths[j] for j in batch], labels[batch], draws)

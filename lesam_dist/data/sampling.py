@@ -88,10 +88,10 @@ class Sampling:
         """Images in a full batch of this rank."""
         return self.batch_size // self.world_size if self.train else self.batch_size
 
-    @property
-    def rows(self) -> slice:
-        """This rank's part of a global training batch."""
-        return slice(self.rank * self.local_batch_size, (self.rank + 1) * self.local_batch_size)
+    def positions(self, batch: int) -> range:
+        """Where this rank's part of global training batch ``batch`` lies in the epoch's order."""
+        first = batch * self.batch_size + self.rank * self.local_batch_size
+        return range(first, first + self.local_batch_size)
 
     def __len__(self) -> int:
         if self.train:

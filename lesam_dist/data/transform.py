@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lesam_dist.data.order import CROP_STREAM
+from lesam_dist.data.order import CROP_STREAM, position_uniforms
 from lesam_dist.errors import UserError
 
 ATTEMPTS = 10  # candidate crops per image, as in torchvision's RandomResizedCrop
@@ -79,18 +79,10 @@ class Draws(NamedTuple):
     position: NDArray[np.float64]
     flip: NDArray[np.int32]
 
-    def rows(self, part: slice) -> Draws:
-        return Draws(self.area[part], self.ratio[part], self.position[part], self.flip[part])
 
-
-def draw(transform: Transform, batch_size: int, *, seed: int, epoch: int, batch: int) -> Draws:
-    """Random numbers of global batch ``batch``, a pure function of ``(seed, epoch, batch)``.
-
-    Drawn for the whole global batch on every rank, which then takes its rows: an image is augmented in the
-    same way for any number of processes.
-    """
-    key = np.random.SeedSequence(seed, spawn_key=(CROP_STREAM, epoch, batch))
-    uniform = np.random.default_rng(key).random((batch_size, 2 * ATTEMPTS + 3))
+def draw(transform: Transform, positions: range, *, seed: int, epoch: int) -> Draws:
+    """Random numbers of the samples at ``positions`` of an epoch; see `position_uniforms`."""
+    uniform = position_uniforms(CROP_STREAM, 2 * ATTEMPTS + 3, positions, seed=seed, epoch=epoch)
     low, high = transform.random_area
     log_low, log_high = np.log(transform.random_aspect_ratio)
     return Draws(

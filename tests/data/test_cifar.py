@@ -166,7 +166,7 @@ def test_training_images_are_those_drawn(split: CifarSplit, load: Load, seed: in
         assert len(batches) == 3
         for i, (images, labels) in enumerate(batches):
             samples = order[60 * i : 60 * (i + 1)]
-            draws = draw(transform, 60, seed=seed, epoch=epoch, batch=i)
+            draws = draw(transform, range(60 * i, 60 * (i + 1)), seed=seed, epoch=epoch)
             expected, _ = reference(split.images[samples], draws, transform)
             assert images.dtype == torch.float32
             assert images.is_contiguous()
@@ -188,7 +188,7 @@ def test_black_borders_are_where_the_crop_left_the_image(split: CifarSplit, load
     """Zero padding is black, not the mean colour."""
     transform = CifarTransform(mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
     [images] = [images for images, _ in itertools.islice(load(split, transform=transform).epoch(0), 1)]
-    draws = draw(transform, 60, seed=seed, epoch=0, batch=0)
+    draws = draw(transform, range(60), seed=seed, epoch=0)
     black = (images == -0.5).all(dim=1).sum(dim=(1, 2))
     inside = (32 - np.abs(draws.top - 4)) * (32 - np.abs(draws.left - 4))
     assert black.tolist() == (1024 - inside).tolist()
@@ -212,7 +212,7 @@ def test_images_for_a_larger_model(split: CifarSplit, load: Load, train: bool) -
 def test_draws_are_uniform(seed: int) -> None:
     """Crops over all 9 x 9 places, half of the images flipped, hole centres over all 32 x 32 pixels."""
     n = 20_000
-    draws = draw(EVERYTHING, n, seed=seed, epoch=1, batch=2)
+    draws = draw(EVERYTHING, range(2 * n, 3 * n), seed=seed, epoch=1)
 
     def counts_are_uniform(values: NDArray[np.int64], low: int, number: int) -> None:
         counts = np.bincount(values - low, minlength=number)
@@ -231,15 +231,17 @@ def test_draws_are_uniform(seed: int) -> None:
     assert np.abs(correlation).max() < 6 / n**0.5
 
 
-def test_draws_are_a_function_of_seed_epoch_and_batch(seed: int) -> None:
+def test_draws_are_a_function_of_seed_epoch_and_position(seed: int) -> None:
     n = 5000
-    draws = draw(EVERYTHING, n, seed=seed, epoch=1, batch=2)
-    assert all(map(np.array_equal, draws, draw(EVERYTHING, n, seed=seed, epoch=1, batch=2)))
-    for key in ({"seed": seed + 1}, {"epoch": 2}, {"epoch": 2, "batch": 1}, {"batch": 3}):
-        other = draw(EVERYTHING, n, **{"seed": seed, "epoch": 1, "batch": 2, **key})
+    positions = range(2 * n, 3 * n)
+    draws = draw(EVERYTHING, positions, seed=seed, epoch=1)
+    assert all(map(np.array_equal, draws, draw(EVERYTHING, positions, seed=seed, epoch=1)))
+    before, after = range(n, 2 * n), range(3 * n, 4 * n)
+    for at, key in ((positions, (seed + 1, 1)), (positions, (seed, 2)), (before, (seed, 2)), (after, (seed, 1))):
+        other = draw(EVERYTHING, at, seed=key[0], epoch=key[1])
         for ours, theirs in zip(draws, other, strict=True):
             assert abs(np.corrcoef(ours, theirs)[0, 1]) < 6 / n**0.5
-    plain = draw(CifarTransform(horizontal_flip=False), n, seed=seed, epoch=1, batch=2)
+    plain = draw(CifarTransform(horizontal_flip=False), positions, seed=seed, epoch=1)
     assert not plain.flip.any()
     assert np.array_equal(plain.top, draws.top), "other options must not move the crops"
     assert np.array_equal(plain.left, draws.left)
@@ -253,7 +255,7 @@ def test_area_of_the_hole(split: CifarSplit, load: Load, seed: int, side: int, p
     for epoch in range(4):
         images, _ = read(load(split, transform=transform, batch_size=230), epoch)
         zeros.append((images == 0).all(dim=1).sum(dim=(1, 2)))
-        draws = draw(transform, 230, seed=seed, epoch=epoch, batch=0)
+        draws = draw(transform, range(230), seed=seed, epoch=epoch)
         drawn.append(reference(split.images, draws, transform)[1])
     assert torch.cat(zeros).tolist() == np.concatenate(drawn).tolist()
     # Of a row of 32 pixels, the hole around a centre c covers [c - side // 2, c - side // 2 + side).

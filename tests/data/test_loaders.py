@@ -171,7 +171,7 @@ def test_crop_graph_equals_crop_window(rng: np.random.Generator, seed: int) -> N
 
     n, bounds = 2000, (0.6, 4 / 3)
     shapes = np.exp(rng.uniform(0, np.log(3000), (n, 2))).astype(np.int64)  # thin ones too
-    draws = draw(Transform(random_aspect_ratio=bounds), n, seed=seed, epoch=0, batch=0)
+    draws = draw(Transform(random_aspect_ratio=bounds), range(n), seed=seed, epoch=0)
     pipeline = dali.Pipeline(n, 1, None, prefetch_queue_depth=1)
     with pipeline:
         inputs = fn.external_source(
