@@ -15,11 +15,18 @@ import torch.multiprocessing as mp
 
 from lesam_dist.parallel import Distributed
 
+# What every test's processes import; the server that they are forked from has it, once for the whole run of pytest.
+# It has no threads and has computed nothing: none of these modules starts any.
+_PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "lesam_dist", "lesam_dist.wrapping", "tests.methods"]
+
 
 def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """``function(here, *args)`` on every rank; its results by rank. The function must be a module's own."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (function, world_size, Path(folder), args), nprocs=world_size)  # type: ignore[no-untyped-call]
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)  # before the first process starts; later calls change nothing
+        arguments = (function, world_size, Path(folder), args)
+        mp.start_processes(_worker, arguments, nprocs=world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [pickle.loads((Path(folder) / f"rank{rank}").read_bytes()) for rank in range(world_size)]
 
 
