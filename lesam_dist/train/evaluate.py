@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lesam_dist.parallel import Distributed
 from lesam_dist.wrapping import is_sharded
 
+_TOP = 5
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -24,9 +25,10 @@ def evaluate(
     *,
     count: int | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy and cross entropy over the samples of all ranks.
+    """Top-1 and top-5 accuracy and cross entropy over the samples of all ranks.
 
-    Sums are reduced, not means: ranks may hold different numbers of samples, or none.
+    Sums are reduced, not means: ranks may hold different numbers of samples, or none. The host waits for the device
+    once, at the end.
 
     Args:
         model: not wrapped by DDP. Sharded by FSDP2, its forwards are collective: a rank that runs out of batches goes
@@ -37,7 +39,7 @@ def evaluate(
         count: number of this rank's batches; needed where the model is sharded, and not used elsewhere.
 
     Returns:
-        ``acc1`` in per cent, ``loss`` per sample, and the ``samples`` counted.
+        ``acc1`` and, for more than 5 classes, ``acc5`` in per cent, ``loss`` per sample, and the ``samples`` counted.
 
     Raises:
         ValueError: for a sharded model without ``count``.
@@ -49,17 +51,25 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=here.device)
+    counts = [0, 0]  # samples, and those with more than 5 classes: the same, but on a rank without any
     for images, labels in batches:
         with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
-        sums += torch.stack([loss.double(), correct.double(), torch.tensor(len(labels)).to(sums)])
+        correct = logits.argmax(dim=1) == labels
+        among_five = torch.zeros_like(correct)
+        if logits.shape[1] > _TOP:
+            among_five = (logits.topk(_TOP, dim=1).indices == labels[:, None]).any(dim=1)
+            counts[1] += len(labels)
+        counts[0] += len(labels)
+        sums += torch.stack([loss.double(), correct.sum().double(), among_five.sum().double()])
     model.train(was_training)
+    sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype).to(sums.device)])
     if here.world_size > 1:
         dist.all_reduce(sums)
-    loss_sum, correct_sum, samples = sums.tolist()
-    return {"acc1": 100 * correct_sum / samples, "loss": loss_sum / samples, "samples": samples}
+    loss_sum, correct_sum, among_five_sum, samples, of_many = sums.tolist()
+    top5 = {"acc5": 100 * among_five_sum / samples} if of_many else {}
+    return {"acc1": 100 * correct_sum / samples, **top5, "loss": loss_sum / samples, "samples": samples}
 
 
 def _in_step(batches: Batches, count: int, here: Distributed) -> Iterator[tuple[Tensor, Tensor]]:

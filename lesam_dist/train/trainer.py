@@ -16,7 +16,7 @@ from lesam_dist.data import Loader
 from lesam_dist.errors import UserError
 from lesam_dist.models import require_model
 from lesam_dist.optim import SharpnessAware
-from lesam_dist.parallel import Distributed, process_group
+from lesam_dist.parallel import Distributed, process_group, reduce_max
 from lesam_dist.train import build
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.cli import dump
@@ -25,7 +25,7 @@ from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
 from lesam_dist.train.summary import describe_run
-from lesam_dist.train.telemetry import METRICS, Meter, RunLog, plot_curves
+from lesam_dist.train.telemetry import METRICS, Meter, RunLog, event_of, plot_curves
 from lesam_dist.wrapping import wrap
 
 _ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
@@ -36,7 +36,7 @@ def train(config: Config) -> dict[str, float]:
     """Train as the config says, on the processes that torchrun started or alone.
 
     Returns:
-        The last evaluation: ``acc1`` (per cent), ``loss``, ``samples``.
+        The last evaluation, see `evaluate`.
 
     Raises:
         UserError: for anything that the user can mend; raised before training where it can be known then.
@@ -164,8 +164,10 @@ class Trainer:
                 with suppress(OSError):  # a full disk has been reported by now
                     plot_curves(self.run_dir)
                 if self.last_evaluation:
-                    top1, samples = self.last_evaluation["acc1"], self.last_evaluation["samples"]
-                    self.log.print(f"top-1 {top1:.2f} % of {samples:.0f} validation images after epoch {self.epoch}")
+                    last = self.last_evaluation
+                    top5 = f", top-5 {last['acc5']:.2f} %" if "acc5" in last else ""
+                    images = f"{last['samples']:.0f} validation images after epoch {self.epoch}"
+                    self.log.print(f"top-1 {last['acc1']:.2f} %{top5} of {images}")
                 self.log.print(f"results: {self.run_dir}  (metrics.jsonl, curves.png, checkpoints/, tensorboard/)")
             self.log = None
 
@@ -173,7 +175,7 @@ class Trainer:
         self.wrapped.train()
         # A function of (seed, epoch, rank), so that a resumed epoch draws what the uninterrupted one drew.
         torch.manual_seed((self.config.seed * 100_003 + self.epoch) * 100_003 + self.here.rank)
-        meter = Meter(self.config.data.batch_size)
+        meter = Meter(self.config.data.batch_size, event_of(self.here.device))
         batches = self.train_loader.epoch(self.epoch)
         for index in range(self.steps_per_epoch):
             with meter.waiting():
@@ -187,7 +189,6 @@ class Trainer:
             if self.budget:
                 self.budget.step()
             self.step += 1
-            meter.count()
             if self.log:
                 self.log.advance()
             if self._logs(self.step):
@@ -248,9 +249,14 @@ class Trainer:
             names = ["perturbed_loss", "grad_norm", "rho", "skipped"]
             names += ["realized_rho"] if self.optimizer.measure_rho else []
             scalars |= {name: telemetry[name].to(loss.device) for name in names}
+        rates = meter.rates()
+        scalars["data_wait"] = torch.tensor(rates.pop("data_wait"), device=loss.device)
+        longest = scalars["data_wait"].clone()  # of all ranks': one that starves holds up the others
+        reduce_max(longest)
+        rates["data_wait_max"] = float(longest)
         means = dict(zip(scalars, self.here.mean(list(scalars.values())), strict=True))
         if self.log:
-            self.log.write("train", self.step, epoch, {**means, **used, **meter.rates()})
+            self.log.write("train", self.step, epoch, {**means, **used, **rates})
             if "realized_rho" in means:
                 self._warn_of_rounding(means["rho"], means["realized_rho"])
 
@@ -269,7 +275,7 @@ class Trainer:
         if self.ema:
             with self.ema.swapped():
                 averaged = self._evaluate_weights()
-            result |= {f"ema_{name}": averaged[name] for name in ("acc1", "loss")}
+            result |= {f"ema_{name}": averaged[name] for name in averaged if name != "samples"}
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)

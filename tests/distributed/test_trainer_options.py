@@ -12,12 +12,14 @@ from torch.distributed.tensor import DTensor
 from lesam_dist.parallel import Distributed
 from lesam_dist.train import trainer
 from lesam_dist.train.cli import parse
+from lesam_dist.train.telemetry import Meter, read_metrics
 from tests.distributed.processes import run
 
 FLAGS = [
     *("--config", "digits", "--data.builtin", "null", "--data.batch_size", "20", "--data.eval_batch_size", "5"),
     *("--epochs", "1", "--schedule.anneal_start_epoch", "null", "--optimizer.lr", "0.01", "--optimizer.sigma", "0.02"),
     *("--precision.channels_last", "false", "--precision.compute", "bf16", "--ema.decay", "0.5"),
+    *("--logging.every_steps", "1"),
 ]
 SHARDED = {"fsdp": [], "hsdp": ["--parallel.shard_size", "1"]}
 
@@ -30,6 +32,8 @@ Fitted = dict[str, tuple[dict[str, float], dict[str, Any]]]  # evaluation, and a
 
 def fit(here: Distributed, images: str, folder: str, resume: bool) -> Fitted:
     results: Fitted = {}
+    # The second process is the one that waits for its data.
+    Meter.rates = lambda _: {"images_per_s": 1.0, "data_wait": 0.25 + 0.5 * here.rank}  # type: ignore[method-assign]
     for strategy in ("ddp", *SHARDED):
         flags = [*FLAGS, "--data.root", images, "--run_dir", f"{folder}/{strategy}", "--parallel.strategy", strategy]
         if strategy in SHARDED:
@@ -58,3 +62,5 @@ def test_sharded_in_bf16_follows_ddp_under_autocast_and_resumes(images: Path, tm
             assert evaluation == ranks[0][strategy][0]
             for name, value in again[strategy][1].items():
                 assert (averages[name] == value).all(), f"{strategy} {name}: loading a finished run changed it"
+    train = [line for line in read_metrics(tmp_path / "ddp") if line["split"] == "train"]
+    assert [(line["data_wait"], line["data_wait_max"]) for line in train] == [(0.5, 0.75)] * 3, "mean, and the worst"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import numpy as np
@@ -18,20 +19,21 @@ from tests.distributed.processes import run
 SAMPLES = 11
 
 
-def make(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+def make(seed: int, classes: int) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
-    return net, torch.randn(SAMPLES, 4), torch.randint(0, 3, (SAMPLES,))
+    net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, classes))
+    return net, torch.randn(SAMPLES, 4), torch.randint(0, classes, (SAMPLES,))
 
 
+RUNS = [("ddp", 5), ("ddp", 12), ("fsdp", 12)]  # strategies and numbers of classes
 Counted = tuple[dict[str, float], int, int]  # the evaluation, this rank's forwards, and its gathers of objects
 
 
 def share(here: Distributed, seed: int, owners: list[int]) -> list[Counted]:
     """Sample i belongs to rank owners[i]; batches of 3, the last one partial. Replicated, then sharded."""
     results = []
-    for strategy in ("ddp", "fsdp"):
-        net, x, y = make(seed)
+    for strategy, classes in RUNS:
+        net, x, y = make(seed, classes)
         wrap(net, here, strategy, wrap_classes=["Linear"])  # type: ignore[arg-type]
         mine = torch.tensor([i for i, owner in enumerate(owners) if owner == here.rank], dtype=torch.long)
         batches = [(x[part], y[part]) for part in mine.split(3) if len(part)]
@@ -44,12 +46,15 @@ def share(here: Distributed, seed: int, owners: list[int]) -> list[Counted]:
     return results
 
 
-def expected(seed: int) -> dict[str, float]:
-    net, x, y = make(seed)
+def expected(seed: int, classes: int) -> dict[str, float]:
+    net, x, y = make(seed, classes)
     logits = net.eval()(x).detach().double().numpy()
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    accuracy = 100 * float((logits.argmax(axis=1) == y.numpy()).mean())
-    return {"acc1": accuracy, "loss": -float(log_p[np.arange(SAMPLES), y.numpy()].mean()), "samples": SAMPLES}
+    of_label = logits[np.arange(SAMPLES), y.numpy()]
+    better = (logits > of_label[:, None]).sum(axis=1)  # classes before the right one
+    top5 = {"acc5": 100 * float((better < 5).mean())} if classes > 5 else {}
+    loss = -float(log_p[np.arange(SAMPLES), y.numpy()].mean())
+    return {"acc1": 100 * float((better == 0).mean()), **top5, "loss": loss, "samples": SAMPLES}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -60,13 +65,30 @@ def test_every_sample_counts_once(seed: int, world_size: int) -> None:
         results = [share(Distributed(0, 0, 1, torch.device("cpu")), seed, owners)]
     else:
         results = run(share, world_size, seed, owners)
-    for rank, (replicated, sharded) in enumerate(results):
+    for rank, runs in enumerate(results):
         mine = -(-owners.count(rank) // 3)
-        for evaluation, *_ in (replicated, sharded):
-            assert evaluation == pytest.approx(expected(seed), rel=1e-5)
-        assert replicated[1:] == (mine, 0)
-        # Sharded, all ranks run as often as the one with the most, and agree on that once, not in every batch.
-        assert sharded[1:] == ((mine, 0) if world_size == 1 else (3, 1))
+        for (strategy, classes), (evaluation, forwards, gathers) in zip(RUNS, runs, strict=True):
+            assert evaluation == pytest.approx(expected(seed, classes), rel=1e-5)
+            # Sharded, all ranks run as often as the one with the most, and agree on that once, not in every batch.
+            together = strategy == "fsdp" and world_size > 1
+            assert (forwards, gathers) == ((3, 1) if together else (mine, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_batch_waits_for_the_device(seed: int) -> None:
+    net, x, y = (part.cuda() for part in make(seed, 12))
+    here = Distributed(0, 0, 1, torch.device("cuda", 0))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        torch.cuda.set_sync_debug_mode("error")
+        yield from zip(x.split(3), y.split(3), strict=True)
+        torch.cuda.set_sync_debug_mode("default")  # the sums are read now
+
+    try:
+        assert evaluate(net, batches(), here) == pytest.approx(expected(seed, 12), rel=1e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def without_count(here: Distributed) -> str:
