@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from lesam_dist.optim import ops as operations
 from lesam_dist.optim.accumulate import GradientSum
 from lesam_dist.optim.base_update import Mixture
+from lesam_dist.optim.fused import step_unless
 from lesam_dist.optim.guarded import GuardedOptimizer
 from lesam_dist.optim.memory import ASCENT
 from lesam_dist.optim.ops import Backend
@@ -306,7 +307,7 @@ class SharpnessAware(GuardedOptimizer):
         if not weights.update(self.base_optimizer, grads, factors):
             weights.restore()
             weights.mix(grads, factors)
-            self._base_step()
+            step_unless(self.base_optimizer, weights.overflow)
         if not self._plain:
             self.updated()
         self._opt_called = True  # what torch's LR schedulers ask for
@@ -414,19 +415,6 @@ class SharpnessAware(GuardedOptimizer):
                 f"{type(self).__name__}: its update needs the first gradient of every step, which "
                 "ascent_between='reuse' leaves out. Choose ascent_between='skip', or ascent_interval=1."
             )
-
-    def _base_step(self) -> None:
-        base = self.base_optimizer
-        self.unfuse_dtensors()
-        if all(group.get("fused") for group in self.param_groups):
-            # torch's fused kernels read the flag on the device (the contract of torch.amp): no host sync.
-            base.found_inf = self._perturbation.overflow  # type: ignore[attr-defined]
-            try:
-                base.step()
-            finally:
-                del base.found_inf  # type: ignore[attr-defined]
-        elif not self._perturbation.overflow.item():
-            base.step()
 
     def names_in_use(self) -> tuple[str, ...]:
         return (*self.memory_names, ASCENT) if self._reuses() else self.memory_names

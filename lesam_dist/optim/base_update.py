@@ -41,7 +41,7 @@ class BaseUpdate:
     def state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter of a stateful group, made as torch makes it where it is missing."""
         own: dict[str, Tensor] = self.state[p]
-        if self.columns[0] not in own:
+        if own.get(self.columns[0]) is None:
             for name in self.columns:
                 is_step = name == "step"
                 own[name] = torch.zeros((), device=p.device) if is_step else torch.zeros_like(p)
@@ -57,6 +57,8 @@ def base_update(base: Optimizer, mixtures: Sequence[Mixture]) -> BaseUpdate | No
         base: the base optimizer.
         mixtures: ``(a, b)`` of each param group.
     """
+    if type(base) not in (SGD, AdamW):
+        return None  # groups and state of others are their own
     groups = base.param_groups
     if any(group["differentiable"] or isinstance(group["lr"], Tensor) for group in groups):
         return None
@@ -69,7 +71,7 @@ def base_update(base: Optimizer, mixtures: Sequence[Mixture]) -> BaseUpdate | No
         columns = ("momentum_buffer",) if any(momentum) else ()
         scalars = [_sgd(group, *ab) for group, ab in zip(groups, signed, strict=True)]
         return BaseUpdate("restore_sgd", columns, scalars, torch.float32, momentum, base.state)
-    if type(base) is AdamW and not any(group["amsgrad"] for group in groups):
+    if not any(group["amsgrad"] for group in groups):
         scalars = [_adamw(group, *ab) for group, ab in zip(groups, signed, strict=True)]
         columns = ("step", "exp_avg", "exp_avg_sq")
         return BaseUpdate("restore_adamw", columns, scalars, torch.float64, [True] * len(groups), base.state)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.fused import unfuse_dtensors
 from lesam_dist.optim.memory import ASCENT, Memory
 from lesam_dist.optim.ops import Backend
 from lesam_dist.optim.perturbation import Perturbation
@@ -112,7 +113,7 @@ class GuardedOptimizer(SharedOptimizer):
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        self.unfuse_dtensors()
+        unfuse_dtensors(self.base_optimizer)
         self.base_optimizer.step()
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.fused import fused_if_possible
 
 BaseOptimizer = Callable[..., Optimizer]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HAS_FUSED = (SGD, Adam, AdamW)
 
 
 class SharedOptimizer(Optimizer):
@@ -54,13 +54,6 @@ class SharedOptimizer(Optimizer):
 
     def forget(self) -> None:
         """Drop what was derived from groups and state; called whenever either may have been replaced."""
-
-    def unfuse_dtensors(self) -> None:
-        """Switch torch's fused SGD off where it would fail; FSDP2 may put DTensors in after construction."""
-        if isinstance(self.base_optimizer, SGD):
-            for group in self.param_groups:
-                if group["fused"] and any(isinstance(p, DTensor) for p in group["params"]):
-                    group["fused"] = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -117,16 +110,3 @@ def _as_groups(params: ParamsT) -> list[Any]:
         {**g, "params": list(g["params"])} if isinstance(g, dict) and isinstance(g["params"], Iterator) else g
         for g in params
     ]
-
-
-def fused_if_possible(cls: BaseOptimizer, groups: list[Any]) -> dict[str, bool]:
-    """``{"fused": True}`` where torch's fused implementation of ``cls`` takes these parameters, else no argument."""
-    members = [m for g in groups for m in (g["params"] if isinstance(g, dict) else [g])]
-    tensors = [m[1] if isinstance(m, tuple) else m for m in members]
-    takes = (
-        cls in _HAS_FUSED
-        and all(isinstance(t, Tensor) and t.is_floating_point() and t.device.type in ("cpu", "cuda") for t in tensors)
-        # torch's fused SGD has no rule for DTensors.
-        and not (cls is SGD and any(isinstance(t, DTensor) for t in tensors))
-    )
-    return {"fused": True} if takes else {}

@@ -21,7 +21,7 @@ from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights
 from lesam_dist.optim import CosineBudget
-from lesam_dist.optim.shared import fused_if_possible
+from lesam_dist.optim.fused import fused_if_possible
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.config import Config, DataConfig, OptimizerConfig
 from lesam_dist.train.methods import METHODS, method_arguments, param_groups

@@ -16,6 +16,7 @@ from lesam_dist.data import Loader
 from lesam_dist.errors import UserError
 from lesam_dist.models import require_model
 from lesam_dist.optim import SharpnessAware
+from lesam_dist.optim.fused import make_momentum
 from lesam_dist.parallel import Distributed, process_group, reduce_max
 from lesam_dist.train import build
 from lesam_dist.train.checkpoint import Checkpointer
@@ -236,6 +237,7 @@ class Trainer:
         if scaler is None:
             optimizer.step()
         else:
+            make_momentum(optimizer)  # the scaler may skip the very first update
             scaler.step(optimizer)
         return loss
 
