@@ -115,6 +115,11 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"p20": fifths[0], "p50": statistics.median(seconds), "p80": fifths[3]}
 
 
+def progress(text: str) -> None:
+    """What begins now, on stderr: stdout is the report's."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def write(args: argparse.Namespace, document: dict[str, Any], markdown: str) -> None:
     """Write what ``--json`` and ``--markdown`` ask for. Cheap: call it after each piece of work."""
     for path, text in ((args.json, json.dumps(document, indent=1)), (args.markdown, markdown)):

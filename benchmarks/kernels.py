@@ -24,6 +24,7 @@ from common import (
     number,
     parser,
     percentiles,
+    progress,
     table,
     words,
     write,
@@ -208,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if deadline.passed:
                 section = f"{model}, {base}, {dtype}: not run, the {args.seconds:.0f} s are used up\n"
             else:
+                progress(f"{model}, {base}, {dtype}")
                 share = deadline.share(left)
                 results = compare(model, base, problem, args.providers, clock, args.repeats, share)
                 document["results"] += results

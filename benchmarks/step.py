@@ -2,9 +2,12 @@
 
     python benchmarks/step.py [--models resnet50,vit_b_16] [--batch 32,128,256] [--variants sgd,lesam]
 
+These are what it takes with CUDA. On a CPU it takes tiny models and batches, in seconds, and shows ratios alone:
+bfloat16 is slow there, and a step of ResNet-50 at batch 128 would take minutes.
+
 Images are on the device already, channels_last, forward and backward under bf16 autocast. BatchNorm's statistics are
 frozen in the second pass of every two-pass variant. Variants run one after the other, each with a fresh model of the
-same weights. On the CPU only ratios are shown: `--device cpu --batch 2 --image-size 32 --models resnet_tiny`.
+same weights.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from common import (
     number,
     parser,
     percentiles,
+    progress,
     table,
     words,
     write,
@@ -228,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for model in args.models:
             results = []
             for variant in args.variants:
+                progress(f"{model}, batch {batch}: {variant}")
                 if deadline.passed:
                     status = f"not run: the {args.seconds:.0f} s are used up"
                     results.append({"model": model, "batch": batch, "variant": variant, "status": status})
@@ -247,16 +252,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parser(__doc__)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--models", type=words, default=["resnet50", "vit_b_16"])
+    options.add_argument("--models", type=words, help=f"some of {', '.join(NETWORKS)}; CUDA: the first two, CPU: tiny")
     options.add_argument("--variants", type=words, default=list(VARIANTS), help=f"some of {', '.join(VARIANTS)}")
-    options.add_argument("--batch", type=lambda text: [int(word) for word in words(text)], default=[128, 32, 256])
-    options.add_argument("--image-size", type=int, default=224, help="side in pixels; 32 or more, a multiple of 16")
+    options.add_argument(
+        "--batch", type=lambda text: [int(word) for word in words(text)], help="CUDA: 128,32,256, CPU: 4"
+    )
+    options.add_argument("--image-size", type=int, help="pixels, a multiple of 16 of at least 32; CUDA: 224, CPU: 32")
     options.add_argument("--base", choices=BASES, default="sgd", help="sgd (with momentum) or adamw")
     options.add_argument("--repeats", type=int, default=20, help="timed steps per variant")
-    options.add_argument("--seconds", type=float, help="begin nothing new after this time")
+    options.add_argument("--seconds", type=float, help="begin nothing new after this time; CPU: 80")
     options.add_argument("--seed", type=int, default=torch.seed() % 2**31, help="of weights and images")
     args = options.parse_args(argv)
     args.argv = argv
+    on_cuda = args.device == "cuda"
+    args.models = args.models or (["resnet50", "vit_b_16"] if on_cuda else ["resnet_tiny", "vit_tiny"])
+    args.batch = args.batch or ([128, 32, 256] if on_cuda else [4])
+    args.image_size = args.image_size or (224 if on_cuda else 32)
+    args.seconds = args.seconds or (None if on_cuda else 80.0)
     for given, known in ((args.models, NETWORKS), (args.variants, VARIANTS)):
         unknown = set(given) - set(known)
         if unknown:

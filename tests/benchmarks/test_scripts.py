@@ -24,6 +24,10 @@ from timing import Call, CpuClock
 import kernels  # noqa: TID251 (the script benchmarks/kernels.py)
 
 ROOT = Path(__file__).parents[2]
+OTHERS = (
+    *("numpy", "torchvision", "PIL", "nvidia.dali", "sklearn", "rich", "jsonargparse", "yaml", "matplotlib"),
+    *("tensorboard", "accelerate", "pytest"),
+)
 ENVIRONMENT = {"device", "torch", "triton", "python", "commit", "command", "date"}
 
 
@@ -77,6 +81,22 @@ def test_kernels_stop_when_their_time_is_up(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.count("not run") == 2
 
 
+def test_scripts_need_torch_and_triton_alone() -> None:
+    """In a process without what else this project installs: a GPU's host may have no more than a checkout."""
+    scripts = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "cifar_data"]
+    assert {"step", "kernels", "memory", "host", "gpu"} < set(scripts)
+    code = f"""
+import importlib, sys
+for name in {OTHERS!r}:
+    sys.modules[name] = None  # importing it raises
+sys.path.append("benchmarks")
+for name in {sorted(scripts)!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         kernels.main(["--models", "resnet51"])
@@ -98,9 +118,12 @@ def test_the_table_of_a_gpu(seed: int) -> None:
 
 
 def test_step_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "cpu", "--batch", "2", "--image-size", "32", "--models", "resnet_tiny,vit_tiny"]
-    step.main([*options, "--repeats", "2", *outputs(tmp_path)])
-    stdout = capsys.readouterr().out
+    """Without a word about sizes it takes tiny ones, and says what it is at."""
+    step.main(["--device", "cpu", "--repeats", "2", *outputs(tmp_path)])
+    stdout, stderr = capsys.readouterr()
+    assert stderr.splitlines() == [
+        f"{model}, batch 4: {variant}" for model in ("resnet_tiny", "vit_tiny") for variant in step.VARIANTS
+    ]
     document = check_files(tmp_path, stdout)
     results = {(r["model"], r["variant"]): r for r in document["results"]}
     assert len(results) == 2 * len(step.VARIANTS)
