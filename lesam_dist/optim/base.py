@@ -48,7 +48,7 @@ class SharpnessAware(GuardedOptimizer):
     several param groups of different settings, ``rho`` and ``sigma`` are those of the first one. Set the attribute
     `measure_rho` to have also ``realized_rho``, ||w' - w|| as stored: in bfloat16 and float16 weights most of a small
     perturbation is lost to rounding. It costs one more read of weights and copies. While the attribute `enabled` is
-    False, ``step(closure)`` makes the base optimizer's plain step in one pass.
+    False, ``step(closure)`` makes the base optimizer's plain step in one pass, and copies no weights.
 
     With float16, set the attribute `grad_scaler` and let the closure scale the loss; ``step(closure)`` or
     ``scaler.step(optimizer, closure)``, then ``scaler.update()``. In a hand-written loop, call
@@ -265,7 +265,7 @@ class SharpnessAware(GuardedOptimizer):
             grads = self.first_gradients()
             if self.enabled:
                 self.between(grads)
-            self._perturb(grads, fresh=fresh, plain=True)  # the update reads the saved weights
+            self._perturb(grads, fresh=fresh, plain=True)
         return loss, loss
 
     @torch.no_grad()
@@ -300,6 +300,8 @@ class SharpnessAware(GuardedOptimizer):
             norm = weights.check_second(grads)
             if max_norm is not None:
                 clip_grads_with_norm_([p for rows in weights.rows for p in rows.params], max_norm, norm)
+            if self._plain:
+                self.telemetry["grad_norm"] = norm
         if self._options["scope"] != "global":
             reduce_max(weights.overflow)  # each process knows its own first gradient only
         self.telemetry["skipped"].add_(weights.overflow)  # in place: a replayed CUDA graph goes on counting
@@ -392,8 +394,10 @@ class SharpnessAware(GuardedOptimizer):
             require_scope(type(self).__name__, self._options["scope"], self._perturbation.rows)
 
     def _perturb(self, grads: list[Gradients], fresh: bool, plain: bool = False) -> None:
-        """Perturb by ``grads``; ``plain`` only saves the weights, for an update by ``.grad`` alone."""
+        """Perturb by ``grads``; ``plain`` leaves the weights alone, for an update by ``.grad`` alone."""
         self._plain = plain
+        if plain:
+            grads = [[None] * len(rows.params) for rows in self._perturbation.rows]  # no copy is made
         radii = [_UNPERTURBED if plain else self.radius(group) for group in self.param_groups]
         mixing = [(1.0, 0.0)] * len(radii) if plain else self._mixtures()
         self._perturbation.keep_first(grads, mixing, fresh)

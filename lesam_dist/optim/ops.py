@@ -161,20 +161,24 @@ def require_backend(backend: str) -> None:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(get_args(Backend))}.")
 
 
+def choose(backend: Backend, rows: Rows) -> Backend:
+    """What "auto" is for ``rows``: Triton on CUDA where it is installed, but for float64; the reference elsewhere."""
+    if backend != "auto":
+        return backend
+    has_kernels = rows.device.type == "cuda" and all(p.dtype != torch.float64 for p in rows.params)
+    return "triton" if has_kernels and importlib.util.find_spec("triton") is not None else "reference"
+
+
 def select(backend: Backend, rows: Rows) -> Ops:
-    """The operations for ``rows``: "auto" is Triton on CUDA where it is installed, the reference elsewhere.
+    """The operations for ``rows``, see `choose`.
 
     Raises:
         RuntimeError: for "triton" on a device that it cannot run on.
     """
-    device = rows.device
-    if backend == "auto":
-        has_triton = importlib.util.find_spec("triton") is not None
-        backend = "triton" if device.type == "cuda" and has_triton else "reference"
-    if backend == "reference":
+    if choose(backend, rows) == "reference":
         return ReferenceOps(rows)
-    if device.type != "cuda":
-        _require_interpreter(device)
+    if rows.device.type != "cuda":
+        _require_interpreter(rows.device)
     from lesam_dist.optim.triton_ops import TritonOps  # here, so that triton is needed only where it is used
 
     return TritonOps(rows)

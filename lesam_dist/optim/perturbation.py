@@ -95,6 +95,7 @@ class Perturbation:
         for rows, ops in zip(self.rows, self.ops, strict=True):
             self._touched.append(ops)
             stats.append(ops.perturb(sum_sq.to(rows.device), radii))
+        torch.clear_autocast_cache()  # an autocast around the whole step keeps casts of the weights
         if fresh:
             self.overflow.copy_(stats[0][2])
         else:
@@ -113,9 +114,12 @@ class Perturbation:
 
     def restore(self) -> None:
         """Give the weights back; harmless when they are not perturbed."""
-        for ops in self._touched if self.active else ():
+        if not self.active:
+            return
+        for ops in self._touched:
             ops.restore()
         self.active = False
+        torch.clear_autocast_cache()
 
     def update(self, base: Optimizer, grads: list[Gradients], factors: Tensor | None) -> bool:
         """Restore and make the base optimizer's update in one launch, where a kernel does; returns whether."""
@@ -125,6 +129,7 @@ class Perturbation:
         for rows, ops, g in zip(self.rows, self.ops, grads, strict=True):
             ops.restore_and_update(update, g, self.overflow.to(rows.device), factors)
         self.active = False
+        torch.clear_autocast_cache()
         return True
 
     def mix(self, grads: list[Gradients], factors: Tensor | None) -> None:

@@ -82,7 +82,7 @@ class SharedOptimizer(Optimizer):
             if p.dtype not in _DTYPES:
                 raise TypeError(
                     f"{type(self).__name__}: parameter {name!r} is {p.dtype}; supported are float32, bfloat16, float16 "
-                    "and float64 (float64 not with the kernels). Leave it out of the param groups or convert it."
+                    "and float64 (not with backend='triton'). Leave it out of the param groups or convert it."
                 )
         self.check_group(group)
         self.forget()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lesam_dist import LESAM, SAM, CosineBudget
+from lesam_dist.optim.ops import choose
+from lesam_dist.optim.rows import Rows
 from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
 
 BACKENDS = ["reference", "triton"]
@@ -315,3 +317,55 @@ def test_model_converted_between_steps(seed: int) -> None:
     optimizer.restore()
     assert same(net, before)
     assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+
+
+@pytest.mark.parametrize("base", [SGD, UNFUSED, torch.optim.AdamW], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_disabled_is_the_plain_optimizer_and_copies_nothing(
+    seed: int, backend: str, base: Callable[..., torch.optim.Optimizer]
+) -> None:
+    """A method that starts late or stops early costs nothing meanwhile; in between it works."""
+    net = make_net()
+    twin = copy.deepcopy(net)
+    optimizer = SAM(net.parameters(), base, rho=0.3, lr=0.1, backend=backend)  # type: ignore[arg-type]
+    plain = base(twin.parameters(), lr=0.1)
+    optimizer.enabled = False
+    for number in range(3):
+        rng = torch.get_rng_state()
+        optimizer.step(make_closure(net, lambda call, bad=number == 1: float("inf") if bad else 1.0))  # type: ignore[misc]
+        torch.set_rng_state(rng)
+        if number != 1:
+            plain.zero_grad()
+            make_closure(twin)()
+            norm = torch.stack([p.grad.norm() for p in twin.parameters()]).norm()
+            assert optimizer.telemetry["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+            plain.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+    assert optimizer.telemetry["skipped"].item() == 1
+    assert optimizer.telemetry["rho"].item() == 0
+    assert all(copy is None for rows in optimizer._perturbation.rows for copy in rows.copies)
+    optimizer.enabled = True
+    optimizer.step(make_closure(net))
+    assert optimizer.telemetry["rho"].item() == pytest.approx(0.3)
+    before = snapshot(net)
+    optimizer.enabled = False
+    optimizer.step(make_closure(net, lambda call: float("nan")))
+    assert same(net, before), "copies of an earlier step must not come back"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend", "expected"),
+    [
+        ("cuda", torch.float32, "auto", "triton"),
+        ("cuda", torch.bfloat16, "auto", "triton"),
+        ("cuda", torch.float64, "auto", "reference"),
+        ("cuda", torch.float64, "triton", "triton"),  # which says that it has no float64
+        ("cpu", torch.float32, "auto", "reference"),
+        ("cuda", torch.float32, "reference", "reference"),
+    ],
+)
+def test_auto_is_what_can_treat_the_parameters(device: str, dtype: torch.dtype, backend: str, expected: str) -> None:
+    params: list[Tensor] = [torch.empty(3, device="meta"), torch.empty(3, dtype=dtype, device="meta")]
+    rows = Rows(torch.device(device), None, params=params)
+    assert choose(backend, rows) == expected  # type: ignore[arg-type]
