@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lesam_dist.data.folder import scan_split
 from lesam_dist.errors import UserError
 
 SIDE = 32  # pixels; the scans are 8 x 8
-VAL_FRACTION = 0.2
+TOTAL = 1797
+VAL_FRACTION, HELD_OUT = 0.2, 359  # of each digit, rounded, and of all
 NOISY_KEPT, NOISY_WRONG = 30, 6  # training images of each digit in the noisy variant, and how many of them lie
 WRONG_LABELS = "wrong_labels.csv"  # in the noisy variant's root: which ones
 
@@ -44,12 +46,13 @@ def prepare_digits(root: Path, seed: int = 0, *, noisy: bool = False) -> Path:
         UserError: ``root`` cannot be written, or holds something else.
     """
     root = Path(root).expanduser()
-    if _complete(root, noisy):
+    if holds_digits(root, noisy=noisy):
         return root
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UserError(
             f"'{root}' exists and is not the {'noisy ' if noisy else ''}digits dataset ({_what_is_there(root)}): "
-            "choose another folder, or remove this one."
+            "choose another folder, or remove this one. To train on your own images, leave out the digits: "
+            "--data.builtin null."
         )
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ def prepare_digits(root: Path, seed: int = 0, *, noisy: bool = False) -> Path:
         aside.chmod(0o755)  # mkdtemp's is for its owner alone
         aside.rename(root)
     except OSError as error:
-        if not _complete(root, noisy):  # else another process was faster
+        if not holds_digits(root, noisy=noisy):  # else another process was faster
             raise UserError(
                 f"cannot write the digits dataset to '{root}' ({error.strerror}): free some space, or choose "
                 "a folder that you may write."
@@ -75,16 +78,33 @@ def prepare_digits(root: Path, seed: int = 0, *, noisy: bool = False) -> Path:
     return root
 
 
-def _complete(root: Path, noisy: bool) -> bool:
-    folders = (root / "train").is_dir() and (root / "val").is_dir()
-    return folders and (root / WRONG_LABELS).exists() == noisy
+def holds_digits(root: Path, *, noisy: bool) -> bool:
+    """Whether this folder is what `prepare_digits` writes, for some seed, by its files' names."""
+    try:
+        train, val = scan_split(root, "train"), scan_split(root, "val")
+    except UserError:
+        return False
+    names = {Path(path).name for split in (train, val) for path in split.paths}
+    return (
+        train.classes == val.classes == tuple("0123456789")
+        and (len(train), len(val)) == (10 * NOISY_KEPT if noisy else TOTAL - HELD_OUT, HELD_OUT)
+        and len(names) == len(train) + len(val)
+        and names <= {_file_name(number) for number in range(TOTAL)}
+        and (root / WRONG_LABELS).exists() == noisy
+    )
 
 
 def _what_is_there(root: Path) -> str:
     for noisy, name in ((False, "the one without noise"), (True, "the noisy one")):
-        if _complete(root, noisy):
+        if holds_digits(root, noisy=noisy):
             return name
-    return "no train/ and val/ in it"
+    if root.is_dir() and not ((root / "train").is_dir() and (root / "val").is_dir()):
+        return "no train/ and val/ in it"
+    return "other images, or not all of them" if root.is_dir() else "a file"
+
+
+def _file_name(number: int) -> str:
+    return f"{number:04d}.JPEG"
 
 
 def _write(folder: Path, seed: int) -> None:
@@ -101,7 +121,7 @@ def _write(folder: Path, seed: int) -> None:
             target.mkdir(parents=True)
             for number in numbers:
                 image = Image.fromarray(pixels[number]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-                image.save(target / f"{number:04d}.JPEG", quality=95)
+                image.save(target / _file_name(number), quality=95)
 
 
 def _add_noise(folder: Path, seed: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,12 +31,14 @@ class ImageFolder:
         classes: class names in label order: label ``k`` means ``classes[k]``.
         paths: one file per sample, sorted by class, then by file name.
         labels: int64 ``(N,)``.
+        passed_over: number of files by what they are, of those that may have been meant to be samples.
     """
 
     root: Path
     classes: tuple[str, ...]
     paths: tuple[str, ...]
     labels: NDArray[np.int64]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -50,7 +54,8 @@ class ImageFolder:
 
 
 def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFolder:
-    """List ``root/split``. Names starting with a dot and files that are no images are passed over.
+    """List ``root/split``. Names starting with a dot are ignored; files that are no images, or lie elsewhere than in
+    their class's folder, are passed over and counted.
 
     The order is that of the names' code points, so it is the same on every machine and file system, and the
     labels are those of ``torchvision.datasets.ImageFolder``. Only directories are read, never a file.
@@ -89,19 +94,38 @@ def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -
             f"{_shorten(unknown)}. Remove or rename them, or add the class to the training split."
         )
 
+    passed_over = _outside(folder)
     paths: list[str] = []
     labels = np.empty(len(names), dtype=np.int64)
     counts = np.empty(len(names), dtype=np.int64)
     for i, name in enumerate(names):
-        files = _images(os.path.join(folder, name))
+        files, others = _images(os.path.join(folder, name))
+        passed_over += others
         if not files:
+            found = f" (but {_listed(others)})" if others else ""
             raise UserError(
-                f"the class folder '{folder / name}' holds no images: add some (they must lie directly in it "
+                f"the class folder '{folder / name}' holds no images{found}: add some (they must lie directly in it "
                 f"and end in {', '.join(EXTENSIONS)}) or remove the folder."
             )
         paths += files
         labels[i], counts[i] = index[name], len(files)
-    return ImageFolder(root, classes, tuple(paths), np.repeat(labels, counts))
+    return ImageFolder(root, classes, tuple(paths), np.repeat(labels, counts), dict(passed_over))
+
+
+def remarks(train: ImageFolder, val: ImageFolder) -> list[str]:
+    """What a user should know about data that can be used all the same: a line for each thing."""
+    lines = [
+        f"'{folder.root / split}': passed over {_listed(folder.passed_over)}"
+        for split, folder in (("train", train), ("val", val))
+        if folder.passed_over
+    ]
+    missing = sorted(set(range(len(train.classes))) - set(val.labels.tolist()))
+    if missing:
+        lines.append(
+            f"'{val.root / 'val'}' has no images of {len(missing)} of {len(train.classes)} classes, which are not "
+            f"evaluated: {_shorten([train.classes[k] for k in missing])}"
+        )
+    return lines
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -109,13 +133,44 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
 
-def _images(folder: str) -> list[str]:
+def _images(folder: str) -> tuple[list[str], Counter[str]]:
+    """The images of a class, sorted, and what else is there."""
+    files, others = [], Counter[str]()
     with os.scandir(folder) as entries:
-        return sorted(
-            e.path
-            for e in entries
-            if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith(".") and e.is_file()
-        )
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                files.append(entry.path)
+            elif entry.is_dir():
+                others["images in nested folders"] += _count_below(entry.path)
+            elif not entry.is_file() and entry.is_symlink():
+                others["dangling links"] += 1
+            else:
+                others[f"{os.path.splitext(entry.name)[1].lower() or 'unnamed'} files"] += 1
+    return sorted(files), +others
+
+
+def _outside(folder: Path) -> Counter[str]:
+    """Images, and links to nothing, that lie beside the class folders."""
+    others = Counter[str]()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.is_dir():
+                continue
+            if not entry.is_file() and entry.is_symlink():
+                others["dangling links"] += 1
+            elif entry.name.lower().endswith(EXTENSIONS):
+                others["images outside class folders"] += 1
+    return others
+
+
+def _count_below(folder: str) -> int:
+    return sum(name.lower().endswith(EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def _shorten(names: list[str], most: int = 5) -> str:

@@ -18,6 +18,7 @@ from lesam_dist.blocks import compile_in_place, recompute_in_backward
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
+from lesam_dist.data.folder import remarks
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights
 from lesam_dist.optim import CosineBudget
@@ -35,7 +36,7 @@ def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
     """The training and validation images; writes a built-in data set first where it is missing.
 
     Raises:
-        UserError: for a data root that is missing, or holds something else than the data set.
+        UserError: for a data root that is missing, or holds something else than the data set; for a single class.
     """
     _loader(config.data)  # whose transform is checked, before anything is downloaded
     builtin = config.data.builtin
@@ -45,20 +46,36 @@ def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
             f"data.root is not set: give the folder that holds {content} with --data.root DIR, or try the recipe on "
             "random images with --dry_run."
         )
-    root = Path(config.data.root)
+    root = Path(config.data.root).expanduser()
     if builtin in DATASETS:
+        if all((root / split).is_dir() for split in ("train", "val")):
+            raise UserError(
+                f"data.root '{root}' holds train/ and val/, but data.builtin is {builtin}, which does not read them: "
+                "choose another folder for it, or train on these images with a recipe of class folders."
+            )
         if here.is_main:
             prepare_cifar(builtin, root)
         here.barrier()
         return load_cifar(builtin, root)
     if builtin is not None:
-        from lesam_dist.data.digits import prepare_digits
+        from lesam_dist.data.digits import holds_digits, prepare_digits
 
-        if here.is_main:
-            prepare_digits(root, noisy=builtin == "digits_noisy")
+        noisy = builtin == "digits_noisy"
+        if here.is_main and not holds_digits(root, noisy=noisy):
+            prepare_digits(root, noisy=noisy)
+            print(f"data.builtin {builtin}: wrote scikit-learn's digits to data.root '{root}'", flush=True)
         here.barrier()
     train = scan_split(root, "train")
-    return train, scan_split(root, "val", train.classes)
+    if len(train.classes) == 1:
+        raise UserError(
+            f"'{root / 'train'}' has a single class folder, '{train.classes[0]}': there is nothing to tell apart. Put "
+            "the images of each class into a folder of their own."
+        )
+    val = scan_split(root, "val", train.classes)
+    if here.is_main:
+        for remark in remarks(train, val):
+            print(f"warning: {remark}", flush=True)
+    return train, val
 
 
 def build_loaders(config: Config, folders: tuple[Images, Images], here: Distributed) -> tuple[Loader, Loader]:

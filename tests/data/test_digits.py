@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +110,40 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_another_process_may_be_faster(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def overtaken(folder: Path, seed: int) -> None:
         for root in (folder, tmp_path / "digits"):
-            for split in ("train", "val"):
-                (root / split / "0").mkdir(parents=True)
+            shutil.copytree(digits, root, dirs_exist_ok=True)
 
     monkeypatch.setattr(module, "_write", overtaken)
     assert prepare_digits(tmp_path / "digits") == tmp_path / "digits"
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_other_images_are_not_taken_for_digits(digits: Path, tmp_path: Path, noisy: bool) -> None:
+    """Somebody's photographs, and digits of which a file is missing, is there twice, or is somebody else's."""
+    photos = tmp_path / "photos"
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (photos / split / name).mkdir(parents=True)
+            (photos / split / name / "1.jpg").write_bytes(b"")
+    message = r"is not the (noisy )?digits dataset \(other images, or not all of them\): .*--data.builtin null"
+    with pytest.raises(UserError, match=message):
+        prepare_digits(photos, noisy=noisy)
+
+    whole = prepare_digits(tmp_path / "whole", noisy=noisy)
+    first, second = (f"3/{path.name}" for path in sorted((whole / "train" / "3").iterdir())[:2])
+    changes: list[Callable[[Path, Path], object]] = [
+        lambda train, val: (train / first).unlink(),
+        lambda train, val: (train / first).rename(train / "3" / "cat.JPEG"),
+        lambda train, val: (train / second).rename(val / first),
+        lambda train, val: (train / "3" / "cat.png").write_bytes(b""),
+        lambda train, val: (train / "3").rename(train / "cat"),
+    ]
+    for i, change in enumerate(changes):
+        root = shutil.copytree(whole, tmp_path / str(i), copy_function=os.link)
+        assert prepare_digits(root, noisy=noisy) == root
+        change(root / "train", root / "val")
+        with pytest.raises(UserError, match=message):
+            prepare_digits(root, noisy=noisy)
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lesam_dist.data import scan_split
+from lesam_dist.data.folder import remarks
 from lesam_dist.errors import UserError
 
 
@@ -50,6 +51,46 @@ def test_passes_over_what_is_no_image(tmp_path: Path) -> None:
     found = scan_split(tmp_path, "train")
     assert found.classes == ("a",)
     assert [Path(path).name for path in found.paths] == ["1.png"]
+    assert found.passed_over == {".txt files": 1}
+
+
+def test_what_may_have_been_meant_is_counted(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        *("train/a/1.png", "train/a/2.gif", "train/a/3.GIF", "train/a/plain", "train/b/1.png", "train/stray.png"),
+        *("train/a/more/1.png", "train/a/more/deep/2.JPEG", "train/a/more/notes.txt", "train/b/.hidden.png"),
+        *("val/a/1.png", "val/b/1.png", "val/b/2.gif"),
+    )
+    (tmp_path / "train/b/2.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "train/c").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "train/b/3.png").symlink_to(tmp_path / "train/a/1.png")
+    train = scan_split(tmp_path, "train")
+    assert [path[len(str(tmp_path)) :] for path in train.paths] == [
+        "/train/a/1.png",
+        "/train/b/1.png",
+        "/train/b/3.png",
+    ]
+    assert train.passed_over == {
+        ".gif files": 2,
+        "unnamed files": 1,
+        "images in nested folders": 2,
+        "dangling links": 2,
+        "images outside class folders": 1,
+    }
+    assert remarks(train, scan_split(tmp_path, "val", train.classes)) == [
+        f"'{tmp_path}/train': passed over 2 .gif files, 2 dangling links, 2 images in nested folders, "
+        "1 images outside class folders, 1 unnamed files",
+        f"'{tmp_path}/val': passed over 1 .gif files",
+    ]
+
+
+def test_classes_that_are_not_evaluated_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, *(f"train/n{i:03}/1.png" for i in range(300)), "val/n007/1.png", "val/n123/1.png")
+    train = scan_split(tmp_path, "train")
+    [line] = remarks(train, scan_split(tmp_path, "val", train.classes))
+    assert line.startswith(f"'{tmp_path}/val' has no images of 298 of 300 classes, which are not evaluated: 'n000', ")
+    assert line.endswith("and 293 more")
+    assert remarks(train, train) == []
 
 
 def test_links_and_odd_names(tmp_path: Path) -> None:
@@ -76,7 +117,9 @@ def test_errors_say_what_and_what_to_do(tmp_path: Path) -> None:
         scan_split(tmp_path, "val")
     with pytest.raises(UserError, match=r"flat' has no class folders: put the images of each class"):
         scan_split(tmp_path, "flat")
-    with pytest.raises(UserError, match=r"gap/hollow' holds no images: add some .* or remove the folder"):
+    with pytest.raises(
+        UserError, match=r"gap/hollow' holds no images \(but 1 .txt files\): add some .* or remove the folder"
+    ):
         scan_split(tmp_path, "gap")
     with pytest.raises(UserError, match=r"new' has 1 class folder.*'wolf'. Remove or rename"):
         scan_split(tmp_path, "new", ("full",))

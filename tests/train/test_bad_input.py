@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,49 @@ def test_root_that_is_not_class_folders(command: Command, tmp_path: Path, shape:
     )
     assert status == 2
     assert ("cat" if shape != "flat" else str(root / "train")) in err
+
+
+def test_a_single_class_is_refused(command: Command, images: Path, tmp_path: Path) -> None:
+    """It would end at top-1 100 %."""
+    for split in ("train", "val"):
+        shutil.copytree(images / split / "1", tmp_path / "data" / split / "photos")
+    flags = (
+        "--config",
+        "digits",
+        "--data.builtin",
+        "null",
+        "--data.root",
+        tmp_path / "data",
+        "--run_dir",
+        tmp_path / "r",
+    )
+    status, _, err = command(*flags)
+    assert status == 2
+    assert f"'{tmp_path / 'data' / 'train'}' has a single class folder, 'photos': there is nothing to tell apart" in err
+
+
+def test_what_is_not_trained_or_evaluated_is_said(command: Command, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val" / "1")
+    (tmp_path / "data" / "train" / "0" / "scan.gif").write_bytes(b"")
+    flags = (
+        "--config",
+        "digits",
+        "--data.builtin",
+        "null",
+        "--data.root",
+        tmp_path / "data",
+        "--data.batch_size",
+        "20",
+    )
+    status, out, _ = command(
+        *flags, "--epochs", "1", "--schedule.anneal_start_epoch", "null", "--run_dir", tmp_path / "r"
+    )
+    assert status == 0
+    assert [line for line in out.splitlines() if line.startswith("warning: ")] == [
+        f"warning: '{tmp_path / 'data' / 'train'}': passed over 1 .gif files",
+        f"warning: '{tmp_path / 'data' / 'val'}' has no images of 1 of 3 classes, which are not evaluated: '1'",
+    ]
 
 
 def test_run_dir_that_cannot_be_made(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_a_run_on_noisy_digits(command: Command, tmp_path: Path) -> None:
     flags += ("--schedule.anneal_start_epoch", "null", "--run_dir", tmp_path / "run", "--data.backend", "torchvision")
     status, out, err = command(*map(str, flags))
     assert (status, err) == (0, "")
+    assert f"data.builtin digits_noisy: wrote scikit-learn's digits to data.root '{tmp_path / 'data'}'\n" in out
     assert "of 359 validation images" in out
     assert read_metrics(tmp_path / "run")[-1]["step"] == 300 // 32
 
@@ -93,6 +94,18 @@ REFUSED = [
     (["--model.pretrained", "true"], "torchvision has no weights of 'cifar_resnet8'"),
     (["--model.num_classes", "10"], "has 100 classes but model.num_classes is 10"),
 ]
+
+
+@pytest.mark.parametrize("recipe", ["digits", "digits_noisy", "cifar10_resnet18_sam"])
+def test_somebodys_images_are_not_replaced(command: Command, images: Path, tmp_path: Path, recipe: str) -> None:
+    """A recipe of a built-in data set trained digits, or CIFAR, where a user pointed it at photographs."""
+    before = sorted(images.rglob("*"))
+    status, _, err = command("--config", recipe, "--data.root", images, "--run_dir", tmp_path / "run")
+    assert status == 2
+    assert str(images) in err
+    assert "choose another folder" in err
+    assert sorted(images.rglob("*")) == before
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
