@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written aside, renamed, pointed to by `latest`, checked before they are read.
 
     RUN_DIR/checkpoints/
-      step_00000240/     torch.distributed.checkpoint files, and manifest.json with the progress and every file's size
+      step_00000240/     torch.distributed.checkpoint files, and manifest.json with the progress and their checksums
       latest             the name of the newest
 
 Every process takes part in saving and loading; on several nodes RUN_DIR must be a shared file system.
@@ -9,7 +9,8 @@ Every process takes part in saving and loading; on several nodes RUN_DIR must be
 
 from __future__ import annotations
 
-import json
+import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -26,9 +27,10 @@ from torch.optim import Optimizer
 
 from lesam_dist.errors import UserError
 from lesam_dist.parallel import Distributed
+from lesam_dist.train import manifest
 from lesam_dist.train.ema import WeightAverage
-
-_MANIFEST = "manifest.json"
+from lesam_dist.train.manifest import DamagedError, Files
+from lesam_dist.train.reader import Planner, Reader
 
 
 class Checkpointer:
@@ -36,7 +38,7 @@ class Checkpointer:
 
     Args:
         folder: where the checkpoints lie; made on the first save.
-        keep: how many of the newest stay on disk.
+        keep: how many of the newest stay on disk. The newest that was saved as ``finite`` stays in any case.
         here: this process among all.
     """
 
@@ -50,18 +52,21 @@ class Checkpointer:
         optimizer: Optimizer,
         progress: dict[str, Any],
         ema: WeightAverage | None = None,
+        *,
+        finite: bool = True,
     ) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint, then remove those that are no longer kept.
 
         Args:
             step: updates made so far; names the checkpoint.
             model, optimizer, ema: what to save.
             progress: must be JSON and equal on all ranks.
+            finite: whether one would go on from here: the last loss was a number.
 
         Raises:
             UserError: where it cannot be written (no space, no permission); older checkpoints are untouched.
         """
-        target = self.folder / f"step_{step:08d}"
+        target = self.folder / _name(step)
         aside = self.folder / f".{target.name}.partial"
         state = _state(model, optimizer, ema)
         try:
@@ -72,8 +77,9 @@ class Checkpointer:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
                 save(state, checkpoint_id=aside)
+            files = self._written(aside)
             if self.here.is_main:
-                self._publish(aside, target, {"step": step, **progress})
+                self._publish(aside, target, {"step": step, "finite": finite, **progress}, files)
         except (OSError, CheckpointException) as error:
             if self.here.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -83,74 +89,165 @@ class Checkpointer:
             ) from error
         self.here.barrier()
 
+    def amend(self, step: int, progress: dict[str, Any]) -> None:
+        """Change what a checkpoint says of the progress; call it on every rank.
+
+        Raises:
+            OSError: where it cannot be written; the checkpoint is then as it was.
+        """
+        if self.here.is_main:
+            content, files = manifest.read(self.folder / _name(step))
+            manifest.write(self.folder / _name(step), {**content, **progress, "files": files})
+
     def load_latest(
         self, model: nn.Module, optimizer: Optimizer, ema: WeightAverage | None = None
     ) -> tuple[dict[str, Any] | None, list[str]]:
-        """Load the newest whole checkpoint into model, optimizer and average.
+        """Load the newest whole checkpoint into model, optimizer and average, after every file has been verified.
 
         Returns:
             Its progress, None where there is no checkpoint at all; and a line for each damaged one passed over.
 
         Raises:
-            UserError: where there are checkpoints but none is whole.
+            UserError: where there are checkpoints but none is whole, or it is of another model.
         """
-        chosen: list[Any] = [None, []]
-        if self.here.is_main:
-            chosen = list(self._newest_whole())
-        if self.here.world_size > 1:
-            dist.broadcast_object_list(chosen, src=0)
-        name, damaged = chosen
-        if name is None:
-            if damaged:
-                raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damaged))
-            return None, []
-        state = _state(model, optimizer, ema)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-            load(state, checkpoint_id=self.folder / name)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        progress: dict[str, Any] = json.loads((self.folder / name / _MANIFEST).read_text())
-        return progress, damaged
+        damaged: list[str] = []
+        for name in self._on_all(self._candidates() if self.here.is_main else None):
+            progress, files, fault = self._verified(name)
+            if fault is None:
+                self._load(self.folder / name, files, model, optimizer, ema)
+                return progress, damaged
+            damaged.append(fault)
+        if damaged:
+            raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damaged))
+        return None, []
 
     def progress(self) -> dict[str, Any] | None:
-        """The progress of the newest whole checkpoint without loading it; None where there is none."""
-        name, _ = self._newest_whole()
-        return None if name is None else json.loads((self.folder / name / _MANIFEST).read_text())
+        """The progress of the newest checkpoint that looks whole, without reading its data; None where there is none.
 
-    def _publish(self, aside: Path, target: Path, progress: dict[str, Any]) -> None:
-        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        manifest = {
-            **progress,
-            "torch": torch.__version__,
-            "world_size": self.here.world_size,
-            "files": sizes,
-        }
-        (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        Call it on one rank.
+        """
+        for name in self._candidates():
+            try:
+                content, files = manifest.read(self.folder / name)
+                for file, expected in files.items():
+                    manifest.check_size(self.folder / name / file, expected)
+            except DamagedError:
+                continue
+            return content
+        return None
+
+    def _verified(self, name: str) -> tuple[dict[str, Any], Files, str | None]:
+        """Progress and files of a checkpoint, and what is wrong with it; each rank reads a share of the files."""
+        found: tuple[dict[str, Any], Files, str | None] = {}, {}, None
+        if self.here.is_main:
+            try:
+                found = *manifest.read(self.folder / name), None
+            except DamagedError as error:
+                found = {}, {}, str(error)
+        progress, files, fault = self._on_all(found)
+        if fault is None:
+            faults = self._from_all(self._fault_of_share(self.folder / name, files))
+            fault = next((text for text in faults if text is not None), None)
+        return progress, files, fault
+
+    def _fault_of_share(self, checkpoint: Path, files: Files) -> str | None:
+        names = sorted(files)[self.here.rank :: self.here.world_size]
+        try:
+            manifest.verify(checkpoint, {name: files[name] for name in names})
+            if self.here.is_main:
+                Reader(checkpoint, files).read_metadata()
+        except DamagedError as error:
+            return str(error)
+        except Exception as error:  # whatever a pickle of data alone can raise
+            return f"{checkpoint / '.metadata'} cannot be read: {_reason(error)}"
+        return None
+
+    def _load(
+        self, checkpoint: Path, files: Files, model: nn.Module, optimizer: Optimizer, ema: WeightAverage | None
+    ) -> None:
+        state = _state(model, optimizer, ema)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+                load(state, storage_reader=Reader(checkpoint, files), planner=Planner())
+        except (OSError, CheckpointException, pickle.UnpicklingError) as error:
+            raise UserError(f"the checkpoint {checkpoint} cannot be loaded into this run: {_reason(error)}") from error
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def _written(self, folder: Path) -> Files:
+        """The checksums of all files in a new checkpoint; each rank reads what it wrote."""
+        own = [
+            path.name
+            for path in folder.iterdir()
+            if path.name.startswith(f"__{self.here.rank}_") or (self.here.is_main and not path.name.startswith("__"))
+        ]
+        merged: Files = {}
+        for part in self._from_all(manifest.checksums(folder, sorted(own))):
+            merged |= part
+        return merged
+
+    def _publish(self, aside: Path, target: Path, progress: dict[str, Any], files: Files) -> None:
+        versions = {"torch": torch.__version__, "world_size": self.here.world_size}
+        manifest.write(aside, {**progress, **versions, "files": files})
+        replaced = self.folder / f".{target.name}.replaced"
         if target.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(target)
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         aside.rename(target)
         pointer = self.folder / ".latest.partial"
         pointer.write_text(target.name)
         pointer.replace(self.folder / "latest")
-        for old in self._names()[self.keep :]:
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        self._prune(target.name)
+
+    def _prune(self, newest: str) -> None:
+        """Remove what is not kept: all of a branch that a resume from an older checkpoint has left, and leftovers."""
+        names = self._names()
+        kept = names[names.index(newest) :][: self.keep]
+        older = (name for name in names[names.index(newest) :] if self._is_finite(name))
+        kept.append(next(older, newest))
+        leftovers = [path.name for path in self.folder.glob(".step_*")]
+        for name in [*(name for name in names if name not in kept), *leftovers]:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _is_finite(self, name: str) -> bool:
+        try:
+            return manifest.read(self.folder / name)[0].get("finite") is True
+        except DamagedError:
+            return False
 
     def _names(self) -> list[str]:
         """Names of the checkpoints, newest first."""
-        return sorted((path.name for path in self.folder.glob("step_*") if path.is_dir()), reverse=True)
+        found = [path.name for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+        return sorted((name for name in found if (self.folder / name).is_dir()), key=_step, reverse=True)
 
-    def _newest_whole(self) -> tuple[str | None, list[str]]:
+    def _candidates(self) -> list[str]:
+        """Names of the checkpoints to go on from, best first: the one of `latest`, then those before it."""
         names = self._names()
         pointer = self.folder / "latest"
-        if pointer.is_file() and (latest := pointer.read_text().strip()) in names:
-            names = [latest, *(name for name in names if name < latest)]
-        damaged: list[str] = []
-        for name in names:
-            fault = _fault(self.folder / name)
-            if fault is None:
-                return name, damaged
-            damaged.append(fault)
-        return None, damaged
+        latest = pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
+        return names[names.index(latest) :] if latest in names else names
+
+    def _on_all(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.here.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def _from_all(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.here.world_size
+        if self.here.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))
 
 
 def _state(model: nn.Module, optimizer: Optimizer, ema: WeightAverage | None) -> dict[str, Any]:
@@ -159,24 +256,13 @@ def _state(model: nn.Module, optimizer: Optimizer, ema: WeightAverage | None) ->
     return state if ema is None else {**state, "ema": ema.state_dict()}
 
 
-def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        sizes = json.loads((checkpoint / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{checkpoint / _MANIFEST} cannot be read ({_reason(error)})"
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} is truncated: {path.stat().st_size} of {size} bytes"
-    return None
-
-
 def _reason(error: BaseException) -> str:
     """The first line of the deepest cause: torch.distributed.checkpoint wraps what went wrong on which rank."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    if "unexpected pos" in text:  # what torch makes of a file that took less than was written
+        below = error.__cause__ or error.__context__  # known on the rank that it happened on
+        return str(below) if isinstance(below, OSError) else "a file could not be written to its end: no space left?"
+    return text

@@ -169,22 +169,30 @@ def test_an_error_inside_gives_the_weights_back(seed: int) -> None:
 def save_then_finish(here: Distributed, seed: int, folder: Path) -> Weights:
     this = Run(here, seed, "fsdp", wrap_classes=["Linear"])
     this.train(range(2))
-    Checkpointer(folder, 1, here).save(2, this.net, this.optimizer, {}, this.ema)
+    checkpointer = Checkpointer(folder, 2, here)
+    checkpointer.save(2, this.net, this.optimizer, {}, this.ema)
     this.train(range(2, STEPS))
+    checkpointer.save(STEPS, this.net, this.optimizer, {}, this.ema)
     return this.average()
 
 
 def load_then_finish(here: Distributed, seed: int, folder: Path, strategy: Strategy) -> tuple[Weights, Weights]:
     this = Run(here, seed, strategy, wrap_classes=["Linear"])
-    Checkpointer(folder, 1, here).load_latest(this.net, this.optimizer, this.ema)
+    progress, damaged = Checkpointer(folder, 1, here).load_latest(this.net, this.optimizer, this.ema)
+    assert (progress or {})["step"] == 2
+    assert [f"{STEPS:08d}/__1_0.distcp is damaged" in fault for fault in damaged] == [True]
     loaded = this.average()
     this.train(range(2, STEPS))
     return loaded, this.average()
 
 
 def test_resumed_average_equals_the_uninterrupted_one(seed: int, tmp_path: Path) -> None:
-    """Bit for bit on as many processes, and loaded bit for bit on others."""
+    """Bit for bit on as many processes, and loaded bit for bit on others; a newer one, of which one process's file is
+    damaged, is passed over by all.
+    """
     uninterrupted = run(save_then_finish, 2, seed, tmp_path)[0]
+    victim = tmp_path / f"step_{STEPS:08d}" / "__1_0.distcp"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     alone = Run(ALONE, seed, "none")
     alone.train(range(2))
     again = run(load_then_finish, 2, seed, tmp_path, "fsdp")
