@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from lesam_dist.optim import ops as operations
 from lesam_dist.optim.accumulate import GradientSum
 from lesam_dist.optim.base_update import Mixture
+from lesam_dist.optim.contract import require_closureless, require_loss
 from lesam_dist.optim.fused import step_unless
 from lesam_dist.optim.guarded import GuardedOptimizer
 from lesam_dist.optim.memory import ASCENT
@@ -83,7 +84,8 @@ class SharpnessAware(GuardedOptimizer):
 
     Raises:
         TypeError: for a parameter of an unsupported dtype.
-        ValueError: for a hyper-parameter out of range, or options that exclude each other.
+        ValueError: for a hyper-parameter out of range, options that exclude each other, or a base optimizer whose
+            ``step`` needs a closure (LBFGS).
     """
 
     enabled = True
@@ -129,6 +131,7 @@ class SharpnessAware(GuardedOptimizer):
         if ascent_interval > 1 or self.memory_names or counts_steps:
             own["ascent_step"] = 0  # in the groups, where checkpoints keep it
         super().__init__(params, base_optimizer, own, backend, **base_kwargs)
+        require_closureless(type(self).__name__, self.base_optimizer)
         self._require_reusable()
 
     # ---- the rule of a method ------------------------------------------------------------------------------------
@@ -163,6 +166,14 @@ class SharpnessAware(GuardedOptimizer):
     def between(self, grads: list[Gradients]) -> None:
         """Called with the gradients of a step that skips the ascent, to change them in place before the update."""
 
+    def owns_passes(self) -> str | None:
+        """Why the two-step form cannot be this method, as it makes passes of its own; None where it can."""
+        if (interval := self._options["ascent_interval"]) > 1:
+            return f"one step in {interval} makes two passes"
+        if (fraction := self._options["ascent_fraction"]) < 1:
+            return f"the first pass takes {fraction} of the batch"
+        return None
+
     def updated(self) -> None:
         """Called after the update, for methods that move the weights once more. They must mind `overflow`."""
 
@@ -193,21 +204,21 @@ class SharpnessAware(GuardedOptimizer):
             The loss at the unperturbed weights; of a sequence, the mean.
 
         Raises:
-            Whatever the closure raises; the weights are then the exact ones and no update was made.
+            TypeError: for a closure that returns no loss.
+            Whatever the closure raises. The weights are then the exact ones, and nothing was updated.
         """
         if closure is None:
             return self._create_state()
         self._require_exact_weights("step")
         closures = list(closure) if isinstance(closure, Sequence) else [closure]
+        if not closures:
+            raise ValueError(f"{type(self).__name__}.step got no closure: give it one, or a sequence of at least one.")
         try:
             losses = self._passes(closures)
             self.second_step(zero_grad=True)
         except BaseException:
             self.restore()
             raise
-        if self.enabled and "ascent_step" in self.defaults:
-            for group in self.param_groups:
-                group["ascent_step"] += 1
         first, second = ([torch.as_tensor(loss).detach() for loss in column] for column in zip(*losses, strict=True))
         self.telemetry["loss"] = first[0] if len(first) == 1 else torch.stack(first).mean()
         self.telemetry["perturbed_loss"] = second[0] if len(second) == 1 else torch.stack(second).mean()
@@ -226,7 +237,7 @@ class SharpnessAware(GuardedOptimizer):
         total = GradientSum()
         params = [p for group in self.param_groups for p in group["params"]]
         for index, closure in enumerate(closures):
-            self.restore()
+            self._perturbation.restore()
             losses.append(self._passes_of(closure, fresh=index == 0))
             total.take(params)
         total.give_back(params)
@@ -270,15 +281,21 @@ class SharpnessAware(GuardedOptimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Perturb the weights, with the gradients of the first pass in ``.grad``.
+        """Perturb the weights, with the gradients of the first pass in ``.grad``; not while `enabled` is False.
 
         Raises:
-            RuntimeError: if the weights are perturbed already.
+            RuntimeError: if the weights are perturbed already, or for a method or an option that `owns_passes`.
         """
         self._require_exact_weights("first_step")
+        name = type(self).__name__
+        if reason := self.owns_passes():
+            raise RuntimeError(
+                f"{name}.first_step: {reason}, which a loop that makes both passes cannot do: call step(closure)."
+            )
         grads = self.first_gradients()
-        self._perturb(grads, fresh=True)
-        self.ascended(grads)
+        self._perturb(grads, fresh=True, plain=not self.enabled)
+        if self.enabled:
+            self.ascended(grads)
         if zero_grad:
             self.zero_grads()
 
@@ -306,6 +323,7 @@ class SharpnessAware(GuardedOptimizer):
             reduce_max(weights.overflow)  # each process knows its own first gradient only
         self.telemetry["skipped"].add_(weights.overflow)  # in place: a replayed CUDA graph goes on counting
         factors = None if self._plain else self.mixture_factors(grads)
+        self._memory.commit(weights.overflow)
         if not weights.update(self.base_optimizer, grads, factors):
             weights.restore()
             weights.mix(grads, factors)
@@ -313,6 +331,9 @@ class SharpnessAware(GuardedOptimizer):
         if not self._plain:
             self.updated()
         self._opt_called = True  # what torch's LR schedulers ask for
+        if self.enabled and "ascent_step" in self.defaults:
+            for group in self.param_groups:
+                group["ascent_step"] += 1
         if zero_grad:
             self.zero_grads()
 
@@ -365,9 +386,11 @@ class SharpnessAware(GuardedOptimizer):
         return self._options["ascent_interval"] > 1 and bool(self._options["ascent_between"] == "reuse")
 
     def run_pass(self, closure: Closure, **arguments: Any) -> Any:
-        """Call the closure, with gradients enabled."""
+        """Call the closure, with gradients enabled, and refuse what is no loss."""
         with torch.enable_grad():
-            return closure(**arguments)
+            loss = closure(**arguments)
+        require_loss(type(self).__name__, loss, per_sample=bool(arguments.get("per_sample")))
+        return loss
 
     def _unscale(self, optimizer: Optimizer) -> None:
         if scaler := self._scaler():

@@ -85,6 +85,11 @@ class EigenSAM(FixedRadius):
             self._iterate(closure)
         return loss
 
+    def owns_passes(self) -> str | None:
+        group = self.param_groups[0]
+        probes = f"one step in {group['eigen_interval']} makes {2 * group['power_steps']} more passes"
+        return super().owns_passes() or (probes if group["eigen_alpha"] else None)
+
     def aim(self, grads: list[Gradients]) -> Aim:
         weights = self._perturbation
         grads = weights.of_perturbed(grads)
@@ -120,8 +125,14 @@ class EigenSAM(FixedRadius):
                 for fs, bs in zip(forward, backward, strict=True)
             ]
             vector = self._unit(weights.of_perturbed(product))
+        usable = torch.isfinite(weights.dot(vector, vector))
         for rows, values in zip(weights.rows, vector, strict=True):
-            self._memory.blend(_VECTOR, rows, values, 1.0, ~torch.isfinite(weights.dot(vector, vector)))
+            pairs = zip(values, self._memory.read(_VECTOR, rows), strict=True)
+            new = [
+                None if v is None else torch.where(usable.to(v.device), v, 0.0 if old is None else old)
+                for v, old in pairs
+            ]
+            self._memory.replace(_VECTOR, rows, new)
         for row_grads, saved in zip(weights.gradients(), first, strict=True):
             for g, value in zip(row_grads, saved, strict=True):
                 if g is not None and value is not None:

@@ -97,5 +97,9 @@ class ESAM(FixedRadius):
         count = max(1, int(gamma * len(rise)))
         return self.run_pass(closure, subset=rise.topk(count).indices)
 
+    def owns_passes(self) -> str | None:
+        gamma = self._option("gamma")
+        return super().owns_passes() or (f"the second pass takes {gamma} of the samples" if gamma < 1 else None)
+
     def _option(self, name: str) -> float:
         return float(self.param_groups[0][f"esam_{name}"])

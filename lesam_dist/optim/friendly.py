@@ -2,12 +2,13 @@
 
     d     = g - sigma * m                                the batch's own part of its gradient
     w_hat = w + rho * d / ||d||                          one norm over all perturbed parameters
-    m     <- lam * m + (1 - lam) * g                     an average of gradients, g itself in the first step
+    m     <- lam * m + (1 - lam) * g                     an average of gradients, g itself the first time
     w     <- base step with g_hat = grad L(w_hat)        from the exact w
 
 Exact: the released code, in which d takes m from before its update. The paper takes the updated m: for sigma = 1 that
-is the same direction, since g - m_new = lam * (g - m). In the first step d = g. Cost: two forward and backward passes
-a step, and m, one tensor per parameter, which is in the `state_dict`.
+is the same direction, since g - m_new = lam * (g - m). Before a parameter has an average, d = g. Cost: two forward and
+backward passes a step, m, one tensor per parameter, which is in the `state_dict`, and during the second pass m's next
+value, which a skipped step must not keep.
 """
 
 from __future__ import annotations
@@ -62,13 +63,11 @@ class FriendlySAM(FixedRadius):
             raise ValueError(f"FriendlySAM: lam is {group['friendly_lam']}; it must be in [0, 1].")
 
     def aim(self, grads: list[Gradients]) -> Aim:
-        if self.step_index == 0:
-            return Aim(grads)
         directions = [Direction(ema_scale=float(group["friendly_sigma"])) for group in self.param_groups]
         pairs = zip(self._perturbation.rows, grads, strict=True)
         return Aim(grads, directions, [self._memory.read_or_zero(_AVERAGE, rows, g) for rows, g in pairs])
 
     def ascended(self, grads: list[Gradients]) -> None:
-        weight = 1.0 if self.step_index == 0 else 1 - float(self.param_groups[0]["friendly_lam"])
+        weight = 1 - float(self.param_groups[0]["friendly_lam"])
         for rows, row_grads in zip(self._perturbation.rows, grads, strict=True):
-            self._memory.blend(_AVERAGE, rows, row_grads, weight, self.overflow)
+            self._memory.blend(_AVERAGE, rows, row_grads, weight)

@@ -49,6 +49,7 @@ class GuardedOptimizer(SharedOptimizer):
     def restore(self) -> None:
         """Back to the exact weights without an update, e.g. after an exception; harmless when not perturbed."""
         self._perturbation.restore()
+        self._memory.drop()
 
     @property
     def is_perturbed(self) -> bool:

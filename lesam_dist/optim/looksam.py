@@ -69,7 +69,7 @@ class LookSAM(FixedRadius):
             parts: Gradients = []
             for g_hat, g in zip(second, rows.kept, strict=True):
                 parts.append(g_hat if g_hat is None or g is None else torch.addcmul(g_hat, g, -share.to(g)))
-            self._memory.blend(_KEPT, rows, parts, 1.0, self.overflow)
+            self._memory.replace(_KEPT, rows, parts)
         return torch.stack([torch.ones_like(share), torch.zeros_like(share)])
 
     def between(self, grads: list[Gradients]) -> None:

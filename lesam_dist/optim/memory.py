@@ -22,10 +22,14 @@ ASCENT = "ascent_grad"
 
 
 class Memory:
-    """Per-parameter tensors by name, each like its parameter."""
+    """Per-parameter tensors by name, each like its parameter.
+
+    What `replace` and `blend` change is read at once, and kept when the step's update is made: see `commit`.
+    """
 
     def __init__(self) -> None:
         self._tensors: dict[str, dict[Tensor, Tensor]] = {}
+        self._pending: dict[str, dict[Tensor, Tensor]] = {}
 
     def write(self, name: str, rows: Rows, values: Gradients) -> None:
         """Copy ``values`` (shards, parallel to the rows) into the tensors called ``name``; None forgets the row's."""
@@ -38,33 +42,53 @@ class Memory:
                 own[p] = torch.empty_like(p)
             local_shard(own[p]).copy_(value)
 
-    def blend(self, name: str, rows: Rows, values: Gradients, weight: float, overflow: Tensor) -> None:
-        """``tensor <- (1 - weight) * tensor + weight * value``, unless ``overflow`` (0-d) is set.
+    def replace(self, name: str, rows: Rows, values: Gradients) -> None:
+        """``tensor <- value``; None is zero. The values must not change before the `commit`."""
+        own, pending = self._tensors.setdefault(name, {}), self._pending.setdefault(name, {})
+        for p, value in zip(rows.params, values, strict=True):
+            if value is not None:
+                if p not in own:
+                    own[p] = _unwritten(p)
+                pending[p] = value
+            elif p in own:
+                pending[p] = torch.zeros_like(local_shard(own[p]))
 
-        A new tensor is zero before. With weight 1 it is a `write` that leaves non-finite values out.
-        """
-        own = self._tensors.setdefault(name, {})
-        keep = overflow.to(rows.device) != 0
+    def blend(self, name: str, rows: Rows, values: Gradients, weight: float) -> None:
+        """``tensor <- (1 - weight) * tensor + weight * value``, the value itself the first time; None is left out."""
+        own, pending = self._tensors.setdefault(name, {}), self._pending.setdefault(name, {})
         for p, value in zip(rows.params, values, strict=True):
             if value is None:
                 continue
             if p not in own:
-                own[p] = torch.zeros_like(p)
-            tensor = local_shard(own[p])
-            blended = value if weight == 1 else tensor.lerp(value.to(tensor.dtype), weight)
-            tensor.copy_(torch.where(keep, tensor, blended))
+                own[p] = _unwritten(p)
+            old = pending.get(p, local_shard(own[p]))
+            value = value.to(old.dtype)
+            is_new = (old == 0) & old.signbit()
+            pending[p] = torch.where(is_new, value, old.lerp(value, weight)) + 0.0  # which turns -0 into 0
+
+    def commit(self, overflow: Tensor) -> None:
+        """Keep what was changed since the last commit, unless ``overflow`` (0-d) is set."""
+        for name, pending in self._pending.items():
+            for p, value in pending.items():
+                tensor = local_shard(self._tensors[name][p])
+                tensor.copy_(torch.where(overflow.to(tensor.device) != 0, tensor, value))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was changed since the last commit."""
+        self._pending = {}
 
     def read(self, name: str, rows: Rows) -> Gradients:
         """The shards of the tensors called ``name``, parallel to the rows; None where there is none."""
-        own = self._tensors.get(name, {})
-        return [local_shard(own[p]).detach() if p in own else None for p in rows.params]
+        own, pending = self._tensors.get(name, {}), self._pending.get(name, {})
+        return [pending.get(p, local_shard(own[p]).detach()) if p in own else None for p in rows.params]
 
     def read_or_zero(self, name: str, rows: Rows, like: Gradients) -> Gradients:
         """As `read`, with new tensors of zeros where ``like`` has one and there is nothing yet."""
         own = self._tensors.setdefault(name, {})
         for p, other in zip(rows.params, like, strict=True):
             if other is not None and p not in own:
-                own[p] = torch.zeros_like(p)
+                own[p] = _unwritten(p)
         return self.read(name, rows)
 
     def create(self, name: str, groups: Groups) -> None:
@@ -73,7 +97,7 @@ class Memory:
         for group in groups:
             for p in group["params"]:
                 if p not in own:
-                    own[p] = torch.zeros_like(p)
+                    own[p] = _unwritten(p)
 
     def pack(self, state_dict: dict[str, Any], groups: Groups) -> None:
         """Put the tensors into an optimizer's ``state_dict``, with the state of their parameters."""
@@ -91,3 +115,8 @@ class Memory:
                 self._tensors[name] = found
             else:
                 self._tensors.pop(name, None)
+
+
+def _unwritten(p: Tensor) -> Tensor:
+    """A tensor that reads as zero and that `blend` knows as new, wherever it has been: all of it is -0."""
+    return torch.full_like(p, -0.0)

@@ -46,4 +46,4 @@ class S2SAM(SinglePass):
 
     def update_memory(self, grads: list[Gradients]) -> None:
         for rows, g in zip(self._perturbation.rows, grads, strict=True):
-            self._memory.blend(_PREVIOUS, rows, g, 1.0, self.overflow)
+            self._memory.replace(_PREVIOUS, rows, g)

@@ -5,9 +5,10 @@
     w     <- base step with g, then w <- w - lr * a * (g_hat - g)        decoupled
     w     <- base step with a * g_hat + (1 - a) * g                      coupled
 
-Exact: the formulas above. The released code perturbs each process by its own gradient (``scope="local"``) and clips
-both gradients; here the averaged one perturbs and ``max_grad_norm`` clips g_hat alone. gamma = 0.5 (a = 1) with
-``decouple=False`` is SAM, gamma = 0 the base optimizer. Cost: two forward and backward passes a step, one copy of g.
+Exact: the formulas above. The released code perturbs each process by its own gradient and clips both gradients; here
+the averaged one perturbs and ``max_grad_norm`` clips g_hat alone. A missing g counts as zero; without g_hat there is no
+update. gamma = 0.5 (a = 1) with ``decouple=False`` is SAM, gamma = 0 the base optimizer. Cost: two forward and backward
+passes a step, one copy of g.
 """
 
 from __future__ import annotations
@@ -66,8 +67,13 @@ class WSAM(FixedRadius):
             return None
         # The base optimizer is given g, and what was kept of it becomes g_hat - g.
         for rows, second in zip(self._perturbation.rows, grads, strict=True):
-            for g_hat, g in zip(second, rows.kept, strict=True):
-                if g_hat is not None and g is not None:
+            for row, (g_hat, g) in enumerate(zip(second, rows.kept, strict=True)):
+                if g_hat is None:
+                    rows.kept[row] = None  # without g_hat there is no update
+                elif g is None:
+                    rows.kept[row] = g_hat.clone()
+                    g_hat.zero_()
+                else:
                     difference = g_hat - g
                     g_hat.copy_(g)
                     g.copy_(difference)

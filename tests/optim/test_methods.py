@@ -201,6 +201,79 @@ def test_lesam_with_the_budget_of_sams_radius_is_sam(seed: int) -> None:
     close(net, twin.flat(), torch.float64)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("bad_pass", [0, 1])
+def test_friendly_averages_start_at_the_first_gradient_that_counts(seed: int, backend: Any, bad_pass: int) -> None:
+    """Not in a step that is skipped, later where the gradient comes late; saved and loaded between any two."""
+    shapes = [(3,), (2, 2), (4,)]
+    params = [nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes]
+    optimizer = optim.FriendlySAM(params, SGD, rho=0.3, sigma=0.8, lam=0.6, backend=backend, lr=0.0)
+    average: list[Any] = [None] * 3
+    for t in range(5):
+        grads: list[Any] = [torch.randn(s, device=DEVICE) for s in shapes]
+        grads[2][0] = 0.0  # a dead unit's: its average is zero, and not a beginning
+        if t == 4:
+            grads[2][0] = 1.0
+        if t < 3:
+            grads[1] = None  # unfrozen at step 3
+        before = [p.detach().clone() for p in params]
+        d = [g if m is None or g is None else g - 0.8 * m for g, m in zip(grads, average, strict=True)]
+        norm = torch.cat([x.flatten() for x in d if x is not None]).norm()
+        bad = t in (0, 2)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = None if g is None else g.clone()
+        if bad and bad_pass == 0:
+            params[0].grad[0] = torch.nan  # type: ignore[index]
+        optimizer.first_step()
+        for p, w, x in zip(params, before, d, strict=True):
+            moved = 0.0 if x is None or (bad and bad_pass == 0) else 0.3 * x / norm
+            torch.testing.assert_close(p.detach(), w + moved)
+        if bad and bad_pass == 1:
+            params[0].grad[0] = torch.nan  # type: ignore[index]
+        optimizer.second_step()
+        if not bad:
+            pairs = zip(average, grads, strict=True)
+            average = [m if g is None else g if m is None else 0.6 * m + 0.4 * g for m, g in pairs]
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = optim.FriendlySAM(params, SGD, rho=0.3, sigma=0.8, lam=0.6, backend=backend, lr=0.0)
+        optimizer.load_state_dict(state)
+    for i, m in enumerate(average):
+        torch.testing.assert_close(optimizer.state_dict()["state"][i]["friendly_ema"], m)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("decouple", [True, False])
+def test_wsam_where_a_pass_leaves_a_gradient_out(seed: int, backend: Any, decouple: bool) -> None:
+    """Missing in the second pass: the parameter stays, as with torch. Missing in the first: it counts as zero."""
+    first, second, both = (nn.Parameter(torch.randn(5, device=DEVICE)) for _ in range(3))
+    params = [first, second, both]
+    optimizer = optim.WSAM(params, SGD, gamma=0.8, decouple=decouple, backend=backend, lr=0.1)
+    for _ in range(2):
+        before = [p.detach().clone() for p in params]
+        g, g_hat = torch.randn(2, 3, 5, device=DEVICE)
+        first.grad, second.grad, both.grad = g[0].clone(), None, g[2].clone()
+        optimizer.first_step(zero_grad=True)
+        first.grad, second.grad, both.grad = None, g_hat[1].clone(), g_hat[2].clone()
+        optimizer.second_step(zero_grad=True)
+        # Plain SGD: decoupled and coupled are the same sum, g + 4 (g_hat - g) and 4 g_hat - 3 g.
+        assert torch.equal(first.detach(), before[0])
+        torch.testing.assert_close(second.detach(), before[1] - 0.1 * 4 * g_hat[1])
+        torch.testing.assert_close(both.detach(), before[2] - 0.1 * (4 * g_hat[2] - 3 * g[2]))
+
+
+def test_what_is_kept_of_a_parameter_ends_with_its_gradient(seed: int) -> None:
+    """S2-SAM perturbs by the gradient of the step before, in which this parameter had none."""
+    a, b = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    optimizer = optim.S2SAM([a, b], SGD, rho=0.3, lr=0.0)
+    for with_b in (True, False, True):
+        before = b.detach().clone()
+        optimizer.first_step()
+        moved = not torch.equal(b.detach(), before)
+        a.grad, b.grad = torch.randn(4), torch.randn(4) if with_b else None
+        optimizer.second_step()
+    assert not moved
+
+
 def test_gsam_radius_follows_the_learning_rate() -> None:
     optimizer = optim.GSAM([nn.Parameter(torch.ones(2))], SGD, rho=0.6, rho_min=0.1, lr_min=0.1, lr=1.0)
     for lr, rho in ((1.0, 0.6), (0.1, 0.1), (0.55, 0.35), (0.0, 0.1 - 0.5 / 9)):

@@ -6,12 +6,14 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lesam_dist import LESAM, SAM, CosineBudget
+from lesam_dist.optim import FriendlySAM, LookSAM
 from lesam_dist.optim.ops import choose
 from lesam_dist.optim.rows import Rows
 from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
@@ -34,26 +36,6 @@ def test_restore_gives_back_every_bit(seed: int, backend: str, dtype: torch.dtyp
     optimizer.restore()
     assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
     optimizer.restore()  # harmless
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_step_form_equals_step(seed: int, backend: str) -> None:
-    net = make_net()
-    twin = copy.deepcopy(net)
-    closure = make_closure(net)
-    optimizer = LESAM(net.parameters(), SGD, backend=backend, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
-    by_hand = LESAM(twin.parameters(), SGD, backend=backend, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
-    rng = torch.get_rng_state()
-    for _ in range(3):
-        optimizer.step(closure)
-    torch.set_rng_state(rng)
-    x, y = closure.__closure__[3].cell_contents, closure.__closure__[4].cell_contents  # type: ignore[attr-defined]
-    for _ in range(3):
-        nn.functional.cross_entropy(twin(x), y).backward()
-        by_hand.first_step(zero_grad=True)
-        nn.functional.cross_entropy(twin(x), y).backward()
-        by_hand.second_step(zero_grad=True)
-    assert same(twin, snapshot(net))
 
 
 @pytest.mark.parametrize("base", [SGD, UNFUSED, torch.optim.AdamW, torch.optim.RMSprop], ids=str)
@@ -176,6 +158,44 @@ def test_bad_second_gradient_restores(seed: int) -> None:
         optimizer.step(closure)
     assert not optimizer.is_perturbed
     assert same(embedding, before)
+
+
+@pytest.mark.parametrize("made", ["none", "pair", "mapping", "losses"])
+@pytest.mark.parametrize("bad_pass", [0, 1])
+@pytest.mark.parametrize("method", [LESAM, FriendlySAM, LookSAM])
+def test_what_is_no_loss_is_refused_before_anything_moves(seed: int, method: Any, bad_pass: int, made: str) -> None:
+    net = make_net()
+    optimizer = method(net.parameters(), SGD, lr=0.1, momentum=0.9)
+    good = make_closure(net)
+    optimizer.step(good)
+    if method is LookSAM:
+        optimizer.step(good)
+        optimizer.param_groups[0]["ascent_step"] = 5  # a step of two passes
+    before, state = snapshot(net), copy.deepcopy(optimizer.state_dict())
+    losses = {"none": None, "pair": (torch.ones(()), 3), "mapping": {"loss": torch.ones(())}, "losses": torch.ones(3)}
+    calls = 0
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        loss = good()
+        return losses[made] if calls > bad_pass else loss
+
+    with pytest.raises(TypeError, match=r"closure returned .*: it must return the loss"):
+        optimizer.step(closure)
+    assert calls == bad_pass + 1
+    assert same(net, before)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+    assert optimizer.state_dict()["param_groups"] == state["param_groups"]
+    optimizer.step(lambda: good().item())  # a number will do
+
+
+def test_a_base_optimizer_that_calls_the_closure_itself_is_refused() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"LBFGS.step\(\) needs a closure"):
+        LESAM([p], torch.optim.LBFGS, lr=0.1)
+    with pytest.raises(ValueError, match="got no closure"):
+        LESAM([p], SGD, lr=0.1).step([])
 
 
 def test_order_of_calls_is_enforced(seed: int) -> None:
