@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from lesam_dist.blocks import find_blocks
 from lesam_dist.errors import UserError
-from lesam_dist.models import build_model, model_names
+from lesam_dist.models import build_model, model_names, require_input
 from lesam_dist.models.pretrained import last_layer
 from lesam_dist.models.pyramidnet import PyramidBlock
 from lesam_dist.models.wide_resnet import WideBlock
@@ -270,3 +271,32 @@ def test_pretrained_weights_of_another_image_size(cache: Path) -> None:
     put(cache, "vit_b_16")
     with pytest.raises(UserError, match=r"'encoder.pos_embedding' is \(1, 5, 768\), .*set data.image_size to 224, or"):
         build_model("vit_b_16", 7, image_size=32, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "cifar_resnet8", "squeezenet1_1"])
+def test_what_a_model_can_be_trained_on_is_known_without_computing(seed: int, name: str) -> None:
+    """As a forward on real images finds, which also moves BatchNorm's statistics and takes random numbers."""
+    model = build_model(name, 7).train()
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+
+    def foreseen(batch_size: int, image_size: int) -> bool:
+        try:
+            require_input(model, name, batch_size, image_size)
+        except UserError:
+            return False
+        return True
+
+    def real(batch_size: int, image_size: int) -> bool:
+        try:
+            copy.deepcopy(model)(torch.randn(batch_size, 3, image_size, image_size))
+        except (RuntimeError, ValueError):
+            return False
+        return True
+
+    sizes = list(itertools.product((1, 2), (16, 32, 64)))
+    random_state = torch.get_rng_state()
+    outcomes = [foreseen(*size) for size in sizes]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(buffer, before[key]) for key, buffer in model.named_buffers())
+    assert outcomes == [real(*size) for size in sizes]
+    assert all(outcomes) == (name == "cifar_resnet8")

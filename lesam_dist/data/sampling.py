@@ -67,11 +67,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         batch_size, world_size = self.batch_size, self.world_size
-        if batch_size < 1 or self.seed < 0:
-            raise UserError(
-                f"batch_size is {batch_size}, seed is {self.seed}: use a batch size of at least 1, and no negative "
-                "seed."
-            )
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must be at least 0.")
         if self.train and batch_size % world_size:
             raise UserError(
                 f"the global batch size {batch_size} cannot be divided by {world_size} processes: "

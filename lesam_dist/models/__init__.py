@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
+from torch.func import functional_call
 
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
@@ -14,7 +16,7 @@ from lesam_dist.models.pretrained import fetch_weights, load_pretrained
 from lesam_dist.models.pyramidnet import PyramidNet
 from lesam_dist.models.wide_resnet import WideResNet
 
-__all__ = ["build_model", "fetch_weights", "model_names", "require_model"]
+__all__ = ["build_model", "fetch_weights", "model_names", "require_input", "require_model"]
 
 # Networks of one size, by number of classes.
 _FIXED: dict[str, Callable[..., nn.Module]] = {
@@ -57,9 +59,33 @@ def build_model(
     return model
 
 
+@torch.no_grad()
+def require_input(model: nn.Module, name: str, batch_size: int, image_size: int) -> None:
+    """Raise a UserError unless the model can be trained on images (batch_size, 3, image_size, image_size) at once.
+
+    Sizes alone go through it, on the meta device: nothing is computed, and its buffers stay as they are.
+    """
+    state = {key: t.to("meta") for key, t in (*model.named_parameters(), *model.named_buffers())}
+    images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
+    try:
+        functional_call(model, state, (images,))
+    except NotImplementedError:  # an operation that has no form without data
+        return
+    except (ValueError, RuntimeError, AssertionError) as error:
+        remedy = "set a larger data.image_size, or choose a model for small images (cifar_resnet...)"
+        if "more than 1 value per channel" in str(error):
+            remedy = (
+                "BatchNorm needs more than one image in each part of a batch that a process takes at once: raise "
+                f"data.batch_size, or lower data.micro_batches or the number of processes. Or {remedy}"
+            )
+        images_of = "1 image" if batch_size == 1 else f"{batch_size} images"
+        raise UserError(
+            f"model '{name}' cannot be trained on {images_of} of {image_size} x {image_size} pixels at once "
+            f"({str(error).splitlines()[0]}): {remedy}."
+        ) from error
+
+
 def _fresh_model(name: str, num_classes: int, image_size: int, zero_init_residual: bool) -> nn.Module:
-    if name in CIFAR_RESNETS:
-        return cifar_resnet(CIFAR_RESNETS[name], num_classes, zero_init_residual)
     options: dict[str, Any] = {"num_classes": num_classes}
     if zero_init_residual:
         options["zero_init_residual"] = True
@@ -69,11 +95,15 @@ def _fresh_model(name: str, num_classes: int, image_size: int, zero_init_residua
         # Their auxiliary heads return tuples in training; a trainer of one loss has no use for them.
         options |= {"aux_logits": False, "init_weights": True}
     try:
+        if name in CIFAR_RESNETS:
+            return cifar_resnet(CIFAR_RESNETS[name], num_classes, zero_init_residual)
         if name in _FIXED:
             return _FIXED[name](**options)
         model: nn.Module = torchvision.models.get_model(name, **options)
     except TypeError as error:
         raise UserError(f"model '{name}' has no option zero_init_residual; leave it false.") from error
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"model '{name}' cannot be built for image_size {image_size}: {error}") from error
+    except (ValueError, RuntimeError, AssertionError, MemoryError) as error:
+        raise UserError(
+            f"model '{name}' cannot be built for image_size {image_size} and {num_classes} classes: {error}"
+        ) from error
     return model

@@ -20,7 +20,7 @@ from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar,
 from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.data.folder import remarks
 from lesam_dist.errors import UserError
-from lesam_dist.models import build_model, fetch_weights
+from lesam_dist.models import build_model, fetch_weights, require_input
 from lesam_dist.optim import CosineBudget
 from lesam_dist.optim.fused import fused_if_possible
 from lesam_dist.parallel import Distributed
@@ -159,6 +159,7 @@ def build_network(config: Config, num_classes: int, here: Distributed) -> nn.Mod
         zero_init_residual=config.model.zero_init_residual,
         pretrained=pretrained,
     )
+    require_input(model, config.model.name, _smallest_part(config, here), config.data.image_size)
     memory_format = torch.channels_last if config.precision.channels_last else torch.preserve_format
     model.to(here.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.precision.weights == "bf16":
@@ -169,6 +170,16 @@ def build_network(config: Config, num_classes: int, here: Distributed) -> nn.Mod
         whole = here.world_size == 1 or config.parallel.strategy == "ddp"
         compile_in_place(model, whole, config.parallel.wrap_classes)
     return model
+
+
+def _smallest_part(config: Config, here: Distributed) -> int:
+    """Images of the smallest forward in training on a process."""
+    optimizer = config.optimizer
+    fraction = optimizer.ascent_fraction
+    if optimizer.name == "esam":
+        fraction = 0.5 if optimizer.gamma is None else optimizer.gamma
+    share = config.data.batch_size // here.world_size
+    return max(1, int(fraction * share) // config.data.micro_batches)
 
 
 def _to_bfloat16(model: nn.Module) -> None:

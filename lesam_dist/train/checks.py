@@ -21,7 +21,8 @@ _CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
 
 _AT_LEAST = {
     "epochs": 1,
-    "model.num_classes": 1,
+    "seed": 0,
+    "model.num_classes": 2,
     "data.batch_size": 1,
     "data.eval_batch_size": 1,
     "data.micro_batches": 1,
@@ -46,6 +47,10 @@ _AT_LEAST = {
     "checkpoint.keep": 1,
     "logging.every_steps": 1,
 }
+_AT_MOST = {
+    "seed": 2**32 - 1,  # torch's generator on the CPU drops higher bits: other seeds, the same numbers
+    "model.num_classes": 10**6,
+}
 
 
 def check(config: Config) -> None:
@@ -62,6 +67,10 @@ def check(config: Config) -> None:
         value = attrgetter(path)(config)
         if value is not None and not value >= low:
             raise UserError(f"{path} is {value}: it must be at least {low}.")
+    for path, high in _AT_MOST.items():
+        value = attrgetter(path)(config)
+        if value is not None and not value <= high:
+            raise UserError(f"{path} is {value}: it must be at most {high}.")
     if not 0 <= config.loss.label_smoothing < 1:
         raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
     _check_data(config)

@@ -175,7 +175,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         self.wrapped.train()
         # A function of (seed, epoch, rank), so that a resumed epoch draws what the uninterrupted one drew.
-        torch.manual_seed((self.config.seed * 100_003 + self.epoch) * 100_003 + self.here.rank)
+        torch.manual_seed(((self.config.seed * 100_003 + self.epoch) * 100_003 + self.here.rank) % 2**63)
         meter = Meter(self.config.data.batch_size, event_of(self.here.device))
         batches = self.train_loader.epoch(self.epoch)
         for index in range(self.steps_per_epoch):

@@ -40,6 +40,19 @@ FLAGS = [
         "'vgg11' has no option zero_init_residual",
     ),
     (["--model.num_classes", "2"], "has 3 classes but model.num_classes is 2"),
+    (["--model.num_classes", "1"], "model.num_classes is 1: it must be at least 2"),
+    (["--model.num_classes", "1000000000"], "model.num_classes is 1000000000: it must be at most 1000000"),
+    (["--model.name", "alexnet"], "model 'alexnet' cannot be trained on 20 images of 32 x 32 pixels at once"),
+    (["--model.name", "inception_v3"], "set a larger data.image_size, or choose a model for small images"),
+    (["--model.name", "resnet18", "--data.batch_size", "1"], "BatchNorm needs more than one image"),
+    (["--model.name", "resnet18", "--data.micro_batches", "20"], "cannot be trained on 1 image of 32 x 32 pixels"),
+    (["--model.name", "resnet18", "--optimizer.ascent_fraction", "0.05"], "cannot be trained on 1 image of"),
+    (
+        ["--model.name", "resnet18", "--optimizer.name", "esam", "--data.batch_size", "3"],
+        "cannot be trained on 1 image of",
+    ),
+    (["--seed", "-1"], "seed is -1: it must be at least 0"),
+    (["--seed", "4294967296"], "seed is 4294967296: it must be at most 4294967295"),
     (["--data.batch_size", "1000"], "fewer than one global batch of 1000"),
     (["--data.micro_batches", "3"], "data.micro_batches 3 does not divide the 20 images"),
     (["--optimizer.scope", "local", "--parallel.strategy", "fsdp"], "scope is local but parallel.strategy is fsdp"),
@@ -79,6 +92,13 @@ def test_wrong_flag(command: Command, images: Path, tmp_path: Path, flags: list[
     assert err.startswith("lesam-dist: error: ")
     assert "Traceback" not in err
     assert not run_dir.exists(), "nothing was begun"
+
+
+def test_the_largest_seed(command: Command) -> None:
+    flags = ("--config", "digits", "--data.batch_size", "2", "--dry_run")
+    lines = [command(*flags, "--seed", seed) for seed in ("4294967295", "0")]
+    assert [(status, err) for status, _, err in lines] == [(0, "")] * 2
+    assert lines[0][1] != lines[1][1]
 
 
 def test_wrong_key_in_a_file(command: Command, tmp_path: Path) -> None:
