@@ -66,7 +66,8 @@ class SharpnessAware(GuardedOptimizer):
             form); it saves one of the two gradient reductions. "replica", for models that `lesam_dist.wrapping.wrap`
             made HSDP for this scope, calls ``closure(sync="replica")`` and perturbs each replica by its own; it saves
             the reduction between replicas. A gradient of fewer samples is noisier, so its norm is larger and LE-SAM's
-            radius smaller: sigma must be tuned anew.
+            radius smaller: sigma must be tuned anew. Both only for a method whose update and memory need no first
+            gradient, see `shares_first_gradient`; the telemetry is then each process's own.
         check_second: also leave the update out where a *second* gradient is not finite. Costs one more read of the
             gradients, and one more scalar all-reduce where they are sharded.
         max_grad_norm: clip the second gradient to this global norm before the update, as
@@ -132,7 +133,7 @@ class SharpnessAware(GuardedOptimizer):
             own["ascent_step"] = 0  # in the groups, where checkpoints keep it
         super().__init__(params, base_optimizer, own, backend, **base_kwargs)
         require_closureless(type(self).__name__, self.base_optimizer)
-        self._require_reusable()
+        self._require_first_gradient()
 
     # ---- the rule of a method ------------------------------------------------------------------------------------
 
@@ -172,6 +173,14 @@ class SharpnessAware(GuardedOptimizer):
             return f"one step in {interval} makes two passes"
         if (fraction := self._options["ascent_fraction"]) < 1:
             return f"the first pass takes {fraction} of the batch"
+        return None
+
+    def shares_first_gradient(self) -> str | None:
+        """Why all processes must have the same first gradient; None where each may perturb by its own."""
+        if any(b != 0 for _, b in self._mixtures()):
+            return "its update uses the first gradient, which then differs, so that the processes' weights drift apart"
+        if self.memory_names:
+            return "what it keeps of the first gradients then differs between processes, and a checkpoint saves one"
         return None
 
     def updated(self) -> None:
@@ -418,6 +427,8 @@ class SharpnessAware(GuardedOptimizer):
 
     def _perturb(self, grads: list[Gradients], fresh: bool, plain: bool = False) -> None:
         """Perturb by ``grads``; ``plain`` leaves the weights alone, for an update by ``.grad`` alone."""
+        if not plain:
+            self._require_first_gradient()
         self._plain = plain
         if plain:
             grads = [[None] * len(rows.params) for rows in self._perturbation.rows]  # no copy is made
@@ -436,11 +447,21 @@ class SharpnessAware(GuardedOptimizer):
     def _mixtures(self) -> list[Mixture]:
         return [self.mixture(group) for group in self.param_groups]
 
-    def _require_reusable(self) -> None:
+    def _require_first_gradient(self) -> None:
+        """Refuse an update that needs a first gradient which the options leave out, or make each process's own.
+
+        Asked in every step too: `LESAM`'s alpha may be scheduled.
+        """
+        name, scope = type(self).__name__, self._options["scope"]
+        if scope != "global" and (reason := self.shares_first_gradient()):
+            raise ValueError(
+                f"{name}: scope is {scope!r}, but {reason}. Choose scope='global', or a method that only perturbs by "
+                "the first gradient, as SAM does."
+            )
         if self._reuses() and any(b != 0 for _, b in self._mixtures()):
             raise ValueError(
-                f"{type(self).__name__}: its update needs the first gradient of every step, which "
-                "ascent_between='reuse' leaves out. Choose ascent_between='skip', or ascent_interval=1."
+                f"{name}: its update needs the first gradient of every step, which ascent_between='reuse' leaves out. "
+                "Choose ascent_between='skip', or ascent_interval=1."
             )
 
     def names_in_use(self) -> tuple[str, ...]:

@@ -69,8 +69,6 @@ class EigenSAM(FixedRadius):
             raise ValueError(
                 f"EigenSAM: interval {interval} and power_steps {power_steps} must be >= 1, and probe {probe} > 0."
             )
-        if kwargs.get("scope", "global") != "global":
-            raise ValueError(f"EigenSAM: scope is {kwargs['scope']!r}, but all processes must share one eigenvector.")
         own = {"rho": rho, "eigen_alpha": alpha, "eigen_interval": interval, "power_steps": power_steps, "probe": probe}
         super().__init__(params, base_optimizer, own, **kwargs)
 

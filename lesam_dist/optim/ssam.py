@@ -36,6 +36,9 @@ class SSAM(FixedRadius):
     def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.05, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
 
+    def shares_first_gradient(self) -> str | None:
+        return "its update is as long as the first gradient, so that the processes' weights drift apart"
+
     def mixture_factors(self, grads: list[Gradients]) -> Tensor | None:
         second = self._perturbation.of_perturbed(grads)
         norm = self._perturbation.dot(second, second).sqrt()

@@ -57,23 +57,6 @@ def train(
     return results
 
 
-@pytest.mark.parametrize("how", WRAPPED)
-def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
-    world_size, strategy, options = WRAPPED[how]
-    settings = [PLAIN, KERNELS] if how == "fsdp3" else [PLAIN]
-    alone = train(Distributed(0, 0, 1, torch.device("cpu")), seed, "none", {}, settings)
-    ranks = run(train, world_size, seed, strategy, options, settings)
-    for (name, (backend, dtype)), weights in alone.items():
-        reference = alone[name, PLAIN]
-        atol = ATOL[dtype] * (AMPLIFIED.get(name, 1) if dtype == torch.float32 else 1) * largest(reference)
-        for rank in ranks:
-            for n, value in reference.items():
-                actual = rank[name, (backend, dtype)][n]
-                np.testing.assert_allclose(actual, value, rtol=0, atol=atol, err_msg=f"{name} {n}")
-                assert np.array_equal(actual, ranks[0][name, (backend, dtype)][n]), f"{name}: replicas drifted apart"
-                np.testing.assert_allclose(weights[n], value, rtol=0, atol=atol, err_msg=name)
-
-
 def select(here: Distributed, seed: int, strategy: Any, options: dict[str, Any]) -> Weights:
     """ESAM with every choice on; equal data on all ranks, so that all select the same samples."""
     state, x, y = make_problem(seed)
@@ -87,10 +70,27 @@ def select(here: Distributed, seed: int, strategy: Any, options: dict[str, Any])
     return whole(net)
 
 
+def both(
+    here: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, torch.dtype]]
+) -> tuple[dict[tuple[str, Any], Weights], Weights]:
+    return train(here, seed, strategy, options, settings), select(here, seed, strategy, options)
+
+
 @pytest.mark.parametrize("how", WRAPPED)
-def test_esam_chooses_alike_on_all_ranks(seed: int, how: str) -> None:
+def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
     world_size, strategy, options = WRAPPED[how]
-    alone = select(Distributed(0, 0, 1, torch.device("cpu")), seed, "none", {})
-    for rank in run(select, world_size, seed, strategy, options):
-        for n, value in alone.items():
-            np.testing.assert_allclose(rank[n], value, rtol=0, atol=1e-11 * largest(alone))
+    settings = [PLAIN, KERNELS] if how == "fsdp3" else [PLAIN]
+    alone, selected_alone = both(Distributed(0, 0, 1, torch.device("cpu")), seed, "none", {}, settings)
+    ranks, selected = zip(*run(both, world_size, seed, strategy, options, settings), strict=True)
+    for (name, (backend, dtype)), weights in alone.items():
+        reference = alone[name, PLAIN]
+        atol = ATOL[dtype] * (AMPLIFIED.get(name, 1) if dtype == torch.float32 else 1) * largest(reference)
+        for rank in ranks:
+            for n, value in reference.items():
+                actual = rank[name, (backend, dtype)][n]
+                np.testing.assert_allclose(actual, value, rtol=0, atol=atol, err_msg=f"{name} {n}")
+                assert np.array_equal(actual, ranks[0][name, (backend, dtype)][n]), f"{name}: replicas drifted apart"
+                np.testing.assert_allclose(weights[n], value, rtol=0, atol=atol, err_msg=name)
+    for selected_here in selected:
+        for n, value in selected_alone.items():
+            np.testing.assert_allclose(selected_here[n], value, rtol=0, atol=1e-11 * largest(selected_alone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lesam_dist import LESAM
+from lesam_dist import LESAM, optim
 from lesam_dist.errors import UserError
 from lesam_dist.parallel import Distributed
 from lesam_dist.replicas import Sync
@@ -20,6 +21,7 @@ from lesam_dist.wrapping import wrap
 from tests.distributed.hooks import counting_hook
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
+from tests.methods import CASES
 from tests.oracles import SGD64, Weights, largest, norm_of
 
 
@@ -120,6 +122,72 @@ def test_every_process_or_replica_perturbs_by_its_own_gradient(
         assert result["skip"] == (True, 1.0), "one rank's overflow must skip the update on all"
 
 
+DRIFT_STEPS = 20
+PLACES: dict[str, tuple[int, Any, dict[str, Any]]] = {
+    "ddp": (2, "local", {}),
+    "hsdp": (4, "replica", {"shard_size": 2}),
+}
+EVERYWHERE: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{name: (case.method, case.kwargs) for name, case in CASES.items()},
+    "plus": (LESAM, {"alpha": 0.5}),
+    "esam, samples": (optim.ESAM, {"rho": 0.1, "beta": 0.5, "gamma": 0.4}),
+}
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **EVERYWHERE,
+    "plus, released": (LESAM, {"alpha": 0.5, "plus_form": "released"}),
+    "gsam, alpha 0": (optim.GSAM, {"alpha": 0.0}),
+    "wsam, gamma 1/2": (optim.WSAM, {"gamma": 0.5, "decouple": False}),
+    "clip": (LESAM, {"max_grad_norm": 0.1}),
+    "unchecked": (optim.SAM, {"check_second": False}),
+    "fraction": (optim.ASAM, {"ascent_fraction": 0.5}),
+    "interval": (LESAM, {"ascent_interval": 3}),
+}
+USES_G = {"plus", "plus, released", "gsam", "ssam", "wsam", "wsam-coupled", "looksam"}
+KEEPS_G = {"friendly", "eigen"}
+ONE_PASS = {"msam", "s2sam"}
+
+
+def after_many_steps(
+    here: Distributed, seed: int, strategy: Any, scope: Any, options: dict[str, Any]
+) -> dict[tuple[str, str], Weights | str]:
+    """The weights of every method in both scopes, or why it is refused."""
+    state, x, y = make_problem(seed)
+    part, results = part_of(here), {}
+    cases = [*itertools.product(EVERYWHERE.items(), ["global"]), *itertools.product(VARIANTS.items(), [scope])]
+    for (name, (method, kwargs)), chosen in cases:
+        net = make_net()
+        net.load_state_dict(state)
+        own = {"scope": scope} if chosen == "replica" else {}
+        model = wrap(net, here, strategy, **options, **own)
+        try:
+            optimizer = method(net.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, scope=chosen, **kwargs)
+        except ValueError as error:
+            results[name, chosen] = str(error)
+            continue
+        for t in range(DRIFT_STEPS):
+            passes = BatchPasses(model, nn.CrossEntropyLoss(), x[t % STEPS][part], y[t % STEPS][part])
+            optimizer.step([passes] if t == 1 else passes)
+        results[name, chosen] = whole(net)
+    return results
+
+
+@pytest.mark.parametrize("strategy", PLACES)
+def test_replicas_stay_equal_bit_for_bit_or_the_scope_is_refused(seed: int, strategy: str) -> None:
+    world_size, scope, options = PLACES[strategy]
+    ranks = run(after_many_steps, world_size, seed, strategy, scope, options)
+    for (name, chosen), first in ranks[0].items():
+        reasons = {"weights drift apart": USES_G, "a checkpoint saves one": KEEPS_G}
+        reasons["no first pass"] = ONE_PASS
+        reason = next((text for text, names in reasons.items() if name in names and chosen != "global"), None)
+        for rank in ranks:
+            if reason is not None:
+                assert reason in rank[name, chosen], f"{name} {chosen}"
+                continue
+            assert not isinstance(first, str), f"{name} {chosen}: {first}"
+            for n, value in first.items():
+                assert np.array_equal(rank[name, chosen][n], value), f"{name} {chosen}: replicas drifted apart"
+
+
 def impossible(here: Distributed) -> list[str]:
     """What is said of scopes that the wrapping does not allow."""
     x = torch.randn(2, 6)
@@ -132,7 +200,13 @@ def impossible(here: Distributed) -> list[str]:
 
     def stepping(model: nn.Module, scope: Any) -> None:
         optimizer = LESAM(model.parameters(), torch.optim.SGD, scope=scope, lr=0.1)
-        optimizer.step(lambda sync=True: model(x).sum().backward())
+
+        def closure(sync: Sync = True) -> Tensor:
+            loss = model(x).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
 
     attempt(RuntimeError, lambda: stepping(wrap(make_net(), here, "fsdp"), "local"))
     attempt(RuntimeError, lambda: stepping(wrap(make_net(), here, "ddp"), "replica"))

@@ -312,9 +312,27 @@ def test_single_passes_under_a_loss_scale(seed: int, backend: str, between: str)
         ({"ascent_between": "drop"}, "ascent_between is 'drop'"),
         ({"ascent_interval": 2, "ascent_between": "reuse", "scope": "local"}, "every process has its own"),
         ({"ascent_interval": 2, "ascent_between": "reuse", "alpha": 0.5}, "needs the first gradient of every step"),
+        ({"scope": "local", "alpha": 0.5}, "its update uses the first gradient"),
     ],
     ids=str,
 )
 def test_bad_options(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LESAM([nn.Parameter(torch.ones(2))], SGD, lr=0.1, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{"scope": "local"}, {"ascent_interval": 2, "ascent_between": "reuse"}], ids=str)
+def test_an_alpha_that_comes_later_is_refused_too(seed: int, options: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.randn(3))
+    optimizer = LESAM([p], SGD, lr=0.1, **options)
+    optimizer.param_groups[0]["plus_alpha"] = 0.5
+    before = p.detach().clone()
+
+    def closure(sync: bool = True) -> Tensor:
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"(needs|uses) the first gradient"):
+        optimizer.step(closure)
+    assert torch.equal(p, before)

@@ -78,6 +78,8 @@ def test_param_groups() -> None:
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(name="samon"))
     with pytest.raises(UserError, match=r"wsam.*|WSAM: gamma is 1.0"):
         build_optimizer(model, OptimizerConfig(name="wsam", gamma=1.0))
+    with pytest.raises(UserError, match="GSAM: scope is 'local', but its update uses the first gradient"):
+        build_optimizer(model, OptimizerConfig(name="gsam", scope="local"))
 
 
 def test_late_switch(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
