@@ -23,7 +23,7 @@ class CosineBudget:
     """Schedules ``sigma`` in every param group of a `LESAM`, used like a torch LR scheduler.
 
     The first value is set on construction; call `step` after each ``optimizer.step``. Groups keep their own
-    ``initial_sigma``. After the last step sigma stays 0.
+    ``initial_sigma``; a group that is added later starts from its own sigma. After the last step sigma stays 0.
 
     Args:
         optimizer: one whose param groups have a ``sigma``.
@@ -55,9 +55,6 @@ class CosineBudget:
         self.anneal_steps = anneal_steps
         self.warmup_steps = warmup_steps
         self.last_step = 0
-        for group in optimizer.param_groups:
-            # As torch's schedulers keep `initial_lr`: a schedule rebuilt after a resume starts from the same value.
-            group.setdefault("initial_sigma", group["sigma"])
         self._apply()
 
     def factor(self, step: int) -> float:
@@ -91,4 +88,5 @@ class CosineBudget:
 
     def _apply(self) -> None:
         for group in self.optimizer.param_groups:
-            group["sigma"] = group["initial_sigma"] * self.factor(self.last_step)
+            # As torch's schedulers keep `initial_lr`: a schedule rebuilt after a resume starts from the same value.
+            group["sigma"] = group.setdefault("initial_sigma", group["sigma"]) * self.factor(self.last_step)

@@ -59,9 +59,12 @@ class GSAM(FixedRadius):
     ) -> None:
         own = {"rho": rho, "gsam_alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
         super().__init__(params, base_optimizer, own, **kwargs)
-        for group in self.param_groups:
-            if group["lr_max"] is None:
-                group["lr_max"] = float(group["lr"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["lr_max"] is None:
+            group["lr_max"] = float(group["lr"])
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

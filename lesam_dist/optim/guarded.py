@@ -111,13 +111,23 @@ class GuardedOptimizer(SharedOptimizer):
             self._memory.create(memory_name, self.param_groups)
         if self.state or not params:
             return
-        rates = [group["lr"] for group in self.param_groups]
+        base = self.base_optimizer
+        saved = [dict(group) for group in self.param_groups]
         for group in self.param_groups:
-            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        unfuse_dtensors(self.base_optimizer)
-        self.base_optimizer.step()
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
+            if "lr" in group:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        # torch's own move nothing by zero gradients at a learning rate of zero; of others that is not known.
+        weights = [] if type(base).__module__.startswith("torch.") else [p.detach().clone() for p in params]
+        unfuse_dtensors(base)
+        base.step()
+        for group, before in zip(self.param_groups, saved, strict=True):
+            group.clear()
+            group.update(before)
+        for p, w in zip(params, weights, strict=bool(weights)):
+            p.detach().copy_(w)
         for state in self.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"].zero_()  # nothing was stepped
+            step = state.get("step") if isinstance(state, dict) else None
+            if isinstance(step, Tensor):
+                step.zero_()  # nothing was stepped
+            elif step is not None:
+                state["step"] = 0

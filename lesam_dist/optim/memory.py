@@ -110,7 +110,7 @@ class Memory:
     def unpack(self, names: tuple[str, ...], state: dict[Tensor, Any]) -> None:
         """Take the tensors out of an optimizer's loaded ``state``."""
         for name in names:
-            found = {p: own.pop(name) for p, own in state.items() if name in own}
+            found = {p: own.pop(name) for p, own in state.items() if isinstance(own, dict) and name in own}
             if found:
                 self._tensors[name] = found
             else:

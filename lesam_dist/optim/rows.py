@@ -74,6 +74,7 @@ class RowCache:
                 return False
         self._params, self._perturb = params, perturb
         self._addresses = _addresses(params)
+        _require_own_storages(params, self._addresses)
         self.rows = _build(param_groups)
         return True
 
@@ -83,6 +84,17 @@ def _addresses(params: list[Tensor]) -> list[int]:
     if 0 in addresses:  # DTensors, or empty
         return [local_shard(p).data_ptr() for p in params]
     return addresses
+
+
+def _require_own_storages(params: list[Tensor], addresses: list[int]) -> None:
+    """Raise ValueError where two parameters are the same memory: the second copy would be of perturbed weights."""
+    seen: dict[int, Tensor] = {}
+    for p, address in zip(params, addresses, strict=True):
+        if address and local_shard(p).numel() and seen.setdefault(address, p) is not p:
+            raise ValueError(
+                f"two parameters, of shapes {tuple(seen[address].shape)} and {tuple(p.shape)}, are the same memory: it "
+                "would be perturbed twice and not come back exactly. Tie weights by one Parameter, a.weight = b.weight."
+            )
 
 
 def _build(param_groups: list[dict[str, Any]]) -> list[Rows]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lesam_dist import SAM
-from tests.optim.nets import DEVICE, make_net
+from lesam_dist import GSAM, LESAM, SAM, CosineBudget, SharpnessAware
+from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
 
 BACKENDS = ["reference", "triton"]
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
@@ -68,7 +68,9 @@ def oracle(weights: list[Tensor], grads: list[list[Tensor | None]], **kwargs: An
     return [p.detach() for p in params]
 
 
-def apply(optimizer: SAM, params: list[nn.Parameter], grads: list[list[Tensor | None]], bad: int = 0) -> None:
+def apply(
+    optimizer: SharpnessAware, params: list[nn.Parameter], grads: list[list[Tensor | None]], bad: int = 0
+) -> None:
     """Steps by given gradients in both passes; those that are not finite only from pass ``bad`` on."""
     for step in grads:
         for number in range(2):
@@ -144,3 +146,179 @@ def test_a_base_that_only_says_it_is_fused_is_asked_before_it_steps(seed: int) -
     before = w.detach().clone()
     apply(SAM([w], functools.partial(Fused, lr=0.1)), [w], [[torch.full((5,), float("inf"))]])
     assert torch.equal(w, before)
+
+
+class Wrapper(Optimizer):
+    """A base that wraps another one: its groups and state are computed, and cannot be set."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.inner = SGD(params, lr=lr, momentum=0.9)
+        self.added = 0
+        super().__init__([{"params": [nn.Parameter(torch.zeros(1))]}], {})
+
+    @property
+    def param_groups(self) -> Any:
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        if groups:
+            raise AttributeError("has no setter")  # what torch's own constructor sets is nothing
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if state:
+            raise AttributeError("has no setter")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._built_by_torch(param_group):
+            return
+        self.added += 1
+        self.inner.add_param_group(param_group)
+
+    def _built_by_torch(self, param_group: dict[str, Any]) -> bool:
+        return len(param_group) == 1 and param_group["params"][0].shape == (1,)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+class Counting(SGD):
+    """A base with more in its state_dict, and a rule of its own to load it."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr, momentum=0.9)
+        self.steps = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["mask"] = torch.arange(p.numel()) % 2
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        for p, own in self.state.items():
+            p.grad.view(-1)[own["mask"]] = 0  # type: ignore[union-attr]
+        super().step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for p, own in zip(self.param_groups[0]["params"], state_dict["state"].values(), strict=True):
+            self.state[p]["mask"] = own["mask"]  # torch's rule makes it floating
+        self.steps = state_dict["steps"]
+
+
+@pytest.mark.parametrize("base", [Wrapper, Counting])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_base_makes_in_its_constructor_stays(seed: int, backend: str, base: Any) -> None:
+    """And goes through a state_dict; the base is asked to add groups and to load by its own rules."""
+    nets = [make_net().cpu() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    plain = base(nets[1].parameters(), lr=0.1)
+    optimizer = SAM(nets[0].parameters(), base, rho=0.0, lr=0.1, backend=backend)  # type: ignore[arg-type]
+    for step in range(4):
+        grads: list[list[Tensor | None]] = [[torch.randn_like(p) for p in nets[0].parameters()]]
+        apply(optimizer, list(nets[0].parameters()), grads)
+        for p, g in zip(nets[1].parameters(), grads[0], strict=True):
+            p.grad = g
+        plain.step()
+        if step == 1:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = SAM(nets[0].parameters(), base, rho=0.0, lr=0.7, backend=backend)  # type: ignore[arg-type]
+            optimizer.load_state_dict(saved)
+    assert same(nets[0], snapshot(nets[1]))
+    assert optimizer.base_optimizer.state is optimizer.state
+    if isinstance(optimizer.base_optimizer, Counting):
+        assert optimizer.base_optimizer.steps == 4
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert optimizer.base_optimizer.param_groups[1]["rho"] == 0.0
+    if isinstance(optimizer.base_optimizer, Wrapper):
+        assert optimizer.base_optimizer.added == 1
+
+
+def test_a_base_whose_state_dict_is_of_another_shape_is_not_saved_in_part(seed: int) -> None:
+    class Another(SGD):
+        def state_dict(self) -> dict[str, Any]:
+            return {"inner": super().state_dict()}
+
+    net = make_net()
+    optimizer = SAM(net.parameters(), Another, lr=0.1)
+    optimizer.step(make_closure(net))
+    with pytest.raises(RuntimeError, match=r"Another has no state and param_groups in its own but inner"):
+        optimizer.state_dict()
+
+
+def test_creating_state_moves_nothing_with_any_base(seed: int) -> None:
+    """torch.distributed.checkpoint steps with zero gradients and a rate of zero, which is not zero for every base."""
+
+    class Restless(SignDescent):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+                for p in group["params"]:
+                    self.state[p]["step"] = self.state[p].get("step", 0) + 1
+                    p.data.mul_(0.9)
+
+    net = make_net()
+    before = snapshot(net)
+    optimizer = SAM(net.parameters(), Restless, lr=0.1)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert same(net, before)
+    assert "step" not in optimizer.param_groups[0]
+    assert all(own["step"] == 0 for own in optimizer.state.values())
+
+
+def test_groups_keep_what_a_plain_checkpoint_does_not_know(seed: int) -> None:
+    a, b = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    checkpoint = SGD([{"params": [a]}, {"params": [b]}], lr=0.05).state_dict()
+    optimizer = LESAM([{"params": [a]}, {"params": [b], "perturb": False, "sigma": 0.7}], SGD, lr=0.1)
+    budget = CosineBudget(optimizer, total_steps=10, anneal_steps=10)
+    budget.step()
+    optimizer.load_state_dict(checkpoint)
+    assert optimizer.param_groups[1]["lr"] == 0.05
+    assert optimizer.param_groups[1]["perturb"] is False
+    budget.step()
+    assert optimizer.param_groups[1]["sigma"] == pytest.approx(0.7 * budget.factor(2))
+
+    follows = GSAM([{"params": [a]}, {"params": [b], "lr": 0.4}], SGD, rho=0.2, rho_min=0.1, lr=0.2)
+    follows.load_state_dict(checkpoint)
+    assert [group["lr_max"] for group in follows.param_groups] == [0.2, 0.4]
+    assert follows.radius(follows.param_groups[0]).rho_max == pytest.approx(0.1 + 0.1 * 0.05 / 0.2)
+
+
+def test_a_group_that_is_added_later_has_its_schedules(seed: int) -> None:
+    a, b = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    optimizer = LESAM([a], SGD, sigma=0.3, lr=0.1)
+    budget = CosineBudget(optimizer, total_steps=10, anneal_steps=10)
+    budget.step()
+    optimizer.add_param_group({"params": [b], "sigma": 0.5})
+    budget.step()
+    assert budget.get_last_sigma() == [pytest.approx(s * budget.factor(2)) for s in (0.3, 0.5)]
+    follows = GSAM([a], SGD, rho=0.2, rho_min=0.1, lr=0.2)
+    follows.add_param_group({"params": [b], "lr": 0.4})
+    follows.param_groups[1]["lr"] = 0.1
+    assert follows.radius(follows.param_groups[1]).rho_max == pytest.approx(0.125)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_the_same_weights_twice_are_refused(seed: int) -> None:
+    a = nn.Parameter(torch.randn(4))
+    with pytest.raises(ValueError, match="the same parameter twice"):
+        SAM([a, a], SGD, lr=0.1)
+    optimizer = SAM([a], SGD, lr=0.1)
+    b = nn.Parameter(torch.randn(3))
+    with pytest.raises(ValueError, match="the same parameter twice"):
+        optimizer.add_param_group({"params": [b, b]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [nn.Parameter(a.detach())]})
+    a.grad, before = torch.ones(4), a.detach().clone()
+    with pytest.raises(ValueError, match="are the same memory"):
+        optimizer.first_step()
+    assert torch.equal(a, before)
