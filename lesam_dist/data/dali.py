@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import nvidia.dali
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -79,10 +80,10 @@ class DaliLoader:
             return None
         except RuntimeError as error:
             self._pipeline = None
-            path = _find_unreadable([path for paths in self._ahead for path in paths], self._plan.transform)
-            if path is None:
+            found = _find_unreadable([path for paths in self._ahead for path in paths], self._plan.transform)
+            if found is None:
                 raise  # not about a file, e.g. out of memory
-            raise unreadable_image(path, "DALI cannot read it") from error
+            raise unreadable_image(*found) from error
 
     def _rewind(self) -> None:
         """Throw away what is in flight of an epoch that was left halfway."""
@@ -155,8 +156,8 @@ def build_pipeline(
     return pipeline
 
 
-def _find_unreadable(paths: list[str], transform: Transform) -> str | None:
-    """The first file that DALI cannot decode; its error only tells the position in some batch in flight."""
+def _find_unreadable(paths: list[str], transform: Transform) -> tuple[str, str] | None:
+    """The first file that DALI cannot decode, and why; its error only tells the position in some batch in flight."""
     tried: list[str] = []
 
     def source() -> tuple[Any, Any]:
@@ -169,9 +170,22 @@ def _find_unreadable(paths: list[str], transform: Transform) -> str | None:
     try:
         for _ in paths:
             one_by_one.run()
-    except RuntimeError:
-        return tried[-1]
+    except RuntimeError as error:
+        return tried[-1], _cause(tried[-1], error)
     return None
+
+
+def _cause(path: str, error: RuntimeError) -> str:
+    """DALI's own reason, often a mere number, without the traceback of its graph; and what Pillow says to the file."""
+    _, _, reason = str(error).partition("encountered:")
+    dali_says = (reason.strip() or str(error)).splitlines()[0].rstrip(" :")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            pillow_says = f"reads it, as {image.format}"
+    except Exception as its_error:  # Pillow raises whatever a broken file leads it to
+        pillow_says = str(its_error).strip() or type(its_error).__name__
+    return f"DALI: {dali_says}; Pillow: {pillow_says}"
 
 
 def crop_graph(shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]) -> tuple[Any, Any]:
