@@ -12,12 +12,15 @@ from lesam_dist.errors import UserError, unknown_name
 
 
 def _train(argv: Sequence[str]) -> None:
-    from lesam_dist.train.cli import parse
+    from lesam_dist.train.cli import read_command_line
 
-    config = parse(argv)
+    read = read_command_line(argv)
+    if os.environ.get("RANK", "0") == "0":
+        for note in read.notes:
+            print(note, flush=True)
     from lesam_dist.train.trainer import train  # here: --help and what is refused need no torch
 
-    train(config)
+    train(read.config, read.given)
 
 
 def _compare(argv: Sequence[str]) -> None:

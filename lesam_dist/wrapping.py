@@ -106,9 +106,11 @@ def _mesh(here: Distributed, strategy: Strategy, shard_size: int | None, replica
     shard = shard_size or (world // replicate_size if replicate_size else min(here.local_world_size, world))
     replicate = replicate_size or world // shard
     if shard * replicate != world:
+        sizes = {"shard_size": shard_size, "replicate_size": replicate_size}
+        given = " and ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size is not None)
         raise UserError(
-            f"parallel.shard_size {shard} x parallel.replicate_size {replicate} is not the number of processes, "
-            f"{world}: choose sizes whose product it is."
+            f"{given or f'one shard for the {shard} processes of a node'}: that does not fit {world} processes. Shards "
+            "times replicas must be their number; null takes what the other leaves."
         )
     return init_device_mesh(here.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 

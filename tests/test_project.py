@@ -17,7 +17,9 @@ def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert "tensor(" in capsys.readouterr().out
+        printed = re.findall(r"tensor\(([\d.e-]+)", capsys.readouterr().out)
+        assert printed
+        assert all(float(number) > 0 for number in printed), "a radius of 0 would show nothing"
 
 
 def test_every_package_is_listed() -> None:

@@ -71,6 +71,8 @@ class GSAM(FixedRadius):
         require_nonnegative("GSAM", "alpha", group["gsam_alpha"])
         if group["rho_min"] is not None:
             require_nonnegative("GSAM", "rho_min", group["rho_min"])
+            if group["rho_min"] > group["rho"]:
+                raise ValueError(f"GSAM: rho_min is {group['rho_min']}, above rho, {group['rho']}: it is the lowest.")
 
     def radius(self, group: dict[str, Any]) -> Radius:
         rho, low = float(group["rho"]), group["rho_min"]

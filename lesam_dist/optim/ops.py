@@ -178,13 +178,14 @@ def select(backend: Backend, rows: Rows) -> Ops:
     if choose(backend, rows) == "reference":
         return ReferenceOps(rows)
     if rows.device.type != "cuda":
-        _require_interpreter(rows.device)
+        require_interpreter(rows.device)
     from lesam_dist.optim.triton_ops import TritonOps  # here, so that triton is needed only where it is used
 
     return TritonOps(rows)
 
 
-def _require_interpreter(device: torch.device) -> None:
+def require_interpreter(device: torch.device) -> None:
+    """Raise RuntimeError where the kernels cannot run on ``device``, which is not CUDA."""
     import triton
 
     if not (device.type == "cpu" and triton.knobs.runtime.interpret):

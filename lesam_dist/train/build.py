@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lesam_dist.blocks import compile_in_place, recompute_in_backward
+from lesam_dist.blocks import compile_in_place, find_blocks, recompute_in_backward
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
@@ -23,6 +23,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights, require_input
 from lesam_dist.optim import CosineBudget
 from lesam_dist.optim.fused import fused_if_possible
+from lesam_dist.optim.ops import require_interpreter
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.config import Config, DataConfig, OptimizerConfig
 from lesam_dist.train.methods import METHODS, method_arguments, param_groups
@@ -164,6 +165,7 @@ def build_network(config: Config, num_classes: int, here: Distributed) -> nn.Mod
     model.to(here.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.precision.weights == "bf16":
         _to_bfloat16(model)
+    find_blocks(model, config.parallel.wrap_classes)  # an unknown class is refused on one process as on many
     if config.model.activation_checkpointing:
         recompute_in_backward(model, config.parallel.wrap_classes)
     if config.model.compile:
@@ -190,6 +192,20 @@ def _to_bfloat16(model: nn.Module) -> None:
                 p.data = p.data.bfloat16()
 
 
+def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
+    """Refuse hyper-parameters that the method does, on two layers, before anything is read or written.
+
+    Raises:
+        UserError: for a value out of range, or a backend that does not run on this device.
+    """
+    build_optimizer(nn.Sequential(nn.Linear(1, 1), nn.LayerNorm(1)), config)
+    if config.backend == "triton" and device.type != "cuda":
+        try:
+            require_interpreter(device)
+        except RuntimeError as error:
+            raise UserError(f"optimizer.backend is triton: {error}") from error
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer that the config names, over the model's parameters."""
     base = config.name if config.name in ("sgd", "adamw") else config.base
@@ -200,14 +216,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         kwargs |= {"betas": config.betas}
     cls = torch.optim.SGD if base == "sgd" else torch.optim.AdamW
     groups = param_groups(model, config)
-    if config.name in METHODS:
-        try:
+    try:
+        if config.name in METHODS:
             method: Any = METHODS[config.name]
             optimizer: Optimizer = method(groups, cls, **method_arguments(config), **kwargs)
             return optimizer
-        except ValueError as error:
-            raise UserError(f"optimizer: {error}") from error
-    return cls(groups, **(kwargs | fused_if_possible(cls, groups)))
+        return cls(groups, **(kwargs | fused_if_possible(cls, groups)))
+    except ValueError as error:
+        raise UserError(f"optimizer: {error}") from error
 
 
 def build_schedules(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> tuple[LambdaLR, CosineBudget | None]:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import TYPE_CHECKING
+import math
+from typing import Any
 
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.optim.options import check_options
+from lesam_dist.train.config import Config, default_values, flatten
+from lesam_dist.train.explain import expected, is_optional
+from lesam_dist.train.method_fields import METHOD_FIELDS, PLAIN, check_method_fields
 
-if TYPE_CHECKING:
-    from lesam_dist.train.config import Config
-
-OPTIMIZERS = (
-    *("lesam", "sam", "asam", "esam", "fsam", "eigensam", "fishersam", "gsam", "ssam", "msam", "s2sam", "looksam"),
-    *("wsam", "samon", "sgd", "adamw"),
-)
+OPTIMIZERS = (*METHOD_FIELDS, *PLAIN)
 
 _FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
 _CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
+
+# Larger ones are typing errors that would end in hours of nothing, or in no memory.
+_AT_MOST = {
+    "epochs": 1_000_000,
+    "seed": 2**32 - 1,  # torch's generator on the CPU drops higher bits: other seeds, the same numbers
+    "model.num_classes": 10**6,
+    "data.batch_size": 1 << 24,
+    "data.eval_batch_size": 1 << 20,
+    "data.image_size": 1 << 14,
+    "data.val_resize": 1 << 14,
+    "data.crop_padding": 1 << 14,
+    "data.cutout": 1 << 14,
+    "data.workers": 1024,
+    "optimizer.interval": 1_000_000,
+    "optimizer.power_steps": 1000,
+    "optimizer.ascent_interval": 1_000_000,
+}
 
 _AT_LEAST = {
     "epochs": 1,
@@ -37,6 +51,8 @@ _AT_LEAST = {
     "optimizer.eps": 0,
     "optimizer.alpha": 0,
     "optimizer.rho": 0,
+    "optimizer.rho_min": 0,
+    "optimizer.eta": 0,
     "optimizer.start_epoch": 0,
     "schedule.lr_warmup_epochs": 0,
     "schedule.sigma_warmup_epochs": 0,
@@ -47,10 +63,6 @@ _AT_LEAST = {
     "checkpoint.keep": 1,
     "logging.every_steps": 1,
 }
-_AT_MOST = {
-    "seed": 2**32 - 1,  # torch's generator on the CPU drops higher bits: other seeds, the same numbers
-    "model.num_classes": 10**6,
-}
 
 
 def check(config: Config) -> None:
@@ -59,26 +71,37 @@ def check(config: Config) -> None:
     Raises:
         UserError: for the first of them, with the value and the remedy.
     """
+    values = flatten(config)
+    _check_values(values)
     if config.optimizer.name not in OPTIMIZERS:
         raise unknown_name("optimizer", config.optimizer.name, OPTIMIZERS)
     if config.resume not in (None, "auto"):
         raise UserError(f"resume is '{config.resume}': it is 'auto' or null.")
     for path, low in _AT_LEAST.items():
-        value = attrgetter(path)(config)
-        if value is not None and not value >= low:
-            raise UserError(f"{path} is {value}: it must be at least {low}.")
+        if values[path] is not None and not values[path] >= low:
+            raise UserError(f"{path} is {values[path]}: it must be at least {low}.")
     for path, high in _AT_MOST.items():
-        value = attrgetter(path)(config)
-        if value is not None and not value <= high:
-            raise UserError(f"{path} is {value}: it must be at most {high}.")
+        if values[path] is not None and values[path] > high:
+            raise UserError(f"{path} is {values[path]}: it must be at most {high}.")
     if not 0 <= config.loss.label_smoothing < 1:
         raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
     _check_data(config)
     _check_optimizer(config)
+    _check_parallel(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
         raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
     _check_precision(config)
     _check_schedule(config)
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Refuse what no field holds: null where it means nothing, numbers that are not finite."""
+    for path, value in values.items():
+        if value is None and not is_optional(path):
+            raise UserError(f"{path} is null: it must be {expected(path)}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{path} is {value}: it must be {expected(path)}, and finite.")
 
 
 def _check_data(config: Config) -> None:
@@ -97,6 +120,8 @@ def _check_data(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     optimizer, strategy = config.optimizer, config.parallel.strategy
+    check_method_fields(config, flatten(config), default_values())
+    _check_base(config)
     names = ("scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
     try:
         check_options("optimizer", {name: getattr(optimizer, name) for name in names})
@@ -124,6 +149,38 @@ def _check_optimizer(config: Config) -> None:
                 "data.accumulation_mode is micro but precision.compute is fp16, whose loss scale is taken off only "
                 "once a step: choose bf16, or batch."
             )
+
+
+def _check_base(config: Config) -> None:
+    optimizer = config.optimizer
+    if not optimizer.momentum < 1:
+        raise UserError(f"optimizer.momentum is {optimizer.momentum}: it must be below 1.")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise UserError(f"optimizer.betas is {list(optimizer.betas)}: both must be in [0, 1).")
+    if optimizer.nesterov and optimizer.momentum == 0:
+        raise UserError("optimizer.nesterov is true but optimizer.momentum is 0: set momentum above 0, e.g. 0.9.")
+
+
+def _check_parallel(config: Config) -> None:
+    """Refuse what this strategy would not look at."""
+    parallel, model = config.parallel, config.model
+    is_sharded = parallel.strategy in ("fsdp", "hsdp")
+    if not is_sharded and not parallel.reshard_after_forward:
+        raise UserError(
+            f"parallel.reshard_after_forward is false but parallel.strategy is {parallel.strategy}, which gathers no "
+            "parameters: choose fsdp or hsdp, or leave it at true."
+        )
+    for name in ("shard_size", "replicate_size"):
+        if parallel.strategy != "hsdp" and getattr(parallel, name) is not None:
+            raise UserError(
+                f"parallel.{name} is {getattr(parallel, name)} but parallel.strategy is {parallel.strategy}: it is for "
+                "hsdp. Choose hsdp, or leave it at null."
+            )
+    if parallel.wrap_classes and not is_sharded and not model.activation_checkpointing:
+        raise UserError(
+            f"parallel.wrap_classes is {parallel.wrap_classes} but parallel.strategy is {parallel.strategy}, which "
+            "gathers no blocks, and model.activation_checkpointing is false: leave it empty."
+        )
 
 
 def _check_window(config: Config) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import os
-import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_pa
 
 from lesam_dist.errors import UserError
 from lesam_dist.train.config import Config, flatten
+from lesam_dist.train.explain import explain, sections, shown, unknown_key
 from lesam_dist.train.launcher import accelerate_flags
-from lesam_dist.train.recipes import compose, describe, split
+from lesam_dist.train.recipes import Tree, bases, compose, describe, recipes, split
+from lesam_dist.train.sources import combine, flag_values, leaves
+from lesam_dist.train.strict_yaml import read_yaml, read_yaml_file
 
 _PROG = "lesam-dist train"
 _USAGE = """lesam-dist train [--config NAME_OR_FILE] [--SECTION.FIELD VALUE ...]
@@ -24,6 +28,7 @@ _USAGE = """lesam-dist train [--config NAME_OR_FILE] [--SECTION.FIELD VALUE ...]
 _DESCRIPTION = "Train an image classifier with LE-SAM. Recipes for --config: {recipes} Flags behind it win."
 
 
+@cache
 def build_parser() -> ArgumentParser:
     """The parser of `lesam-dist train`; its fields, types and help come from `Config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -39,20 +44,54 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """A config, and how it came about.
+
+    Attributes:
+        config: the run.
+        notes: a line for each thing that was adapted.
+        given: dotted paths that the user set, in a flag, a file or the launcher, rather than a recipe.
+    """
+
+    config: Config
+    notes: tuple[str, ...]
+    given: frozenset[str]
+
+
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """The config of a command line (default: this process's).
+    """The config of a command line (default: this process's), see `read_command_line`."""
+    return read_command_line(argv).config
+
+
+def read_command_line(argv: Sequence[str] | None = None) -> CommandLine:
+    """A command line, where flags win over the launcher's settings, and these over recipes and files.
 
     Raises:
         UserError: for anything wrong in it, with the nearest valid name for an unknown key.
         SystemExit: after --help and --print_config.
     """
     parser = build_parser()
-    argv = _with_launcher(_resolve(list(sys.argv[1:] if argv is None else argv)))
+    names, flags = _split(list(sys.argv[1:] if argv is None else argv))
+    flags = [*accelerate_flags(os.environ), *flags]
+    values = flag_values(flags)
+    for name, first in sections().items():
+        if name in values:
+            raise UserError(f"--{name} is a section: set its fields, e.g. --{name}.{first} {shown(values[name])}.")
+    sources = [_source(name) for name in names]
+    combined = combine(sources, values)
+    set_by_user = {
+        path for name, source in zip(names, sources, strict=True) if not split(name) for path in leaves(source)
+    }
+    if wrong := unknown_key([*leaves(combined.tree), *values]):
+        raise UserError(wrong)
+    text = json.dumps(combined.tree, default=str, indent=1)  # jsonargparse takes a text like a file
     try:
-        namespace = parser.parse_args(argv)
-        return _instantiate(parser, namespace)
+        namespace = parser.parse_args([*(["--config", text] if combined.tree else []), *flags])
+        config = _instantiate(parser, namespace)
     except ArgumentError as error:
-        raise UserError(_explain(str(error))) from error
+        raise UserError(explain(str(error), leaves(combined.tree) | values)) from error
+    return CommandLine(config, combined.notes, frozenset(set_by_user | values.keys()))
 
 
 def dump(config: Config) -> str:
@@ -72,71 +111,55 @@ def _instantiate(parser: ArgumentParser, namespace: Any) -> Config:
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})
 
 
-def _resolve(argv: list[str]) -> list[str]:
-    """Replace recipe names behind --config by their content, and let --dry_run stand alone."""
-    resolved: list[str] = []
-    previous = ""
-    for arg in argv:
-        if previous == "--config":
-            arg = _config_source(arg)
-        elif arg.startswith("--config="):
-            arg = "--config=" + _config_source(arg.removeprefix("--config="))
-        if previous == "--dry_run" and arg not in ("true", "false"):
-            resolved[-1] = "--dry_run=true"  # a flag without a value
-        resolved.append(arg)
-        previous = arg
-    if previous == "--dry_run":
-        resolved[-1] = "--dry_run=true"
-    return resolved
-
-
-def _with_launcher(argv: list[str]) -> list[str]:
-    """The launcher's settings between the config files, which they override, and the flags, which override them."""
-    files: list[str] = []
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands behind each --config, and the other flags, among which --dry_run may stand alone."""
+    configs: list[str] = []
     flags: list[str] = []
-    previous = ""
-    for arg in argv:
-        is_file = arg == "--config" or previous == "--config" or arg.startswith("--config=")
-        (files if is_file else flags).append(arg)
-        previous = arg
-    return [*files, *accelerate_flags(os.environ), *flags]
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if arg == "--config":
+            if not rest or rest[0].startswith("--"):
+                raise UserError("--config has no value: give it a recipe's name or a YAML file.")
+            configs.append(rest.pop(0))
+        elif arg.startswith("--config="):
+            configs.append(arg.removeprefix("--config="))
+        elif arg == "--dry_run" and (not rest or rest[0].startswith("-")):
+            flags.append("--dry_run=true")
+        else:
+            flags.append(arg)
+    return configs, flags
 
 
-def _config_source(name: str) -> str:
-    """A recipe as YAML text, which jsonargparse takes like a file; text and files as they are."""
-    if split(name) is None:
-        if "\n" in name or Path(name).is_file():
-            return name
-        if Path(name).suffix in (".yaml", ".yml"):
-            raise UserError(f"config file '{name}' does not exist. Recipes by name are {describe()}")
-    return str(yaml.safe_dump(compose(name), sort_keys=False))
+def _source(name: str) -> Tree:
+    """The fields of a recipe, a YAML file, or a YAML text."""
+    if split(name) is not None:
+        return compose(name)
+    if "\n" in name:
+        return _filled(read_yaml(name, "the config"), "the config")
+    if _is_file(name):
+        return _filled(read_yaml_file(name), f"config file '{name}'")
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise UserError(f"config file '{name}' does not exist. Recipes by name are {describe()}")
+    if os.path.isdir(name):
+        raise UserError(
+            f"--config is '{name}', a folder: give a recipe's name or a YAML file, e.g. the config.yaml in it."
+        )
+    if name.lower() != name and name.lower() in {*bases(), *recipes()}:
+        raise UserError(f"unknown recipe '{name}': did you mean '{name.lower()}'?")
+    return compose(name)
 
 
-_UNKNOWN = (
-    r"[Uu]nrecognized arguments: --?([\w.]+)",
-    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<option>\w+)'",
-    r"(?:Key|key) ['\"]([\w.]+)['\"] is not expected",
-    r"Option '([\w.]+)' is not accepted",
-)
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long, or with a null byte
+        return False
 
 
-def _explain(message: str) -> str:
-    """jsonargparse's message as one line, with the nearest key where one is unknown."""
-    for pattern in _UNKNOWN:
-        if found := re.search(pattern, message):
-            return nearest_key(".".join(found.groups()))
-    if found := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
-        key, reason = found.groups()
-        return f"{key}: {' '.join(reason.replace('typing.', '').split())}"
-    return " ".join(message.split())
-
-
-def nearest_key(key: str) -> str:
-    """What to say of a key that the config does not have."""
-    keys = list(flatten(Config()))
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not near:  # a field named without its section
-        leaves = {k.split(".")[-1]: k for k in keys}
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], leaves, n=1, cutoff=0.5)]
-    hint = f"did you mean '{near[0]}'?" if near else "see --help for all of them."
-    return f"unknown key '{key}': {hint}"
+def _filled(tree: Tree, name: str) -> Tree:
+    """The tree without sections that have no fields."""
+    for section in sections().keys() & tree.keys():
+        if tree[section] is not None and not isinstance(tree[section], dict):
+            raise UserError(f"{name} has {section}: {shown(tree[section])}, but {section} is a section of fields.")
+    return {key: value for key, value in tree.items() if value is not None or key not in sections()}

@@ -13,6 +13,7 @@ from lesam_dist.train.cli import parse
 from lesam_dist.train.experiment_report import NOTE, outcome_numbers, plot, plus_minus, report
 from lesam_dist.train.experiments import ExperimentParser, Outcome, make_setting, paired_difference, run_all
 from lesam_dist.train.recipes import bases, merge, method_part, methods, split
+from lesam_dist.train.sources import flags_for
 
 _PREFERRED = "sam"  # what the others are measured against
 # Hyper-parameters that several methods have: one that is put into another's config starts from its own defaults.
@@ -29,7 +30,11 @@ def compare(argv: Sequence[str]) -> None:
     arguments, flags = parser.parse_known(argv)
     parser.refuse(flags, ["optimizer.name"])
     names, run_dir = _method_names(arguments.methods), arguments.run_dir
-    settings = [make_setting(n, _sources(arguments.config, n), flags, run_dir, arguments.seeds) for n in names]
+    optimizers = [name.removesuffix("_plus") for name in names]
+    settings = [
+        make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags), run_dir, arguments.seeds)
+        for n, o in zip(names, optimizers, strict=True)
+    ]
     outcomes, here = run_all(settings)
     if not here.is_main:
         return
@@ -67,7 +72,8 @@ def _parser() -> ExperimentParser:
         "[--SECTION.FIELD VALUE ...]",
         description="Train several methods with the same seeds, one run after the other, and compare their final top-1 "
         "accuracy: a table (compare.md, compare.json) and a plot (compare.png). Every other flag is one of "
-        "`lesam-dist train` and holds for all runs, e.g. --epochs, --data.root or --optimizer.lr.",
+        "`lesam-dist train` and holds for all runs, e.g. --epochs, --data.root or --optimizer.lr; a method's "
+        "hyper-parameter holds for those of the methods that have it.",
         config_help="DATA_MODEL, e.g. cifar100_resnet18, where each method has the hyper-parameters of its recipe; or "
         "a YAML file, whose own method is taken as it is, and any other with that method's usual hyper-parameters",
         example="lesam-dist compare --config digits_noisy --methods sgd,sam,lesam --seeds 5",

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from lesam_dist.errors import UserError
-from lesam_dist.train.checks import check
 
 
 @dataclass
@@ -262,6 +261,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what can be known of the fields alone; what needs the data or the model is checked when it is there."""
+        from lesam_dist.train.checks import check  # here: it looks at the fields that are defined above
+
         check(self)
 
 
@@ -300,6 +301,17 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def default_values() -> dict[str, Any]:
+    """`flatten` of a config in which nothing is set."""
+    leaves: dict[str, Any] = {}
+    for item in fields(Config):
+        if item.default_factory is not MISSING:
+            leaves |= flatten(item.default_factory(), item.name + ".")
+        else:
+            leaves[item.name] = item.default
+    return leaves
+
+
 def check_same_run(now: Config, saved: dict[str, Any]) -> None:
     """Refuse to resume where the config would change what the run computes.
 
@@ -310,7 +322,7 @@ def check_same_run(now: Config, saved: dict[str, Any]) -> None:
     Raises:
         UserError: naming every field that differs, with both values.
     """
-    then = flatten(Config()) | saved  # a field younger than the checkpoint had what is its default now
+    then = default_values() | saved  # a field younger than the checkpoint had what is its default now
     differing = [
         f"{path}: {then[path]!r} then, {value!r} now"
         for path, value in flatten(now).items()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lesam_dist.errors import UserError
-from lesam_dist.train.cli import parse
+from lesam_dist.train.cli import CommandLine, read_command_line
 from lesam_dist.train.config import Config, check_same_run
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: its name, and its runs by seed."""
+    """What is compared: its name, its runs by seed, and a line for each thing that was adapted in them."""
 
     name: str
     runs: list[Config]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,12 @@ def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_di
     """The runs of a setting: configs from ``sources`` (recipes, files, YAML text) with ``flags`` over them."""
     configs = [part for source in sources for part in ("--config", source)]
 
-    def run(seed: int) -> Config:
+    def run(seed: int) -> CommandLine:
         own = ["--seed", str(seed), "--resume", "auto", "--run_dir", str(run_dir / name / f"seed_{seed}")]
-        return parse([*configs, *flags, *own])
+        return read_command_line([*configs, *flags, *own])
 
-    return Setting(name, [run(seed) for seed in range(seeds)])
+    runs = [run(seed) for seed in range(seeds)]
+    return Setting(name, [run.config for run in runs], runs[0].notes)
 
 
 def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
@@ -137,6 +139,9 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
     acc1: dict[str, list[float]] = {setting.name: [] for setting in settings}
     seeds = len(settings[0].runs)
     with process_group(settings[0].runs[0].parallel.device) as here:
+        if here.is_main:
+            for line in [f"{setting.name}: {note}" for setting in settings for note in setting.notes]:
+                print(line, flush=True)
         for seed in range(seeds):
             for index, setting in enumerate(settings):
                 config = setting.runs[seed]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from lesam_dist import optim
 from lesam_dist.errors import UserError
 from lesam_dist.optim.samon import is_norm
 from lesam_dist.train.config import OptimizerConfig
+from lesam_dist.train.method_fields import METHOD_FIELDS, shared_fields
 
 METHODS: dict[str, type[optim.SharpnessAware]] = {
     "lesam": optim.LESAM,
@@ -29,27 +29,17 @@ METHODS: dict[str, type[optim.SharpnessAware]] = {
     "samon": optim.SAMON,
 }
 
-_OPTIONS = ("backend", "scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
-# The same word, another thing: LE-SAM's sigma is a loss budget.
-_OTHER_MEANING = {"fsam": ("sigma",)}
-
 
 def method_arguments(config: OptimizerConfig) -> dict[str, Any]:
     """What the config says of its method's hyper-parameters and of the options that all share.
 
-    A hyper-parameter that is null in the config keeps the method's own default; one of another method is left out, so
-    that a config can change its method by one word.
+    A hyper-parameter that is null in the config keeps the method's own default; those of other methods are left out.
     """
-    method = METHODS[config.name]
-    own = inspect.signature(method.__init__).parameters.keys() - {"self", "params", "base_optimizer", "kwargs"}
-    own -= set(_OTHER_MEANING.get(config.name, ()))
-    arguments = {name: getattr(config, name) for name in own if getattr(config, name, None) is not None}
+    own = (name for name in METHOD_FIELDS[config.name] if getattr(config, name) is not None)
+    arguments = {name: getattr(config, name) for name in (*own, *shared_fields(config.name))}
     if config.name == "lesam":
         arguments["rho_max"] = config.rho_max  # null means no cap
-    if config.name == "looksam" and config.ascent_interval != 1:
-        raise UserError("optimizer.ascent_interval is for other methods: looksam has optimizer.interval.")
-    skipped = {"ascent_interval"} if config.name == "looksam" else set()
-    return arguments | {name: getattr(config, name) for name in _OPTIONS if name not in skipped}
+    return arguments
 
 
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

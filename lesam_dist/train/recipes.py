@@ -7,6 +7,7 @@ Merged in this order, later ones win: data, model, method, and what the three ne
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _names(kind: str) -> list[str]:
 
 
 def _part(kind: str, name: str) -> Tree:
-    tree = _read(_PARTS / kind / f"{name}.yaml")
+    tree = dict(_read(_PARTS / kind / f"{name}.yaml"))
     same_as = tree.pop("same_as", None)
     return tree if same_as is None else merge(_part(kind, same_as), tree)
 
@@ -129,6 +130,8 @@ def _combinations() -> dict[str, Tree]:
     return _read(_PARTS / "combinations.yaml")
 
 
+@cache
 def _read(path: Path) -> Tree:
+    """A file of the package; not to be changed."""
     tree: Tree = yaml.safe_load(path.read_text())
     return tree

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lesam_dist.errors import UserError
-from lesam_dist.train.cli import nearest_key
-from lesam_dist.train.config import Config, flatten, get
+from lesam_dist.train.config import default_values, get
 from lesam_dist.train.experiment_report import NOTE, outcome_numbers, plot, plus_minus, report
 from lesam_dist.train.experiments import ExperimentParser, make_setting, run_all
+from lesam_dist.train.explain import nearest_key
 
 
 def sweep(argv: Sequence[str]) -> None:
@@ -24,7 +24,7 @@ def sweep(argv: Sequence[str]) -> None:
     texts = _value_texts(arguments.values)
     parser.refuse([f"--{field}"], ["run_dir", "seed", "resume", "dry_run"])
     parser.refuse(flags, [field])
-    if field not in flatten(Config()):
+    if field not in default_values():
         raise UserError(f"--field: {nearest_key(field)}")
     settings = [
         make_setting(f"{field}={text}", [arguments.config], [*flags, f"--{field}", text], run_dir, arguments.seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,17 @@ from lesam_dist.train.summary import describe_run
 from lesam_dist.train.telemetry import METRICS, Meter, RunLog, event_of, plot_curves
 from lesam_dist.wrapping import wrap
 
+_DRY_IMAGES = 4  # of each process in a micro-batch of a dry run on a CPU
 _ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def train(config: Config) -> dict[str, float]:
+def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
     """Train as the config says, on the processes that torchrun started or alone.
+
+    Args:
+        config: the run.
+        given: fields that a dry run leaves as they are, by dotted path; others it makes smaller on a CPU.
 
     Returns:
         The last evaluation, see `evaluate`.
@@ -43,14 +49,15 @@ def train(config: Config) -> dict[str, float]:
         UserError: for anything that the user can mend; raised before training where it can be known then.
     """
     with process_group(config.parallel.device) as here:
-        return train_here(config, here)
+        return train_here(config, here, given)
 
 
-def train_here(config: Config, here: Distributed) -> dict[str, float]:
+def train_here(config: Config, here: Distributed, given: Collection[str] = ()) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
     require_model(config.model.name)  # before a data set of millions of files is scanned
+    build.check_optimizer(config.optimizer, here.device)
     _set_precision(config)
-    trainer = _dry_trainer(config, here) if config.dry_run else _trainer(config, here)
+    trainer = _dry_trainer(config, here, given) if config.dry_run else _trainer(config, here)
     try:
         return trainer.fit()
     except OSError as error:
@@ -73,7 +80,9 @@ def _trainer(config: Config, here: Distributed) -> Trainer:
     return Trainer(config, here, model, loaders, run_dir, val_samples=len(folders[1]))
 
 
-def _dry_trainer(config: Config, here: Distributed) -> Trainer:
+def _dry_trainer(config: Config, here: Distributed, given: Collection[str]) -> Trainer:
+    if here.device.type == "cpu":
+        _make_small(config, here, given)
     config.epochs = 1
     config.schedule.lr_warmup_epochs = config.schedule.sigma_warmup_epochs = 0
     config.schedule.anneal_start_epoch = None
@@ -81,6 +90,24 @@ def _dry_trainer(config: Config, here: Distributed) -> Trainer:
     num_classes = build.resolve_num_classes(config, None)
     loaders = build.build_synthetic_loaders(config, num_classes, here)
     return Trainer(config, here, build.build_network(config, num_classes, here), loaders, run_dir=None)
+
+
+def _make_small(config: Config, here: Distributed, given: Collection[str]) -> None:
+    """A large recipe as a CPU can try it: in float32, which it is faster in, and a few images."""
+    data, precision, changed = config.data, config.precision, []
+    each = _DRY_IMAGES * data.micro_batches
+    batch, evaluated = min(data.batch_size, each * here.world_size), min(data.eval_batch_size, _DRY_IMAGES)
+    if "data.batch_size" not in given and batch < data.batch_size:
+        changed.append(f"batch {batch} for {data.batch_size}")
+        data.batch_size = batch
+    if "data.eval_batch_size" not in given:
+        data.eval_batch_size = evaluated
+    others = (precision.weights, precision.gather_dtype)
+    if "precision.compute" not in given and precision.compute != "fp32" and others == ("fp32", "fp32"):
+        changed.append(f"fp32 for {precision.compute}")
+        precision.compute = "fp32"
+    if changed and here.is_main:
+        print(f"dry run on a CPU: {', '.join(changed)}; flags such as --data.batch_size change that", flush=True)
 
 
 class Trainer:

@@ -101,8 +101,8 @@ def test_refusals_name_value_and_remedy() -> None:
     for messages in run(refusals, 2):
         expected = (
             ("none", "2 processes", "ddp or fsdp"),
-            ("shard_size 3", "replicate_size 0", "2"),
-            ("shard_size 2 x parallel.replicate_size 2", "number of processes, 2"),
+            ("parallel.shard_size 3: that does not fit 2 processes", "null takes what the other leaves"),
+            ("parallel.shard_size 2 and parallel.replicate_size 2: that does not fit 2 processes",),
             ("'Liner'", "did you mean 'Linear'"),
             ("scalar parameter 'scale'", "ddp"),
             ("'weight'", "not contiguous", "precision.channels_last"),

@@ -41,5 +41,5 @@ def small(images: Path) -> tuple[str, ...]:
             "--data.builtin",
             "null",
         ),
-        *("--epochs", "3", "--schedule.anneal_start_epoch", "1", "--logging.every_steps", "1"),
+        *("--epochs", "3", "--schedule.lr_warmup_epochs", "1", "--logging.every_steps", "1"),
     )

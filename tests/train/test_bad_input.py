@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lesam_dist.train.cli import parse
 from tests.train.conftest import Command
 
 FLAGS = [
@@ -22,12 +23,12 @@ FLAGS = [
     (["--optimizer.name", "lesan"], "unknown optimizer 'lesan': did you mean 'lesam'?"),
     (["--optimizer.sigma", "-0.1"], "optimizer.sigma is -0.1: it must be at least 0"),
     (["--optimizer.rho", "-1"], "optimizer.rho is -1.0: it must be at least 0"),
-    (["--optimizer.sigma", "nan"], "optimizer.sigma: Expected a <class 'float'>. Got value: nan"),
+    (["--optimizer.sigma", "nan"], "optimizer.sigma is nan: it must be a number"),
     (["--epochs", "-3"], "epochs is -3: it must be at least 1"),
-    (["--epochs", "many"], "epochs: Expected a <class 'int'>. Got value: many"),
+    (["--epochs", "many"], "epochs is many: it must be a whole number"),
     (
         ["--data.backend", "dalli"],
-        "data.backend: Expected a Literal['dali', 'torchvision']. Got value: dalli",
+        "data.backend is dalli: it must be one of dali, torchvision. Did you mean 'dali'?",
     ),
     (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
     (["--schedule.anneal_start_epoch", "15"], "anneal_start_epoch is 15.0 but the run has 15 epochs"),
@@ -77,8 +78,56 @@ FLAGS = [
         ["--model.name", "vgg11", "--model.activation_checkpointing", "true"],
         "VGG has none of the known blocks",
     ),
-    (["--parallel.strategy", "zero"], "parallel.strategy: Expected"),
+    (["--parallel.strategy", "zero"], "parallel.strategy is zero: it must be one of none, ddp, fsdp, hsdp."),
     (["--data.root", "/nowhere"], "'/nowhere'"),
+    # Obscure once.
+    (["--optimizer.rho_max", "nan"], "optimizer.rho_max is nan: it must be a number, or null."),
+    (["--optimizer.lr", "1e400"], "optimizer.lr is inf: it must be a number, and finite."),
+    (["--data", "PATH"], "--data is a section: set its fields, e.g. --data.root PATH."),
+    (["digits"], "'digits' has no flag before it: did you mean --config digits?"),
+    (["--epochs", "3", "4"], "'4' has no flag before it"),
+    (["--dry-run"], "unknown key 'dry-run': did you mean 'dry_run'?"),
+    (["--optimizer.help"], "--help shows every field"),
+    (["--data.mean", "0.5,0.5,0.5"], "data.mean is 0.5,0.5,0.5: it must be 3 numbers in brackets, e.g. [0.485,"),
+    (["--data.builtin", "DIGITS"], "or null. Did you mean 'digits'?"),
+    (["--config", "DIGITS"], "unknown recipe 'DIGITS': did you mean 'digits'?"),
+    (["--config"], "--config has no value: give it a recipe's name or a YAML file."),
+    (["--config", "."], "--config is '.', a folder"),
+    (["--epochs"], "--epochs has no value: give it a whole number."),
+    (["--seed", "-1"], "seed is -1: it must be at least 0."),
+    (["--epochs", "1000000000"], "epochs is 1000000000: it must be at most 1000000."),
+    (["--parallel.wrap_classes", "[&a [x], *a]"], "--parallel.wrap_classes has YAML aliases"),
+    # Without effect, or out of range.
+    (["--optimizer.rho", "0.1"], "optimizer.rho is 0.1 but lesam on sgd has no rho, so it would have no effect"),
+    (
+        ["--optimizer.name", "sam", "--optimizer.sigma", "0.5"],
+        "sam on sgd has no sigma, so it would have no effect: leave",
+    ),
+    (["--optimizer.name", "sam", "--schedule.anneal_start_epoch", "1"], "sam on sgd has no anneal_start_epoch"),
+    (["--optimizer.name", "sgd", "--optimizer.scope", "local"], "optimizer.scope is local but sgd has no scope"),
+    (["--optimizer.name", "sgd", "--optimizer.base", "adamw"], "optimizer.base is adamw but sgd has no base"),
+    (["--optimizer.name", "adamw", "--optimizer.momentum", "0.5"], "adamw has no momentum"),
+    (["--optimizer.base", "adamw", "--optimizer.nesterov", "true"], "lesam on adamw has no nesterov"),
+    (["--optimizer.name", "looksam", "--optimizer.ascent_interval", "2"], "looksam on sgd has no ascent_interval"),
+    (["--optimizer.plus_form", "released"], "optimizer.alpha is 0: it is a form of LE-SAM+"),
+    (["--optimizer.eta", "0.1"], "optimizer.adaptive is false"),
+    (["--optimizer.name", "gsam", "--optimizer.rho_min", "9"], "GSAM: rho_min is 9.0, above rho, 0.05"),
+    (["--optimizer.momentum", "2"], "optimizer.momentum is 2.0: it must be below 1."),
+    (
+        ["--optimizer.base", "adamw", "--optimizer.betas", "[2,3]"],
+        "optimizer.betas is [2.0, 3.0]: both must be in [0, 1)",
+    ),
+    (
+        ["--optimizer.name", "sgd", "--optimizer.nesterov", "true", "--optimizer.momentum", "0"],
+        "optimizer.nesterov is true but optimizer.momentum is 0",
+    ),
+    (["--parallel.wrap_classes", "[BasicBlock]"], "wrap_classes is ['BasicBlock'] but parallel.strategy is ddp"),
+    (
+        ["--parallel.wrap_classes", "[Foo]", "--parallel.strategy", "fsdp"],
+        "unknown class in parallel.wrap_classes 'Foo'",
+    ),
+    (["--parallel.shard_size", "2"], "parallel.shard_size is 2 but parallel.strategy is ddp"),
+    (["--parallel.reshard_after_forward", "false"], "which gathers no parameters: choose fsdp or hsdp"),
 ]
 
 
@@ -107,8 +156,70 @@ def test_wrong_key_in_a_file(command: Command, tmp_path: Path) -> None:
     status, _, err = command("--config", path)
     assert status == 2
     assert "unknown key 'optimizer.sigmaa': did you mean 'optimizer.sigma'?" in err
-    path.write_text("optimizer: [\n")
-    assert command("--config", path)[0] == 2
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join(9 * ['*' + old])}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: give it at least one field"),
+        (b"# nothing\n", "is empty"),
+        (b"[1, 2]\n", "holds no fields but '[1, 2]'"),
+        (b"hello\n", "holds no fields but 'hello'"),
+        (b"optimizer: [\n", "is not YAML: line 2,"),
+        (b"a: 1\n---\nb: 2\n", "is not YAML: line 2, but found another document"),
+        (bytes(range(256)), "is not a text in UTF-8 (byte 128)"),
+        (b"\x00\x01", "is not YAML"),
+        (b"epochs: null\n", "epochs is null: it must be a whole number."),
+        (b"data: {mean: null}\n", "data.mean is null: it must be 3 numbers in brackets"),
+        (b"optimizer: 3\n", "has optimizer: 3, but optimizer is a section"),
+        (b"epochs: {a: 1}\n", "unknown key 'epochs.a'"),
+        (b"epochs: 3\nseed: 1\nepochs: 5\n", "has the key 'epochs' twice, in lines 1 and 3: keep one."),
+        (b"optimizer: {lr: 1, lr: 2}\n", "has the key 'lr' twice"),
+        (b"optimizer.lr: 1\noptimizer: {lr: 2}\n", "has the key 'optimizer.lr' twice"),
+        (BOMB.encode(), "expands to more than 10000 values"),
+        (b"a: &a [*a]\n", "is nested too deeply"),
+        (b"a: " + b"[" * 5000, "is nested too deeply"),
+        (b"epochs: 2001-99-99\n", "has a value that cannot be read"),
+        (b"epochs: " + b"9" * 5000, "has a value that cannot be read"),
+        (b"x" * 1_000_001, "has more than 1000000 bytes"),
+        (b"run_dir: !!python/object:os.system ls\n", "is not YAML"),
+        (b"epochs: !!binary aGk=\n", "epochs is b'hi': it must be a whole number."),
+    ],
+    ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else "",
+)
+def test_files_that_are_no_config(command: Command, tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    status, _, err = command("--config", path)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_what_a_file_may_hold(tmp_path: Path) -> None:
+    """Anchors, dotted keys, empty sections and numbers that YAML 1.1 takes for texts."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("optimizer.lr: &x 1e-3\nema:\noptimizer: {name: sgd, weight_decay: *x}\nrun_dir: '1e3'\n")
+    config = parse(["--config", str(path)])
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.name) == (1e-3, 1e-3, "sgd")
+    assert config.run_dir == "1e3"
+
+
+def test_triton_without_a_gpu(
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    flags = ("--optimizer.backend", "triton", "--parallel.device", "cpu", "--run_dir", tmp_path / "run")
+    status, _, err = command(*small, *flags)
+    assert status == 2
+    assert "optimizer.backend is triton: backend='triton' was chosen but the parameters are on 'cpu'" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_data_root(command: Command) -> None:

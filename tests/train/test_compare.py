@@ -118,22 +118,22 @@ def test_compare_from_a_file(experiment: Run, tiny: tuple[str, ...], tmp_path: P
     """The file's own method keeps its values; another one has its usual ones, not what the file says for its own."""
     run_dir, file = tmp_path / "compare", tmp_path / "mine.yaml"
     file.write_text("model: {name: cifar_resnet8}\ndata: {image_size: 32, val_resize: 32}\n")
-    file.write_text(file.read_text() + "optimizer: {name: sam, rho: 0.03, alpha: 0.9, lr: 0.07}\n")
+    file.write_text(file.read_text() + "optimizer: {name: sam, rho: 0.03, lr: 0.07}\n")
     flags = ("--config", file, "--seeds", "1", "--run_dir", run_dir, *tiny)
-    status, out, err = experiment("compare", *flags, "--methods", "sgd,sam,asam,lesam")
+    status, out, err = experiment("compare", *flags, "--methods", "sgd,sam,asam,lesam", "--optimizer.sigma", "0.25")
     assert (status, err) == (0, "")
     configs = {
         m: parse(["--config", str(run_dir / m / "seed_0" / "config.yaml")]).optimizer for m in ("sam", "asam", "lesam")
     }
-    assert {m: (c.name, c.rho, c.alpha, c.lr) for m, c in configs.items()} == {
-        "sam": ("sam", 0.03, 0.9, 0.07),
-        "asam": ("asam", 0.5, None, 0.07),
-        "lesam": ("lesam", None, None, 0.07),
+    assert {m: (c.name, c.rho, c.sigma, c.lr) for m, c in configs.items()} == {
+        "sam": ("sam", 0.03, 0.3, 0.07),
+        "asam": ("asam", 0.5, 0.3, 0.07),
+        "lesam": ("lesam", None, 0.25, 0.07),
     }
     entry = read(run_dir, "compare.json")["methods"]["lesam"]
     assert entry["std"] is None
     assert entry["difference"]["standard_error"] is None
-    status, out, _ = experiment("compare", *flags, "--methods", "sgd,lesam")
+    status, out, _ = experiment("compare", *flags, "--methods", "sgd,lesam", "--optimizer.sigma=0.25")
     assert status == 0
     assert out.count(": finished before") == 2
     assert "difference to sgd" in out
@@ -239,8 +239,10 @@ SWEEP = ("--config", "digits", "--field", "optimizer.sigma", "--values", "0.1,0.
         ("sweep", (*SWEEP, "--values", "0.1,0.10"), "--values has 0.1 twice for optimizer.sigma"),
         ("sweep", (*SWEEP, "--values", "0.1,,0.2"), "a value is empty"),
         ("sweep", (*SWEEP, "--values", "a/b"), "cannot have a '/' in them"),
-        ("sweep", (*SWEEP, "--values", "much"), "optimizer.sigma: Expected a <class 'float'>. Got value: much"),
+        ("sweep", (*SWEEP, "--values", "much"), "optimizer.sigma is much: it must be a number"),
         ("sweep", (*SWEEP, "--optimizer.sigma", "1"), "lesam-dist sweep sets --optimizer.sigma for each run"),
+        ("sweep", (*SWEEP, "--field", "optimizer.rho"), "optimizer.rho is 0.1 but lesam on sgd has no rho"),
+        ("compare", (*COMPARE, "--optimizer.lam", "0.5"), "optimizer.lam is 0.5 but sgd has no lam"),
         ("sweep", (*SWEEP, "--field", "seed"), "lesam-dist sweep sets --seed for each run"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.train.build import build_optimizer
 from lesam_dist.train.checks import OPTIMIZERS
 from lesam_dist.train.config import OptimizerConfig
+from lesam_dist.train.method_fields import METHOD_FIELDS
 from lesam_dist.train.methods import METHODS, method_arguments
 from lesam_dist.train.telemetry import read_metrics
 from tests.train.conftest import Command
@@ -56,6 +58,14 @@ def test_values_of_the_config_arrive() -> None:
         assert {key: arguments[key] for key in values} == values
         assert not {"momentum", "lr"} & arguments.keys()
         assert ("sigma" in arguments) == (name == "lesam"), "F-SAM's sigma is no loss budget"
+
+
+def test_the_table_of_fields_is_what_the_methods_take() -> None:
+    """Every argument of a method's class that a config has a field for; F-SAM's sigma is no loss budget."""
+    known = set(vars(OptimizerConfig()))
+    for name, method in METHODS.items():
+        taken = inspect.signature(method.__init__).parameters.keys() & known
+        assert set(METHOD_FIELDS[name]) == taken - ({"sigma"} if name == "fsam" else set())
 
 
 def test_null_keeps_a_methods_default() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from lesam_dist.models import build_model
 from lesam_dist.train.build import build_optimizer
-from lesam_dist.train.cli import dump, parse
+from lesam_dist.train.cli import dump, parse, read_command_line
 from lesam_dist.train.config import Config, OptimizerConfig, flatten
 from lesam_dist.train.methods import METHODS
 from lesam_dist.train.recipes import ALIASES, bases, compose, merge, methods, recipes, split
@@ -191,6 +192,54 @@ def test_the_model_fits_the_data(base: str) -> None:
         model = build_model(config.model.name, 10, image_size=config.data.image_size).eval()
         side = config.data.image_size
         assert model(torch.empty(2, 3, side, side)).shape == (2, 10)
+
+
+def test_schedules_keep_their_shape_when_the_number_of_epochs_changes(tmp_path: Path) -> None:
+    """digits: 15 epochs, one of warm-up, annealing from the fourth on; what is set beside the epochs stays."""
+    read = read_command_line(["--config", "digits", "--epochs", "30"])
+    assert (read.config.schedule.anneal_start_epoch, read.config.schedule.lr_warmup_epochs) == (8, 2)
+    assert len(read.notes) == 1
+    assert "from 15 to 30 epochs: schedule.lr_warmup_epochs 1 -> 2, schedule.anneal_start_epoch 4 -> 8" in read.notes[0]
+    assert read_command_line(["--config", "digits", "--epochs", "15"]).notes == ()
+    own = parse(["--config", "digits", "--epochs", "30", "--schedule.anneal_start_epoch", "4"]).schedule
+    assert (own.anneal_start_epoch, own.lr_warmup_epochs) == (4, 2)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("epochs: 30\nschedule: {anneal_start_epoch: 9}\n")
+    both = ["--config", "digits", "--config", str(mine)]
+    assert parse(both).schedule == replace(own, anneal_start_epoch=9)
+    assert parse([*both, "--epochs", "10"]).schedule.anneal_start_epoch == 3
+    mine.write_text("schedule: {anneal_start_epoch: 9}\n")
+    assert parse([*both, "--epochs", "60"]).schedule.anneal_start_epoch == 9, "stated without a number of epochs"
+    assert all(parse(["--config", f"{base}_lesam", "--epochs", "1"]).epochs == 1 for base in bases())
+
+
+def test_another_method_leaves_the_recipes_values_behind(tmp_path: Path) -> None:
+    """By one word, in a flag or a later file; what the user sets for the new method counts."""
+    for more in (["--optimizer.name", "asam", "--optimizer.eta", "0.1"], ["--config", str(tmp_path / "mine.yaml")]):
+        (tmp_path / "mine.yaml").write_text("optimizer: {name: asam, eta: 0.1}\n")
+        config = parse(["--config", "digits_noisy", *more])
+        expected = Config()
+        assert (config.optimizer.name, config.optimizer.eta, config.optimizer.rho) == ("asam", 0.1, None)
+        assert (config.optimizer.sigma, config.schedule.anneal_start_epoch) == (expected.optimizer.sigma, None)
+        assert config.optimizer.weight_decay == 5e-4, "which every method has"
+    assert parse(["--config", "cifar10_resnet18_sam", "--optimizer.name", "asam"]).optimizer.rho == 0.05
+
+
+def test_a_dry_run_on_a_cpu_is_small_unless_told(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data.image_size", "32", "--data.val_resize", "32", "--parallel.device", "cpu", "--dry_run"]
+    flags += ["--model.name", "cifar_resnet8"]
+    status, out, _ = command("--config", "imagenet_resnet50_lesam", *flags)
+    assert status == 0
+    assert "dry run on a CPU: batch 4 for 512, fp32 for bf16" in out
+    assert "fp32, 1 x cpu, batch 4" in out
+    status, out, _ = command(
+        "--config", "imagenet_resnet50_lesam", *flags, "--data.batch_size", "6", "--precision.compute", "bf16"
+    )
+    assert status == 0
+    assert "bf16, 1 x cpu, batch 6" in out
 
 
 def test_names() -> None:

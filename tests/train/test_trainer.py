@@ -48,7 +48,8 @@ def timeless(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...], tmp_path: Path, backend: str) -> None:
     run_dir = tmp_path / "run"
-    status, out, err = command(*small, "--run_dir", run_dir, "--data.backend", backend, "--optimizer.sigma", "0.15")
+    flags = ("--data.backend", backend, "--optimizer.sigma", "0.15", "--schedule.anneal_start_epoch", "1")
+    status, out, err = command(*small, "--run_dir", run_dir, *flags)
     assert (status, err) == (0, "")
     assert str(run_dir) in out.splitlines()[-1]
     lines = read_metrics(run_dir)
@@ -210,7 +211,8 @@ def test_full_disk_ends_with_one_clear_error(
 
 @pytest.mark.parametrize("method", ["sam", "adamw"])
 def test_other_optimizers_run(command: Command, small: tuple[str, ...], tmp_path: Path, method: str) -> None:
-    flags = ("--optimizer.name", method, "--optimizer.rho", "0.03", "--optimizer.lr", "0.01", "--epochs", "2")
+    rho = ("--optimizer.rho", "0.03") if method == "sam" else ()
+    flags = ("--optimizer.name", method, *rho, "--optimizer.lr", "0.01", "--epochs", "2")
     assert command(*small, *flags, "--run_dir", tmp_path / "run")[0] == 0
     train = [line for line in read_metrics(tmp_path / "run") if line["split"] == "train"]
     assert train[0].get("rho") == (pytest.approx(0.03) if method == "sam" else None)
