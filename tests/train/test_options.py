@@ -62,7 +62,7 @@ def test_recomputation_reaches_the_model(monkeypatch: pytest.MonkeyPatch, seed: 
     here = Distributed(0, 0, 1, torch.device("cpu"))
     kept = []
     for flag in ("false", "true"):
-        net = build.build_network(parse(["--model.activation_checkpointing", flag]), 3, here)
+        net = build.build_network(parse(["--model.activation_checkpointing", flag, "--data.image_size", "8"]), 3, here)
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             net(torch.randn(2, 3, 8, 8))
