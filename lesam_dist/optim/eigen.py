@@ -9,9 +9,12 @@ That is the released code. The paper of LE-SAM writes ``w + rho * v`` for it (Eq
 Until the first v, at step k, it is SAM. Products with the Hessian are differences of gradients, reduced like any other,
 ``H v ~ (grad L(w + r v) - grad L(w - r v)) / 2r``, where the released code differentiates twice, which DDP and FSDP2
 cannot. The iteration starts from the last v, at first from the gradient (there: from noise), on the step's own batch.
+Two more differences: the Hessian is that of training (there: of the model in eval mode, where BatchNorm normalises by
+its running statistics), and k counts all steps (there: those of an epoch, so that short epochs never make a v).
 
 Cost: two forward and backward passes a step, and 2 * power_steps more every k steps; v, one tensor per parameter, is in
-the `state_dict`.
+the `state_dict`. Each is a call of the closure with perturbed weights, between the two that every method makes: let all
+calls but a step's first leave BatchNorm's running statistics alone, as `BatchPasses` does.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ class EigenSAM(FixedRadius):
         return Aim(directions, sum_sq=torch.where(norm > 0, 1.0 + 0.0 * norm, norm))
 
     def _iterate(self, closure: Closure) -> None:
-        """Power iteration from the last eigenvector, at the exact weights; leaves the first pass's gradients."""
+        """Power iteration from the last eigenvector, around the exact weights; leaves the first pass's gradients."""
         weights = self._perturbation
         first = [[None if g is None else g.clone() for g in row_grads] for row_grads in self.first_gradients()]
         group = self.param_groups[0]

@@ -5,8 +5,9 @@
 
 v is SGD's momentum buffer or Adam's first moment (not bias-corrected, which the norm takes out). The perturbation goes
 *with* the coming update, against SAM's. The first step is not perturbed. The released code keeps the weights perturbed
-between steps, which is the same sequence but for weight decay: there it acts on w_hat, here on w, as the base optimizer
-has it; so evaluation and checkpoints see the exact weights. Cost: one forward and backward pass a step, one copy.
+between steps; here they are exact there, so evaluation and checkpoints see w. It is the same sequence but for weight
+decay, which here is the base optimizer's: SGD's L2 term is of w (there: of w_hat), and AdamW decays w before its update
+(there: after it). Cost: one forward and backward pass a step, one copy.
 """
 
 from __future__ import annotations

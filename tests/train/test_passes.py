@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lesam_dist import LESAM
+from lesam_dist import LESAM, optim
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.passes import BatchPasses, average_batchnorm, frozen_batchnorm
 from lesam_dist.wrapping import wrap
@@ -66,6 +70,54 @@ def test_only_the_first_pass_moves_batchnorm_statistics(seed: int, momentum: flo
     torch.testing.assert_close(dict(plain.named_buffers()), after_first)
     passes()
     torch.testing.assert_close(dict(net.named_buffers()), after_first, rtol=0, atol=0)
+
+
+STEPPING: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lesam": (LESAM, {}),
+    "esam": (optim.ESAM, {}),
+    "eigen": (optim.EigenSAM, {"interval": 1, "power_steps": 2}),
+    "looksam": (optim.LookSAM, {"interval": 2}),
+    "s2sam": (optim.S2SAM, {}),
+    "reuse": (LESAM, {"ascent_interval": 2, "ascent_between": "reuse"}),
+}
+
+
+@pytest.mark.parametrize("name", STEPPING)
+@pytest.mark.parametrize("own", [False, True], ids=["BatchPasses", "own closure"])
+def test_a_step_moves_batchnorm_statistics_once(seed: int, name: str, own: bool) -> None:
+    """Whatever passes it makes: as one forward of a plain loop, at the weights of the step's first pass."""
+    method, options = STEPPING[name]
+    if own and method is optim.ESAM:
+        options = {"gamma": 1.0}  # others need the arguments of BatchPasses
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    optimizer = method(net.parameters(), torch.optim.SGD, lr=0.1, **options)
+    called = []
+    for t in range(4):
+        passes = make_passes(net)
+        calls, twins = itertools.count(), list[nn.Module]()
+
+        def closure(
+            passes: BatchPasses = passes,
+            calls: Iterator[int] = calls,
+            twins: list[nn.Module] = twins,
+            **arguments: Any,
+        ) -> torch.Tensor:
+            index = next(calls)
+            if index == 0:
+                twins.append(copy.deepcopy(net))
+            if not own:
+                return passes(**arguments)
+            with frozen_batchnorm(net) if index else nullcontext():
+                loss = nn.functional.cross_entropy(net(passes.images), passes.labels)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        called.append(next(calls))
+        twins[0](passes.images)
+        torch.testing.assert_close(dict(net.named_buffers()), dict(twins[0].named_buffers()), rtol=0, atol=0)
+        assert int(net[1].num_batches_tracked) == t + 1
+    assert name != "eigen" or called == [2, 6, 6, 6]
 
 
 def test_frozen_batchnorm_normalises_as_in_training_and_nests(seed: int) -> None:
