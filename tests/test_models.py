@@ -6,8 +6,10 @@ import copy
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -233,12 +235,15 @@ def put(cache: Path, name: str) -> dict[str, Tensor]:
     """Random weights where the cache has the pretrained ones."""
     options = {"init_weights": False} if name == "googlenet" else {}  # else it warns
     state: dict[str, Tensor] = torchvision.models.get_model(name, **options).state_dict()
-    state = {key: torch.rand_like(value) if value.is_floating_point() else value for key, value in state.items()}
+    for key, value in state.items():  # in place: the dict has an attribute with the versions of its modules
+        state[key] = torch.rand_like(value) if value.is_floating_point() else value
     torch.save(state, cache / os.path.basename(torchvision.models.get_model_weights(name).DEFAULT.url))
     return state
 
 
-@pytest.mark.parametrize(("name", "classes"), [("vit_b_16", 100), ("mobilenet_v3_small", 1000), ("googlenet", 7)])
+@pytest.mark.parametrize(
+    ("name", "classes"), [("vit_b_16", 100), ("mobilenet_v3_small", 1000), ("googlenet", 7), ("mnasnet0_5", 7)]
+)
 def test_pretrained_weights_under_a_fresh_last_layer(cache: Path, seed: int, name: str, classes: int) -> None:
     """Also for as many classes as ImageNet has: they are others."""
     saved = put(cache, name)
@@ -265,6 +270,44 @@ def test_pretrained_weights_that_cannot_be_had(cache: Path) -> None:
         UserError, match=r"model\.pretrained is true but torchvision has no weights of 'cifar_resnet18'"
     ):
         build_model("cifar_resnet18", 7, pretrained=True)
+
+
+def test_densenets_old_names_are_read(cache: Path) -> None:
+    """Its weights name `norm.1` what torchvision's DenseNet now names `norm1`."""
+    saved = put(cache, "densenet121")
+    counted = {key: value for key, value in saved.items() if not key.endswith("num_batches_tracked")}  # younger
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key): value for key, value in counted.items()}
+    assert old.keys() != counted.keys()
+    torch.save(old, next(cache.glob("densenet121*")))
+    model = build_model("densenet121", 7, pretrained=True)
+    for key, value in model.state_dict().items():
+        assert key.startswith("classifier.") or torch.equal(value, saved[key]), key
+
+
+class Code:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_poisoned_pretrained_weights_run_no_code(cache: Path, tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence"
+    state = put(cache, "mobilenet_v3_small")
+    torch.save({**state, "more": Code(evidence)}, next(cache.glob("mobilenet*")))
+    with pytest.raises(UserError, match=r"mobilenet_v3_small-047dcff4.pth' cannot be read \(Weights only load failed"):
+        build_model("mobilenet_v3_small", 7, pretrained=True)
+    assert not evidence.exists()
+
+
+def test_pretrained_weights_of_another_network(cache: Path) -> None:
+    put(cache, "mobilenet_v2")
+    next(cache.glob("mobilenet_v2*")).rename(cache / "mobilenet_v3_small-047dcff4.pth")
+    with pytest.raises(UserError, match=r"'mobilenet_v3_small' .*are those of another network.*remove that file, or"):
+        build_model("mobilenet_v3_small", 7, pretrained=True)
 
 
 def test_pretrained_weights_of_another_image_size(cache: Path) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import GoogLeNet, Inception3
 
 from lesam_dist.errors import UserError
 
+# DenseNet's weights are older than the rule that names of modules have no dots.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+
 
 def fetch_weights(name: str) -> dict[str, Any]:
     """The state dict of torchvision's weights "DEFAULT" for a model, from torch hub's cache or downloaded into it.
+
+    Only tensors are read: a file in the cache, whose hash nobody checks, can run no code.
 
     Raises:
         UserError: torchvision has no weights of this model, or they are neither in the cache nor to be had.
@@ -30,7 +36,7 @@ def fetch_weights(name: str) -> dict[str, Any]:
     )
     was_there = file.exists()
     try:
-        state: dict[str, Any] = weights.get_state_dict(progress=False, check_hash=True)
+        state: dict[str, Any] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         if was_there:
             raise UserError(
@@ -48,12 +54,11 @@ def load_pretrained(model: nn.Module, name: str) -> None:
     """Copy torchvision's weights "DEFAULT" into a model of this name, all but its last layer, which stays as it is.
 
     Raises:
-        UserError: as `fetch_weights`, or the model has been built for another image size than the weights.
+        UserError: as `fetch_weights`, or the weights are of another network, or for another image size.
     """
-    fetch_weights(name)  # whose errors say what to do
-    trained = torchvision.models.get_model(name, weights=_default_weights(name))
+    trained = _filled(name, fetch_weights(name))
     if isinstance(model, (GoogLeNet, Inception3)):
-        model.transform_input = trained.transform_input  # these two were trained on images normalised in another way
+        model.transform_input = True  # these two were trained on images normalised in another way
     source, own = trained.state_dict(), model.state_dict()
     head = last_layer(model)
     wanted = {key for key in own if not key.startswith(f"{head}.")}
@@ -64,8 +69,24 @@ def load_pretrained(model: nn.Module, name: str) -> None:
             f"the pretrained weights of '{name}' do not fit this model ('{wrong[0]}' is {tuple(own[wrong[0]].shape)}, "
             f"there {tuple(source[wrong[0]].shape)}): set data.image_size to {side}, or model.pretrained to false."
         )
-    kept: dict[str, Tensor] = {key: source[key] if key in wanted else own[key] for key in own}
-    model.load_state_dict(kept)
+    own.update((key, source[key]) for key in wanted)  # in place as well
+    model.load_state_dict(own)
+
+
+def _filled(name: str, state: dict[str, Any]) -> nn.Module:
+    """torchvision's own model with these weights; it reads names of parameters that are older than itself."""
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    trained: nn.Module = torchvision.models.get_model(name, **options)
+    for key in list(state):  # in place: the dict has an attribute with the versions of its modules
+        state[_OLD_DENSENET.sub(r"\1\2", key)] = state.pop(key)
+    try:
+        trained.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"the pretrained weights of '{name}' in torch hub's cache are those of another network "
+            f"({' '.join(str(error).split())[:200]}): remove that file, or set model.pretrained to false."
+        ) from error
+    return trained
 
 
 def last_layer(model: nn.Module) -> str:
