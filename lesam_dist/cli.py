@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from lesam_dist import __version__
@@ -58,6 +59,8 @@ def main() -> NoReturn:
 
 def run(command: str) -> NoReturn:
     """Run a command on the process's arguments and exit: status 2 and one line for a `UserError`."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may not have every character
     try:
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)

@@ -121,6 +121,10 @@ class Checkpointer:
             raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damaged))
         return None, []
 
+    def exist(self) -> bool:
+        """Whether there is any, whole or not."""
+        return bool(self._names())
+
     def progress(self) -> dict[str, Any] | None:
         """The progress of the newest checkpoint that looks whole, without reading its data; None where there is none.
 

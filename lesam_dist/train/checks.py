@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from typing import Any
 
 from lesam_dist.errors import UserError, unknown_name
@@ -102,6 +104,27 @@ def _check_values(values: dict[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{path} is {value}: it must be {expected(path)}, and finite.")
+
+
+def folder(field: str, text: str) -> str:
+    """A folder as it was given, with the home folder in place of ``~``.
+
+    Raises:
+        UserError: for what is no folder's name, or would make one that nobody meant.
+    """
+    if text.strip() in ("", "null", "None"):
+        raise UserError(f"{field} is '{text}': give a folder.")
+    if any(c < " " or "\ud800" <= c <= "\udfff" for c in text):  # neither TensorBoard nor DALI can have them
+        raise UserError(
+            f"{field} is {text!a}: it has control characters, or bytes that are no text in the encoding "
+            f"{sys.getfilesystemencoding()}. Set the environment variable PYTHONUTF8=1, or choose another name."
+        )
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{field} is '{text}': there is no user of that name. Write ./{text} for a folder of that name."
+        )
+    return expanded
 
 
 def _check_data(config: Config) -> None:

@@ -261,9 +261,12 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what can be known of the fields alone; what needs the data or the model is checked when it is there."""
-        from lesam_dist.train.checks import check  # here: it looks at the fields that are defined above
+        from lesam_dist.train.checks import check, folder  # here: it looks at the fields that are defined above
 
         check(self)
+        self.run_dir = folder("run_dir", self.run_dir)
+        if self.data.root is not None:
+            self.data.root = folder("data.root", self.data.root)
 
 
 # A resumed run may differ in these: they change where things go and how fast, not what is computed.
@@ -312,6 +315,16 @@ def default_values() -> dict[str, Any]:
     return leaves
 
 
+def differences(now: Config, saved: dict[str, Any], when: str) -> list[str]:
+    """Every field that changes what a run computes and that differs, with both values; ``when`` is the saved one's."""
+    then = default_values() | saved  # a younger field had what is its default now
+    return [
+        f"{path}: {then[path]!r} {when}, {value!r} now"
+        for path, value in flatten(now).items()
+        if then[path] != value and not path.startswith(_FREE_ON_RESUME)
+    ]
+
+
 def check_same_run(now: Config, saved: dict[str, Any]) -> None:
     """Refuse to resume where the config would change what the run computes.
 
@@ -322,12 +335,7 @@ def check_same_run(now: Config, saved: dict[str, Any]) -> None:
     Raises:
         UserError: naming every field that differs, with both values.
     """
-    then = default_values() | saved  # a field younger than the checkpoint had what is its default now
-    differing = [
-        f"{path}: {then[path]!r} then, {value!r} now"
-        for path, value in flatten(now).items()
-        if then[path] != value and not path.startswith(_FREE_ON_RESUME)
-    ]
+    differing = differences(now, saved, "then")
     if differing:
         raise UserError(
             "cannot resume: the config differs from the checkpoint's in what the run computes:\n  "

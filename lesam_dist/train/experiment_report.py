@@ -55,7 +55,7 @@ def report(
     print(note)
     versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     try:
-        (run_dir / f"{name}.md").write_text(f"{text}\n{note}\n")
+        (run_dir / f"{name}.md").write_text(f"{text}\n{note}\n", encoding="utf-8")
         (run_dir / f"{name}.json").write_text(json.dumps(numbers | {"versions": versions}, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run_dir '{run_dir}' cannot be written: {error.strerror or error}.") from error
@@ -95,7 +95,8 @@ def plot(target: Path, outcomes: Sequence[Outcome], title: str, xlabel: str, val
     if values is None:
         axes.set_xticks(places, [outcome.name for outcome in outcomes], rotation=30 if len(outcomes) > 8 else 0)
         axes.set_xlim(-0.5, len(outcomes) - 0.5)
-    axes.set(title=title, xlabel=xlabel, ylabel="top-1 accuracy (%)")
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(target, dpi=110)

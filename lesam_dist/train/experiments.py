@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lesam_dist.errors import UserError
+from lesam_dist.train.checks import folder
 from lesam_dist.train.cli import CommandLine, read_command_line
 from lesam_dist.train.config import Config, check_same_run
 
@@ -82,7 +83,7 @@ class ExperimentParser(argparse.ArgumentParser):
         self.add_argument("--seeds", type=int, default=3, help="number of seeds; they are 0, 1, ... (default: 3)")
         self.add_argument(
             "--run_dir",
-            type=Path,
+            type=lambda text: Path(folder("--run_dir", text)),
             default=Path("runs") / command,
             help=f"folder for all runs, the table and the plot (default: runs/{command}); start again with the same "
             "one to go on after an interruption",

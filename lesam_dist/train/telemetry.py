@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,9 +89,21 @@ class RunLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off is left out."""
-    whole, _, _ = (run_dir / METRICS).read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    """The lines of a run's metrics.jsonl, without those that are none, as one that was cut off."""
+    return [line for _, line in _lines(run_dir) if line is not None]
+
+
+def _lines(run_dir: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """Each line as text, and as what `RunLog.write` wrote; None for anything else."""
+    return [(text, _parsed(text)) for text in (run_dir / METRICS).read_text(errors="replace").split("\n") if text]
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        line = json.loads(text)
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line.get("split") in ("train", "val"):
+            return line
+    return None
 
 
 def plot_curves(run_dir: Path) -> Path:
@@ -115,7 +128,9 @@ def plot_curves(run_dir: Path) -> Path:
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for split, key, label in curves:
-            points = [(e["step"], e[key]) for e in lines if e["split"] == split and e.get(key) is not None]
+            points = [
+                (e["step"], e[key]) for e in lines if e["split"] == split and isinstance(e.get(key), (int, float))
+            ]
             if points:
                 style = {"marker": "o", "markersize": 3} if split == "val" else {}
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
@@ -127,22 +142,25 @@ def plot_curves(run_dir: Path) -> Path:
                 axes.set_yscale("log")  # a first evaluation with young BatchNorm statistics can be off the scale
         else:
             axes.text(0.5, 0.5, "not used by this optimizer", ha="center", transform=axes.transAxes, color="gray")
-    figure.suptitle(run_dir.name)
+    name = run_dir.name.encode(errors="replace").decode()  # a name in another encoding than the terminal's
+    figure.suptitle(name, parse_math=False)
     target = run_dir / "curves.png"
-    figure.savefig(target, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it draws a box instead
+        figure.savefig(target, dpi=110)
     return target
 
 
 def _supersede(run_dir: Path, start_step: int) -> None:
-    """Keep the lines up to ``start_step`` in place and move later ones aside."""
+    """Keep the lines up to ``start_step`` in place and move later ones, and what is no line, aside."""
     if not (run_dir / METRICS).exists():
         return
-    lines = read_metrics(run_dir)
-    later = [line for line in lines if line["step"] > start_step]
-    with (run_dir / _SUPERSEDED).open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in later)
+    lines = _lines(run_dir)
+    kept = [text for text, line in lines if line is not None and line["step"] <= start_step]
+    with (run_dir / _SUPERSEDED).open("a", encoding="utf-8") as file:
+        file.writelines(f"{text}\n" for text, line in lines if line is None or line["step"] > start_step)
     aside = run_dir / f".{METRICS}.partial"
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
+    aside.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
     aside.replace(run_dir / METRICS)
 
 

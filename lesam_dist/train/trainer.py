@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from lesam_dist.optim.fused import make_momentum
 from lesam_dist.parallel import Distributed, process_group, reduce_max
 from lesam_dist.train import build
 from lesam_dist.train.checkpoint import Checkpointer
-from lesam_dist.train.cli import dump
-from lesam_dist.train.config import Config, check_same_run, flatten
+from lesam_dist.train.config import Config, flatten
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
+from lesam_dist.train.run_dir import RunDir, claim
 from lesam_dist.train.summary import describe_run
-from lesam_dist.train.telemetry import METRICS, Meter, RunLog, event_of, plot_curves
+from lesam_dist.train.telemetry import Meter, RunLog, event_of, plot_curves
 from lesam_dist.wrapping import wrap
 
 _DRY_IMAGES = 4  # of each process in a micro-batch of a dry run on a CPU
@@ -76,8 +75,7 @@ def _trainer(config: Config, here: Distributed) -> Trainer:
     num_classes = build.resolve_num_classes(config, folders[0].classes)
     loaders = build.build_loaders(config, folders, here)
     model = build.build_network(config, num_classes, here)
-    run_dir = _prepare_run_dir(config, here)
-    return Trainer(config, here, model, loaders, run_dir, val_samples=len(folders[1]))
+    return Trainer(config, here, model, loaders, claim(config, here), val_samples=len(folders[1]))
 
 
 def _dry_trainer(config: Config, here: Distributed, given: Collection[str]) -> Trainer:
@@ -118,7 +116,7 @@ class Trainer:
         here: this process among all.
         model: on the device, equal on every rank, not wrapped.
         loaders: of training and validation images for this rank.
-        run_dir: where to write; None writes nothing (a dry run).
+        run_dir: where to write, released by `close`; None writes nothing (a dry run).
         val_samples: number of validation images over all ranks, to check that evaluation counted them all.
     """
 
@@ -128,10 +126,11 @@ class Trainer:
         here: Distributed,
         model: nn.Module,
         loaders: tuple[Loader, Loader],
-        run_dir: Path | None,
+        run_dir: RunDir | None,
         val_samples: int | None = None,
     ) -> None:
-        self.config, self.here, self.run_dir = config, here, run_dir
+        self.config, self.here, self._claim = config, here, run_dir
+        self.run_dir = None if run_dir is None else run_dir.path
         self.train_loader, self.val_loader = loaders
         self.val_samples = val_samples
         self.steps_per_epoch = len(self.train_loader)
@@ -161,7 +160,7 @@ class Trainer:
         self.warned = False
         self.last_evaluation: dict[str, float] = {}
         self.checkpoints = (
-            None if run_dir is None else Checkpointer(run_dir / "checkpoints", config.checkpoint.keep, here)
+            None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", config.checkpoint.keep, here)
         )
         self.log: RunLog | None = None
 
@@ -198,6 +197,8 @@ class Trainer:
                     self.log.print(f"top-1 {last['acc1']:.2f} %{top5} of {images}")
                 self.log.print(f"results: {self.run_dir}  (metrics.jsonl, curves.png, checkpoints/, tensorboard/)")
             self.log = None
+        if self._claim:
+            self._claim.release()
 
     def _train_epoch(self) -> None:
         self.wrapped.train()
@@ -355,29 +356,3 @@ class Trainer:
 def _set_precision(config: Config) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     torch.backends.cudnn.allow_tf32 = config.precision.tf32
-
-
-def _prepare_run_dir(config: Config, here: Distributed) -> Path:
-    """Make the run's folder and write config.yaml, on rank 0; never touch another run.
-
-    Raises:
-        UserError: the folder holds a run and nothing says to resume it, the resumed run's config differs, or the
-            folder cannot be written.
-    """
-    run_dir = Path(config.run_dir)
-    if here.is_main:
-        checkpoints = Checkpointer(run_dir / "checkpoints", config.checkpoint.keep, here)
-        if config.resume is None and (run_dir / METRICS).exists():
-            raise UserError(
-                f"run_dir '{run_dir}' already holds a run: go on with --resume auto, or choose another --run_dir."
-            )
-        saved = checkpoints.progress()
-        if saved is not None:
-            check_same_run(config, saved["config"])
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(dump(config))
-        except OSError as error:
-            raise UserError(f"run_dir '{run_dir}' cannot be written: {error.strerror or error}.") from error
-    here.barrier()
-    return run_dir

@@ -283,13 +283,6 @@ def test_what_is_not_trained_or_evaluated_is_said(command: Command, images: Path
     ]
 
 
-def test_run_dir_that_cannot_be_made(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    status, _, err = command(*small, "--run_dir", tmp_path / "file" / "run")
-    assert status == 2
-    assert "cannot be written" in err
-
-
 def test_batch_that_the_processes_do_not_divide(images: Path, tmp_path: Path) -> None:
     """Under torchrun: rank 0 alone speaks, and no rank hangs."""
     flags = [

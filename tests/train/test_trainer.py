@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,11 @@ def test_resumed_run_equals_the_uninterrupted_one(
 def test_resuming_a_finished_run_changes_nothing(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command(*small, "--run_dir", run_dir)
-    before = (run_dir / "metrics.jsonl").read_text()
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    junk = b"[1]\n\xff\n", b'{"step": "1", "split": "val"}\n{"step": 1'  # it moves aside
+    (run_dir / "metrics.jsonl").write_bytes(junk[0] + before + junk[1])
     assert command(*small, "--run_dir", run_dir, "--resume", "auto")[0] == 0
-    assert (run_dir / "metrics.jsonl").read_text() == before
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
 def test_damaged_checkpoint_falls_back_with_a_warning(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
@@ -154,6 +157,18 @@ def test_damaged_checkpoint_falls_back_with_a_warning(command: Command, small: t
     assert "from epoch 2" in out
     assert timeless(run_dir) == expected[0]
     assert_same_state(final_state(run_dir, tmp_path), expected[1])
+
+
+def test_any_name_on_a_terminal_without_its_characters(
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_dir = tmp_path / "läuft 日本 $\\no math$"
+    assert command(*small, "--epochs", "2", "--run_dir", run_dir)[::2] == (0, "")
+    terminal.flush()
+    assert rb"l\xe4uft \u65e5\u672c" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
+    assert (run_dir / "curves.png").exists()
 
 
 def test_existing_run_is_not_overwritten(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
