@@ -147,7 +147,8 @@ def _images(folder: str) -> tuple[list[str], Counter[str]]:
             elif not entry.is_file() and entry.is_symlink():
                 others["dangling links"] += 1
             else:
-                others[f"{os.path.splitext(entry.name)[1].lower() or 'unnamed'} files"] += 1
+                ending = os.path.splitext(entry.name)[1].lower()
+                others[f"{ending} files" if ending else "files without an ending"] += 1
     return sorted(files), +others
 
 

@@ -72,14 +72,14 @@ def test_what_may_have_been_meant_is_counted(tmp_path: Path) -> None:
     ]
     assert train.passed_over == {
         ".gif files": 2,
-        "unnamed files": 1,
+        "files without an ending": 1,
         "images in nested folders": 2,
         "dangling links": 2,
         "images outside class folders": 1,
     }
     assert remarks(train, scan_split(tmp_path, "val", train.classes)) == [
-        f"'{tmp_path}/train': passed over 2 .gif files, 2 dangling links, 2 images in nested folders, "
-        "1 images outside class folders, 1 unnamed files",
+        f"'{tmp_path}/train': passed over 2 .gif files, 2 dangling links, 1 files without an ending, "
+        "2 images in nested folders, 1 images outside class folders",
         f"'{tmp_path}/val': passed over 1 .gif files",
     ]
 
