@@ -260,10 +260,13 @@ class SharpnessAware(GuardedOptimizer):
             loss = self.first_pass(closure, **self._first_pass_arguments())
             self._unscale(self)
             grads = self.first_gradients()
+            self._perturb(grads, fresh=fresh)
             if self._reuses():
                 for rows, g in zip(self._perturbation.rows, grads, strict=True):
-                    self._memory.write(ASCENT, rows, g)
-            self._perturb(grads, fresh=fresh)
+                    self._memory.replace(ASCENT, rows, g)
+                self._memory.commit(
+                    self.overflow
+                )  # now: the second pass overwrites g, and a copy would cost as much again
             self.ascended(grads)
             self.zero_grads()
             perturbed_loss = self.second_pass(closure)
@@ -275,8 +278,6 @@ class SharpnessAware(GuardedOptimizer):
         if self.enabled and self._reuses():
             self._refresh()
             self._perturb([self._memory.read(ASCENT, rows) for rows in self._perturbation.rows], fresh=fresh)
-            # A kept gradient that is not finite perturbs nothing, and was counted in its own step.
-            self._perturbation.overflow.zero_()
             loss = self.run_pass(closure)
             self._unscale(self)
         else:

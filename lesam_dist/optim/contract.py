@@ -22,11 +22,12 @@ def require_closureless(method: str, base: Optimizer) -> None:
 
 
 def require_loss(method: str, loss: Any, per_sample: bool) -> None:
-    """Raise TypeError for what is neither a number nor a tensor of one element; ``per_sample``, of any shape."""
-    if isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and (per_sample or loss.numel() == 1)):
-        return
-    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise TypeError(
-        f"{method}: the closure returned {what}: it must return the loss, a number or a tensor of one element. Nothing "
-        "was updated."
-    )
+    """Raise TypeError for what is neither a number nor a tensor of one element, or with ``per_sample`` one of (B,)."""
+    if per_sample:
+        what, fits = "the loss of each sample, a tensor of shape (B,)", isinstance(loss, Tensor) and loss.dim() == 1
+    else:
+        what = "the loss, a number or a tensor of one element"
+        fits = isinstance(loss, numbers.Real) or (isinstance(loss, Tensor) and loss.numel() == 1)
+    if not fits:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"{method}: the closure returned {found}: it must return {what}. Nothing was updated.")

@@ -31,17 +31,6 @@ class Memory:
         self._tensors: dict[str, dict[Tensor, Tensor]] = {}
         self._pending: dict[str, dict[Tensor, Tensor]] = {}
 
-    def write(self, name: str, rows: Rows, values: Gradients) -> None:
-        """Copy ``values`` (shards, parallel to the rows) into the tensors called ``name``; None forgets the row's."""
-        own = self._tensors.setdefault(name, {})
-        for p, value in zip(rows.params, values, strict=True):
-            if value is None:
-                own.pop(p, None)
-                continue
-            if p not in own:
-                own[p] = torch.empty_like(p)
-            local_shard(own[p]).copy_(value)
-
     def replace(self, name: str, rows: Rows, values: Gradients) -> None:
         """``tensor <- value``; None is zero. The values must not change before the `commit`."""
         own, pending = self._tensors.setdefault(name, {}), self._pending.setdefault(name, {})

@@ -142,7 +142,7 @@ def test_reused_gradient_is_resumed_bit_for_bit(seed: int, backend: str, base: s
 
 
 def test_reuse_survives_an_overflow_in_its_ascent(seed: int) -> None:
-    """The kept gradient is then useless: the step is skipped, those after it move unperturbed, and none is lost."""
+    """The step is skipped and keeps nothing: those after it reuse what was kept before, at first nothing."""
     problem = Problem(torch.float32)
     options: dict[str, Any] = {"ascent_interval": INTERVAL, "ascent_between": "reuse", "check_second": False}
     optimizer = LESAM(problem.net.parameters(), SGD, lr=0.1, **options)
@@ -165,6 +165,14 @@ def test_reuse_survives_an_overflow_in_its_ascent(seed: int) -> None:
     assert optimizer.telemetry["skipped"] == 1
     problem.assert_close(expected)
     optimizer.step(problem.closure(2))
+    kept = copy.deepcopy(optimizer.state_dict()["state"])
+    assert optimizer.telemetry["rho"] > 0
+    for t in range(2):
+        optimizer.step(problem.closure(t))
+    optimizer.step(overflowing)
+    assert optimizer.telemetry["skipped"] == 2
+    torch.testing.assert_close(optimizer.state_dict()["state"], kept, rtol=0, atol=0)
+    optimizer.step(problem.closure(0))
     assert optimizer.telemetry["rho"] > 0
 
 

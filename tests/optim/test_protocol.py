@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lesam_dist import LESAM, SAM, CosineBudget
-from lesam_dist.optim import FriendlySAM, LookSAM
+from lesam_dist.optim import ESAM, FriendlySAM, LookSAM
 from lesam_dist.optim.ops import choose
 from lesam_dist.optim.rows import Rows
 from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
@@ -188,6 +188,15 @@ def test_what_is_no_loss_is_refused_before_anything_moves(seed: int, method: Any
     torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
     assert optimizer.state_dict()["param_groups"] == state["param_groups"]
     optimizer.step(lambda: good().item())  # a number will do
+
+
+def test_a_mean_is_not_the_loss_of_each_sample(seed: int) -> None:
+    net = make_net()
+    good, before = make_closure(net), snapshot(net)
+    optimizer = ESAM(net.parameters(), SGD, gamma=0.5, lr=0.1)
+    with pytest.raises(TypeError, match=r"returned a tensor of shape \(\): it must return the loss of each sample"):
+        optimizer.step(lambda **arguments: good())
+    assert same(net, before)
 
 
 def test_a_base_optimizer_that_calls_the_closure_itself_is_refused() -> None:
