@@ -19,7 +19,7 @@ from lesam_kernels.tensor_table import TensorTable
 
 @triton.jit
 def _load_radius(sum_sq_ptr, radius_ptr, group):
-    """norm = sqrt(sum_sq), rho = min(sigma/(norm + eps), rho_max), rho/norm, and whether norm is finite.
+    """norm = sqrt(sum_sq), rho = min(|sigma|/(norm + eps), rho_max), sign(sigma)*rho/norm, and whether norm is finite.
 
     All in fp64. rho is 0 where norm is 0 or not finite.
     """
@@ -30,11 +30,11 @@ def _load_radius(sum_sq_ptr, radius_ptr, group):
     finite = norm < float("inf")
     usable = finite & (norm > 0)
     safe_norm = tl.where(usable, norm, 1.0)
-    rho = sigma / (safe_norm + eps)
+    rho = tl.abs(sigma) / (safe_norm + eps)
     # Not tl.minimum: it would turn a NaN sigma into rho_max.
     rho = tl.where(rho > rho_max, rho_max, rho)
     rho = tl.where(usable, rho, 0.0)
-    return norm, rho, rho / safe_norm, finite
+    return norm, rho, tl.where(sigma < 0, -rho, rho) / safe_norm, finite
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def perturb(
         table: columns "g" and "copy" must be set.
         sum_sq: one float64 element: the squared norm of the whole direction, of which the table may hold a part.
         radius: float64 (G, 3): sigma, rho_max, eps of each param group. One of sigma and rho_max may be +inf: an
-            infinite sigma gives the fixed radius rho_max.
+            infinite sigma gives the fixed radius rho_max. A negative sigma moves against the direction.
         metric, ema_scale, inv_scale: as `sum_sq` had them.
 
     Returns:

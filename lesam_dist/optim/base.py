@@ -21,6 +21,7 @@ from lesam_dist.optim import ops as operations
 from lesam_dist.optim.accumulate import GradientSum
 from lesam_dist.optim.base_update import Mixture
 from lesam_dist.optim.contract import require_closureless, require_loss
+from lesam_dist.optim.eager import eager
 from lesam_dist.optim.fused import step_unless
 from lesam_dist.optim.guarded import GuardedOptimizer
 from lesam_dist.optim.memory import ASCENT
@@ -54,7 +55,10 @@ class SharpnessAware(GuardedOptimizer):
     With float16, set the attribute `grad_scaler` and let the closure scale the loss; ``step(closure)`` or
     ``scaler.step(optimizer, closure)``, then ``scaler.update()``. In a hand-written loop, call
     ``scaler.unscale_(optimizer)`` before `first_step` and ``scaler.unscale_(optimizer.base_optimizer)`` before
-    `second_step`; there only with ``scope="global"``, since each process's scaler knows its own gradients.
+    `second_step`; there only with ``scope="global"``, since each process's scaler knows its own gradients. A copy of
+    the optimizer has a copy of the scaler: copy both together, ``deepcopy((optimizer, scaler))``, or set it anew.
+
+    With ``maximize=True`` the perturbation goes along -g: maximizing f is minimizing -f, step by step.
 
     Args:
         params: parameters or param groups. ``perturb=False`` in a group leaves it out of norm and perturbation.
@@ -198,7 +202,7 @@ class SharpnessAware(GuardedOptimizer):
 
     # ---- the protocol --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @eager
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
         """Both passes and the update; gradients are zeroed before, between and after.
 
@@ -289,7 +293,7 @@ class SharpnessAware(GuardedOptimizer):
             self._perturb(grads, fresh=fresh, plain=True)
         return loss, loss
 
-    @torch.no_grad()
+    @eager
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights, with the gradients of the first pass in ``.grad``; not while `enabled` is False.
 
@@ -309,7 +313,7 @@ class SharpnessAware(GuardedOptimizer):
         if zero_grad:
             self.zero_grads()
 
-    @torch.no_grad()
+    @eager
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the exact weights and update them, with the gradients of the second pass in ``.grad``.
 
@@ -340,7 +344,8 @@ class SharpnessAware(GuardedOptimizer):
             step_unless(self.base_optimizer, weights.overflow)
         if not self._plain:
             self.updated()
-        self._opt_called = True  # what torch's LR schedulers ask for
+        # What torch's LR schedulers ask for; the kernels make the base optimizer's step without calling it.
+        self._opt_called = self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
         if self.enabled and "ascent_step" in self.defaults:
             for group in self.param_groups:
                 group["ascent_step"] += 1
@@ -374,8 +379,7 @@ class SharpnessAware(GuardedOptimizer):
         A step does it by itself. Replaying a CUDA graph runs none of its Python: call this before each replay.
         """
         self._refresh()
-        radii = [self.radius(group) for group in self.param_groups]
-        self._perturbation.push(self.base_optimizer, radii, self._mixtures())
+        self._perturbation.push(self.base_optimizer, self._radii(), self._mixtures())
 
     # ---- steps of the protocol -----------------------------------------------------------------------------------
 
@@ -433,7 +437,7 @@ class SharpnessAware(GuardedOptimizer):
         self._plain = plain
         if plain:
             grads = [[None] * len(rows.params) for rows in self._perturbation.rows]  # no copy is made
-        radii = [_UNPERTURBED if plain else self.radius(group) for group in self.param_groups]
+        radii = [_UNPERTURBED] * len(self.param_groups) if plain else self._radii()
         mixing = [(1.0, 0.0)] * len(radii) if plain else self._mixtures()
         self._perturbation.keep_first(grads, mixing, fresh)
         stats = self._perturbation.perturb(Aim(grads) if plain else self.aim(grads), radii, fresh)
@@ -444,6 +448,13 @@ class SharpnessAware(GuardedOptimizer):
             self.telemetry["sigma"] = torch.tensor(sigma)
         if self.measure_rho:
             self.telemetry["realized_rho"] = self._perturbation.moved()
+
+    def _radii(self) -> list[Radius]:
+        """Of each param group; what is maximized is perturbed against the gradient, to where it is lowest."""
+        return [
+            radius._replace(sigma=-radius.sigma) if group.get("maximize") else radius
+            for group, radius in ((group, self.radius(group)) for group in self.param_groups)
+        ]
 
     def _mixtures(self) -> list[Mixture]:
         return [self.mixture(group) for group in self.param_groups]
@@ -469,7 +480,10 @@ class SharpnessAware(GuardedOptimizer):
         return (*self.memory_names, ASCENT) if self._reuses() else self.memory_names
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "telemetry": self.telemetry}
+        own = {
+            name: getattr(self, name) for name in ("_options", "telemetry", "enabled", "measure_rho", "_grad_scaler")
+        }
+        return {**super().__getstate__(), **own}
 
     def zero_grads(self) -> None:
         """Zero all gradients as the options say."""

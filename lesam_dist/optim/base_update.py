@@ -59,6 +59,8 @@ def base_update(base: Optimizer, mixtures: Sequence[Mixture]) -> BaseUpdate | No
     """
     if type(base) not in (SGD, AdamW):
         return None  # groups and state of others are their own
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return None  # they are to see its step, and before it exact weights and final gradients
     groups = base.param_groups
     if any(group["differentiable"] or isinstance(group["lr"], Tensor) for group in groups):
         return None

@@ -94,6 +94,8 @@ class ESAM(FixedRadius):
         if gamma == 1:
             return self.run_pass(closure)
         rise = self.run_pass(closure, per_sample=True, backward=False) - self._clean_losses
+        if self.param_groups[0].get("maximize"):
+            rise = -rise
         count = max(1, int(gamma * len(rise)))
         return self.run_pass(closure, subset=rise.topk(count).indices)
 

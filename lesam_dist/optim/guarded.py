@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.eager import eager
 from lesam_dist.optim.fused import unfuse_dtensors
 from lesam_dist.optim.memory import ASCENT, Memory
 from lesam_dist.optim.ops import Backend
@@ -45,7 +46,7 @@ class GuardedOptimizer(SharedOptimizer):
         """Of the tensors in the memory that this optimizer, with its options, will have."""
         return self.memory_names
 
-    @torch.no_grad()
+    @eager
     def restore(self) -> None:
         """Back to the exact weights without an update, e.g. after an exception; harmless when not perturbed."""
         self._perturbation.restore()

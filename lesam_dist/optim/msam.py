@@ -48,9 +48,17 @@ class MSAM(SinglePass):
             raise ValueError(f"MSAM perturbs along the momentum, but {name} has none here: set momentum above 0.")
 
     def look_ahead(self) -> Aim:
-        return Aim([[self._against(p) for p in rows.params] for rows in self._perturbation.rows])
+        return Aim(
+            [
+                [self._against(p, self.param_groups[group]) for p, group in zip(rows.params, rows.groups, strict=True)]
+                for rows in self._perturbation.rows
+            ]
+        )
 
-    def _against(self, p: Tensor) -> Tensor | None:
+    def _against(self, p: Tensor, group: dict[str, Any]) -> Tensor | None:
         state = self.state.get(p, {})
         momentum = next((state[name] for name in _MOMENTA if state.get(name) is not None), None)
-        return None if momentum is None else -local_shard(momentum)
+        if momentum is None:
+            return None
+        # What is maximized has a momentum of -g, and is perturbed against its direction.
+        return local_shard(momentum).detach() if group.get("maximize") else -local_shard(momentum)

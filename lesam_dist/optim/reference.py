@@ -24,7 +24,8 @@ _CHUNK = 1 << 20
 class Radius(NamedTuple):
     """How the perturbation radius follows from the gradient norm: ``rho = min(sigma/(norm + eps), rho_max)``.
 
-    LE-SAM sets all three (paper, Algorithm 1, lines 7 and 8); SAM's fixed radius is ``sigma = inf``.
+    LE-SAM sets all three (paper, Algorithm 1, lines 7 and 8); SAM's fixed radius is ``sigma = inf``. A negative sigma
+    moves against the direction, by the rho of its absolute value.
     """
 
     sigma: float
@@ -106,15 +107,16 @@ def perturb(
     """
     norm = math.sqrt(sum_sq.item())
     usable = math.isfinite(norm) and norm > 0
-    rho = min(radius.sigma / (norm + radius.eps), radius.rho_max) if usable else 0.0
+    rho = min(abs(radius.sigma) / (norm + radius.eps), radius.rho_max) if usable else 0.0
+    scale = math.copysign(rho, radius.sigma) / norm if rho > 0 else 0.0
     for w, g, copy in zip(params, directions, copies, strict=True):
         if rho > 0 and _owns_storage(w):
-            torch.add(w, g, alpha=rho / norm, out=copy)
+            torch.add(w, g, alpha=scale, out=copy)
             _trade_storages(w, copy)
             continue
         copy.copy_(w)
         if rho > 0:
-            w.add_(g, alpha=rho / norm)
+            w.add_(g, alpha=scale)
     stats = (norm, rho, float(not math.isfinite(norm)))
     return torch.tensor(stats, dtype=torch.float64, device=sum_sq.device)
 

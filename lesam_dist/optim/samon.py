@@ -45,8 +45,19 @@ class SAMON(SAM):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer of torch's."""
-    return isinstance(module, _NORMS)
+    """Whether a module is a normalisation layer: torch's, or one that is called so and is made like one.
+
+    That is, "norm" in its class's name, parameters that are no more than one number per channel, and none in parts:
+    timm's ``RmsNorm``, transformers' ``LlamaRMSNorm``, any ``LayerNorm2d``; not a linear layer with a norm in it.
+    """
+    if isinstance(module, _NORMS):
+        return True
+    own = list(module.parameters(recurse=False))
+    return (
+        "norm" in type(module).__name__.lower()
+        and all(p.numel() == max(p.shape, default=1) for p in own)
+        and len(own) == len(list(module.parameters()))
+    )
 
 
 def norm_groups(model: nn.Module) -> list[dict[str, Any]]:

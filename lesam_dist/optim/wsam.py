@@ -88,7 +88,7 @@ class WSAM(FixedRadius):
                 if difference is None:
                     continue
                 group = self.param_groups[index]
-                step = difference * (group["lr"] * _weight(group))
+                step = difference * (group["lr"] * _weight(group) * (-1 if group.get("maximize") else 1))
                 w.sub_(torch.where(finite.to(w.device), step, 0.0))
 
 

@@ -53,6 +53,8 @@ RADII = {
     "cap-inactive": Radius(sigma=0.3, rho_max=0.2),
     "sam": Radius(sigma=math.inf, rho_max=0.05),
     "large-eps": Radius(sigma=0.3, rho_max=math.inf, eps=7.0),
+    "against": Radius(sigma=-0.3, rho_max=0.2),
+    "against-sam": Radius(sigma=-math.inf, rho_max=0.05),
 }
 RADIUS = RADII["no-cap"]
 
@@ -96,14 +98,14 @@ class Case:
 
 def oracle(sum_sq: float, radius: Radius) -> tuple[float, float]:
     norm = math.sqrt(sum_sq)
-    return norm, min(radius.sigma / (norm + radius.eps), radius.rho_max)
+    return norm, min(abs(radius.sigma) / (norm + radius.eps), radius.rho_max)
 
 
 def check(case: Case, radius: Radius) -> None:
     squared = case.grad_sum_sq()
     norm, rho = oracle(squared, radius)
     assert case.run(squared, radius) == pytest.approx([norm, rho, 0.0], rel=1e-14)
-    case.check_moved(rho / norm)
+    case.check_moved(math.copysign(rho, radius.sigma) / norm)
 
 
 @PAIRS

@@ -322,3 +322,41 @@ def test_the_same_weights_twice_are_refused(seed: int) -> None:
     with pytest.raises(ValueError, match="are the same memory"):
         optimizer.first_step()
     assert torch.equal(a, before)
+
+
+@pytest.mark.filterwarnings("error:Detected call of")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scheduler_and_hooks_on_the_base_see_its_steps(seed: int, backend: str, fused: bool) -> None:
+    """A hook sees the exact weights and the second gradient before the update, and the new weights after it."""
+    net = make_net()
+    optimizer = SAM(net.parameters(), SGD, rho=0.5, lr=0.1, fused=fused, backend=backend)  # type: ignore[arg-type]
+    base = optimizer.base_optimizer
+    scheduler = torch.optim.lr_scheduler.StepLR(base, step_size=1, gamma=0.5)
+    optimizer.step(make_closure(net))
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+    before = snapshot(net)
+    second, seen = [], []
+    closure = make_closure(net)
+
+    def run() -> Tensor:
+        loss = closure()
+        second.append([p.grad.clone() for p in net.parameters()])  # type: ignore[union-attr]
+        return loss
+
+    pre = base.register_step_pre_hook(
+        lambda *_: seen.append((snapshot(net), [p.grad.clone() for p in net.parameters()]))  # type: ignore[union-attr]
+    )
+    post = base.register_step_post_hook(lambda *_: seen.append((snapshot(net), [])))
+    optimizer.step(run)
+    assert len(seen) == 2
+    assert all(map(torch.equal, seen[0][0], before))
+    assert all(map(torch.equal, seen[0][1], second[1]))
+    for w, g, after in zip(before, second[1], seen[1][0], strict=True):
+        torch.testing.assert_close(after, w - 0.05 * g)
+    pre.remove()
+    post.remove()
+    optimizer.step(run)
+    assert len(seen) == 2

@@ -19,7 +19,13 @@ from tests.methods import CASES, LR, MOMENTUM, Vector, follow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 5
-SETTINGS = [("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)]
+SETTINGS = [
+    ("reference", torch.float64, False),
+    ("reference", torch.float32, False),
+    ("triton", torch.float32, False),
+    ("reference", torch.float64, True),
+    ("triton", torch.float32, True),
+]
 # Of the largest weight. float32: tens of roundings of 6e-8 per step. LookSAM and EigenSAM make a difference of nearly
 # equal gradients, a tenth to a hundredth of them, as long as a gradient again.
 ATOL = {torch.float64: 1e-10, torch.float32: 5e-6}
@@ -69,13 +75,18 @@ def close(net: Quadratic, expected: Vector, dtype: torch.dtype, name: str = "") 
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("backend", "dtype"), SETTINGS, ids=lambda v: str(v).replace("torch.", ""))
-def test_follows_its_rule(seed: int, name: str, backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "dtype", "maximize"), SETTINGS, ids=lambda v: str(v).replace("torch.", ""))
+def test_follows_its_rule(seed: int, name: str, backend: str, dtype: torch.dtype, maximize: bool) -> None:
+    """To maximize L is to minimize -L."""
     net = Quadratic(dtype)
-    expected = follow(CASES[name].rule, net.flat(), net.gradient, STEPS)
-    plain = follow(lambda w, grad, t, s: (grad(w), 0.0), net.flat(), net.gradient, STEPS)
+
+    def gradient(w: Vector, t: int) -> Vector:
+        return -net.gradient(w, t) if maximize else net.gradient(w, t)
+
+    expected = follow(CASES[name].rule, net.flat(), gradient, STEPS)
+    plain = follow(lambda w, grad, t, s: (grad(w), 0.0), net.flat(), gradient, STEPS)
     assert np.abs(expected - plain).max() > 1e-3, "the method must do something here"
-    optimizer = make(name, net, backend=backend)
+    optimizer = make(name, net, backend=backend, maximize=maximize)
     calls = []
     for t in range(STEPS):
         run, count = net.closure(t), 0
@@ -175,7 +186,9 @@ EQUAL: dict[str, tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]] 
 
 
 @pytest.mark.parametrize("what", EQUAL)
-@pytest.mark.parametrize(("backend", "dtype"), SETTINGS, ids=lambda v: str(v).replace("torch.", ""))
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [s[:2] for s in SETTINGS[:3]], ids=lambda v: str(v).replace("torch.", "")
+)
 def test_special_cases(seed: int, what: str, backend: str, dtype: torch.dtype) -> None:
     net = Quadratic(dtype)
     twin = copy.deepcopy(net)
@@ -296,8 +309,9 @@ def test_eigensam_finds_the_largest_curvature(seed: int) -> None:
 class Samples(nn.Module):
     """A loss per sample, (w - c_i)' A_i (w - c_i), and the passes that ESAM asks for."""
 
-    def __init__(self) -> None:
+    def __init__(self, sign: int) -> None:
         super().__init__()
+        self.sign = sign
         self.w = nn.ParameterList([torch.randn(3, dtype=torch.float64) for _ in range(4)])
         self.a, self.c = torch.rand(10, 12, dtype=torch.float64), torch.randn(10, 12, dtype=torch.float64)
         self.asked: list[dict[str, Any]] = []
@@ -307,7 +321,7 @@ class Samples(nn.Module):
 
     def closure(self, **arguments: Any) -> Tensor:
         self.asked.append(arguments)
-        losses = self.losses(torch.cat(list(self.w)))
+        losses = self.sign * self.losses(torch.cat(list(self.w)))
         if arguments.get("subset") is not None:
             losses = losses[arguments["subset"]]
         if arguments.get("backward", True):
@@ -315,10 +329,14 @@ class Samples(nn.Module):
         return losses.detach() if arguments.get("per_sample") else losses.mean().detach()
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["minimize", "maximize"])
 @pytest.mark.parametrize(("beta", "gamma"), [(0.5, 1.0), (1.0, 0.35), (0.5, 0.35)])
-def test_esam_perturbs_some_tensors_and_keeps_the_samples_that_rose_most(seed: int, beta: float, gamma: float) -> None:
-    net = Samples()
-    optimizer = optim.ESAM(net.w.parameters(), SGD, rho=0.3, beta=beta, gamma=gamma, seed=seed, lr=0.1)
+def test_esam_perturbs_some_tensors_and_keeps_the_samples_that_rose_most(
+    seed: int, beta: float, gamma: float, sign: int
+) -> None:
+    net = Samples(sign)
+    own = {"rho": 0.3, "beta": beta, "gamma": gamma, "seed": seed}
+    optimizer = optim.ESAM(net.w.parameters(), SGD, lr=0.1, maximize=sign < 0, **own)  # type: ignore[arg-type]
     chosen = set()
     for t in range(6):
         w = torch.cat([p.detach() for p in net.w])
@@ -333,7 +351,7 @@ def test_esam_perturbs_some_tensors_and_keeps_the_samples_that_rose_most(seed: i
         loss = optimizer.step(net.closure)
         if mask.any():  # else no loss rose, and any samples will do
             torch.testing.assert_close(torch.cat([p.detach() for p in net.w]), expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(loss, net.losses(w).mean())
+        torch.testing.assert_close(loss, sign * net.losses(w).mean())
         assert len(net.asked) == (2 if gamma == 1 else 3)
         chosen.add(tuple(drawn.tolist()))
     assert beta == 1 or len(chosen) > 1, "every step draws anew"
@@ -354,6 +372,38 @@ def test_samon_perturbs_normalisation_layers_alone(seed: int) -> None:
         optim.SAMON(net.parameters(), SGD, lr=0.1)
     with pytest.raises(ValueError, match="has no normalisation layer"):
         optim.norm_groups(nn.Linear(2, 2))
+
+
+class LlamaRMSNorm(nn.Module):
+    """As transformers has it; timm's RmsNorm is alike."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+
+class ActNorm2d(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale, self.shift = (nn.Parameter(torch.ones(1, channels, 1, 1)) for _ in range(2))
+
+
+class NormedLinear(nn.Linear):
+    pass
+
+
+class PreNormBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.linear = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+
+def test_samon_knows_normalisation_layers_of_other_libraries() -> None:
+    net = nn.Sequential(LlamaRMSNorm(4), NormedLinear(4, 4), ActNorm2d(4), PreNormBlock(), nn.LayerNorm(4))
+    norms, others = optim.norm_groups(net)
+    names = {p: name for name, p in net.named_parameters()}
+    assert [names[p] for p in norms["params"]] == ["0.weight", "2.scale", "2.shift", "4.weight", "4.bias"]
+    assert len(others["params"]) == 5
 
 
 def test_asam_by_the_released_rule(seed: int) -> None:

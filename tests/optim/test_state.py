@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +40,21 @@ def test_groups_stay_shared_through_every_round_trip(seed: int) -> None:
     assert linked(optimizer)
     assert optimizer.base_optimizer.param_groups[1]["momentum"] == 0.9
     assert optimizer.param_groups[1]["rho_max"] == 0.2
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+def test_a_copy_keeps_its_switches_and_its_scaler(seed: int, way: Callable[[Any], Any]) -> None:
+    net = make_net()
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+    optimizer = LESAM(net.parameters(), SGD, lr=0.1)
+    optimizer.enabled, optimizer.measure_rho, optimizer.grad_scaler = False, True, scaler
+    twin, its_scaler = way((optimizer, scaler))
+    assert (twin.enabled, twin.measure_rho) == (False, True)
+    assert twin.grad_scaler is its_scaler
+    alone = way(optimizer)
+    assert alone.grad_scaler.get_scale() == 8.0, "or its closure's loss would be scaled and its gradients not unscaled"
+    optimizer.load_state_dict(LESAM(net.parameters(), SGD, lr=0.1).state_dict())
+    assert optimizer.enabled is False, "which no checkpoint holds"
 
 
 def test_unpickled_optimizer_goes_on_identically(seed: int) -> None:
