@@ -113,43 +113,46 @@ def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
                 np.testing.assert_allclose(results[name][n], value, rtol=0, atol=atol, err_msg=f"{name} {n}")
 
 
-def remembering(
-    here: Distributed, seed: int, how: str, name: str, folder: Path, first: int, last: int
-) -> tuple[Weights, bool]:
-    """Steps ``first`` to ``last``, from the checkpoint in the folder unless from the start; leaves one there.
-
-    Returns the weights, and whether the method's tensors are in the checkpoint.
-    """
-    net, model, optimizer = make(here, seed, how, ascent_interval=STEPS, ascent_between="reuse")
-    kept = "ascent_grad"
-    if name in METHODS:
-        method, kept = METHODS[name]
-        optimizer = method(net.parameters(), SGD, **KWARGS)
-    if first > 0:
-        weights, state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    for t in range(first, last):
-        optimizer.step(passes_of(here, model, seed, t))
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    return whole(net), all(kept in own for own in state["state"].values())
-
-
-METHODS: dict[str, tuple[Any, str]] = {
-    "fsam": (FriendlySAM, "friendly_ema"),
-    "looksam": (LookSAM, "look_back"),
-    "s2sam": (S2SAM, "previous_grad"),
+METHODS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "lesam": (LESAM, {"ascent_interval": STEPS, "ascent_between": "reuse"}, "ascent_grad"),  # of step 0 to the end
+    "fsam": (FriendlySAM, {}, "friendly_ema"),
+    "looksam": (LookSAM, {}, "look_back"),
+    "s2sam": (S2SAM, {}, "previous_grad"),
 }
 
 
-@pytest.mark.parametrize("name", ["lesam", *METHODS])
-def test_what_a_method_keeps_is_resharded(seed: int, tmp_path: Path, name: str) -> None:
-    """Two steps on 3 shards, the others on 2 x 2: as all on 3. LE-SAM reuses the gradient of step 0 to the end."""
-    run(remembering, 3, seed, "fsdp3", name, tmp_path / "moved", 0, 2)
-    moved, has_moved = run(remembering, 4, seed, "hsdp2x2", name, tmp_path / "moved", 2, STEPS)[0]
-    stayed, has_stayed = run(remembering, 3, seed, "fsdp3", name, tmp_path / "stayed", 0, STEPS)[0]
-    assert has_moved
-    assert has_stayed
-    for n, value in stayed.items():
-        np.testing.assert_allclose(moved[n], value, rtol=0, atol=1e-11 * largest(stayed))
+def remembering(
+    here: Distributed, seed: int, how: str, folder: Path, first: int, last: int
+) -> dict[str, tuple[Weights, bool]]:
+    """Steps ``first`` to ``last``, from the checkpoints in the folder unless from the start; leaves some there.
+
+    Returns of each method the weights, and whether its tensors are in the checkpoint.
+    """
+    results = {}
+    for name, (method, options, kept) in METHODS.items():
+        net, model, _ = make(here, seed, how)
+        optimizer = method(net.parameters(), SGD, **options, **KWARGS)
+        if first > 0:
+            weights, state = get_state_dict(model, optimizer)
+            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        for t in range(first, last):
+            optimizer.step(passes_of(here, model, seed, t))
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
+        results[name] = whole(net), all(kept in own for own in state["state"].values())
+    return results
+
+
+def test_what_a_method_keeps_is_resharded(seed: int, tmp_path: Path) -> None:
+    """Two steps on 3 shards, the others on 2 x 2: as all on 3."""
+    run(remembering, 3, seed, "fsdp3", tmp_path / "moved", 0, 2)
+    moved = run(remembering, 4, seed, "hsdp2x2", tmp_path / "moved", 2, STEPS)[0]
+    stayed = run(remembering, 3, seed, "fsdp3", tmp_path / "stayed", 0, STEPS)[0]
+    for name, (expected, has_stayed) in stayed.items():
+        actual, has_moved = moved[name]
+        assert has_moved
+        assert has_stayed
+        for n, value in expected.items():
+            atol = 1e-11 * largest(expected)
+            np.testing.assert_allclose(actual[n], value, rtol=0, atol=atol, err_msg=f"{name} {n}")
