@@ -10,13 +10,15 @@ from typing import NoReturn
 
 from lesam_dist import __version__
 from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.place import Place, find_place
+from lesam_dist.report import end_with_launcher, report_failure
 
 
 def _train(argv: Sequence[str]) -> None:
     from lesam_dist.train.cli import read_command_line
 
     read = read_command_line(argv)
-    if os.environ.get("RANK", "0") == "0":
+    if find_place(os.environ).rank == 0:
         for note in read.notes:
             print(note, flush=True)
     from lesam_dist.train.trainer import train  # here: --help and what is refused need no torch
@@ -58,18 +60,39 @@ def main() -> NoReturn:
 
 
 def run(command: str) -> NoReturn:
-    """Run a command on the process's arguments and exit: status 2 and one line for a `UserError`."""
+    """Run a command on the process's arguments and exit: status 2 and one line for a `UserError`.
+
+    Of several processes each says what is its own fault, with its rank; what several share is said once per node.
+    """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may not have every character
+    place = Place()
     try:
+        place = find_place(os.environ)
+        if place.launcher:
+            end_with_launcher()
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)
         _COMMANDS[command][0](sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same fault; one says so
-            print(f"lesam-dist: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if not getattr(error, "same_node", False):
+            report_failure(place, error)
+        _leave(2)
     except KeyboardInterrupt:
-        print("lesam-dist: interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        if place.rank == 0:
+            print("lesam-dist: interrupted", file=sys.stderr)
+        _leave(130)
+    except Exception as error:
+        if place.world_size == 1:
+            raise
+        report_failure(place, error)
+        _leave(1)
+    _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)  # a group with unfinished operations can keep the interpreter from ending
+    sys.exit(status)

@@ -6,20 +6,30 @@ Vocabulary: mesh things are axes, tensor things are dims.
 from __future__ import annotations
 
 import os
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from lesam_dist.errors import UserError
+from lesam_dist.errors import SharedError, UserError
+from lesam_dist.peers import Peers
+from lesam_dist.place import Place, find_place
 
 ShardAxes = tuple[DeviceMesh, tuple[int, ...]]
+
+
+def _nobody_waits() -> None:
+    """What `Distributed.move` does where nobody looks."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Distributed:
     world_size: int
     device: torch.device
     local_world_size: int = 1  # processes on this node
+    move: Callable[[], None] = _nobody_waits  # called at each part of a step, so that a process that hangs is found
 
     @property
     def is_main(self) -> bool:
@@ -52,49 +63,106 @@ class Distributed:
 
 
 @contextmanager
-def process_group(device: str | None = None) -> Iterator[Distributed]:
-    """Join the processes that torchrun (or accelerate launch) started, and leave them at the end.
+def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterator[Distributed]:
+    """Join the processes that torchrun, accelerate launch, srun or mpirun started, and leave them at the end.
 
-    The launcher's environment decides: RANK, LOCAL_RANK, WORLD_SIZE. Without it this is a single process. Each
-    process takes one GPU (NCCL), or the CPU where there is none (gloo).
+    The launcher's environment decides, see `lesam_dist.place`. Without one this is a single process. Each process
+    takes one GPU (NCCL), or the CPU where there is none (gloo).
 
     Args:
         device: "cpu" or "cuda"; None takes a GPU where there is one.
+        timeout_s: seconds that a process may keep the others waiting.
 
     Raises:
-        UserError: for more local processes than GPUs, or "cuda" on a host without one.
+        UserError: for more local processes than GPUs, "cuda" on a host without one.
+        SharedError: for processes on GPUs beside processes on CPUs.
+        PeerError: another process failed, or is lost.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    use_cuda = torch.cuda.is_available() if device is None else device == "cuda"
-    if use_cuda:
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            remedy = f"Start at most {count} processes per node, or train" if count else "Train"
-            raise UserError(
-                f"local rank {local_rank} has no GPU: this host shows {count}. {remedy} on the CPU with "
-                "--parallel.device cpu."
-            )
-        torch.cuda.set_device(local_rank)
-    target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    here = Distributed(rank, local_rank, world_size, target, local_world_size)
-    if world_size == 1:
+    place = find_place(os.environ)
+    target = _choose_device(device, place)
+    here = Distributed(place.rank, place.local_rank, place.world_size, target, place.local_world_size)
+    if place.world_size == 1:
         yield here
         return
-    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=target if use_cuda else None)
+    use_cuda = target.type == "cuda"
+    store = _join(place, timeout_s)
+    peers = Peers(store, place, timeout_s)
+    failed = True
     try:
-        yield here
+        _agree_on_device(store, place, target)
+        # The group's own limit comes after that of `peers`, who can say which process is silent.
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=PrefixStore("group", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=timeout_s + 30),
+            device_id=target if use_cuda else None,
+        )
+        peers.start()
+        yield replace(here, move=peers.move)
         dist.barrier()  # a rank that leaves early breaks the others' connections
+        failed = False
+    except Exception as error:
+        explained = peers.explain(error)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
+        peers.stop()
         if not use_cuda:
             # Gloo's threads drop the tensors of their last collective a little after it is done, and need the
             # interpreter for that. DTensor's caches keep the group alive, so nothing joins them, and one that comes
             # while the interpreter shuts down aborts the process ("terminate called without an active exception"):
             # 7 of 50 exits under FSDP2 with torch 2.14, 0 of 80 after this wait.
             time.sleep(0.2)
-        dist.destroy_process_group()
+        # NCCL would wait for operations that another process will never take part in.
+        if dist.is_initialized() and not (failed and use_cuda):
+            dist.destroy_process_group()
+
+
+def _choose_device(device: str | None, place: Place) -> torch.device:
+    use_cuda = torch.cuda.is_available() if device is None else device == "cuda"
+    if not use_cuda:
+        return torch.device("cpu")
+    count, index = torch.cuda.device_count(), place.local_rank
+    if count and place.launcher in ("srun", "mpirun"):
+        index %= count  # these can show each process GPUs of its own; NCCL refuses one that two share
+    if index >= count:
+        remedy = f"Start at most {count} processes per node, or train" if count else "Train"
+        raise UserError(
+            f"local rank {place.local_rank} has no GPU: this host shows {count}. {remedy} on the CPU with "
+            "--parallel.device cpu."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _join(place: Place, timeout_s: float) -> Store:
+    """The store that all processes share: torchrun's, or one of rank 0."""
+    url = f"tcp://{place.address}"
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store: Store = next(rendezvous(url, place.rank, place.world_size, timeout=limit))[0]
+        return store
+    except dist.DistError as error:
+        raise UserError(
+            f"could not meet the other {place.world_size - 1} processes at {place.address} within {timeout_s:g} s: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _agree_on_device(store: Store, place: Place, target: torch.device) -> None:
+    """Refuse processes on GPUs beside processes on CPUs, who would wait for each other for ever."""
+    keys = [f"device/{rank}" for rank in range(place.world_size)]
+    store.set(keys[place.rank], f"{target.type} on {socket.gethostname()}")
+    devices = [text.decode() for text in store.multi_get(keys)]
+    for rank, device in enumerate(devices):
+        if device.split()[0] != devices[0].split()[0]:
+            raise SharedError(
+                f"the device of rank {rank} is {device}, that of rank 0 is {devices[0]}: all processes train on GPUs, "
+                "or all on the CPU, with --parallel.device cpu."
+            )
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ _AT_MOST = {
     "optimizer.interval": 1_000_000,
     "optimizer.power_steps": 1000,
     "optimizer.ascent_interval": 1_000_000,
+    "parallel.timeout_s": 10_000_000,
 }
 
 _AT_LEAST = {
@@ -61,6 +62,7 @@ _AT_LEAST = {
     "schedule.anneal_start_epoch": 0,
     "parallel.shard_size": 1,
     "parallel.replicate_size": 1,
+    "parallel.timeout_s": 1,
     "checkpoint.every_epochs": 1,
     "checkpoint.keep": 1,
     "logging.every_steps": 1,

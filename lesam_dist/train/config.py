@@ -193,6 +193,9 @@ class ParallelConfig:
     model's known blocks"""
     device: Literal["cpu", "cuda"] | None = None
     """null takes the GPUs where there are some"""
+    timeout_s: float = 600.0
+    """seconds that one process may keep the others waiting before the run ends; a silent one is named after a minute.
+    Raise it where rank 0 downloads data or weights for longer, or a process compiles for longer than the others"""
 
 
 @dataclass
@@ -279,6 +282,7 @@ _FREE_ON_RESUME = (
     "data.root",
     "data.workers",
     "data.eval_batch_size",
+    "parallel.timeout_s",
     "model.compile",
     "model.activation_checkpointing",
 )

@@ -139,7 +139,8 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
     costs = [sgd_steps(setting.runs[0]) for setting in settings]  # first, since it checks the hyper-parameters
     acc1: dict[str, list[float]] = {setting.name: [] for setting in settings}
     seeds = len(settings[0].runs)
-    with process_group(settings[0].runs[0].parallel.device) as here:
+    parallel = settings[0].runs[0].parallel
+    with process_group(parallel.device, parallel.timeout_s) as here:
         if here.is_main:
             for line in [f"{setting.name}: {note}" for setting in settings for note in setting.notes]:
                 print(line, flush=True)

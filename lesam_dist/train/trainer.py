@@ -19,6 +19,7 @@ from lesam_dist.optim import SharpnessAware
 from lesam_dist.optim.fused import make_momentum
 from lesam_dist.parallel import Distributed, process_group, reduce_max
 from lesam_dist.train import build
+from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.config import Config, flatten
 from lesam_dist.train.ema import WeightAverage
@@ -47,12 +48,13 @@ def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
     Raises:
         UserError: for anything that the user can mend; raised before training where it can be known then.
     """
-    with process_group(config.parallel.device) as here:
+    with process_group(config.parallel.device, config.parallel.timeout_s) as here:
         return train_here(config, here, given)
 
 
 def train_here(config: Config, here: Distributed, given: Collection[str] = ()) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
+    agree_on_setup(config, here)
     require_model(config.model.name)  # before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, here.device)
     _set_precision(config)
@@ -72,10 +74,13 @@ def train_here(config: Config, here: Distributed, given: Collection[str] = ()) -
 
 def _trainer(config: Config, here: Distributed) -> Trainer:
     folders = build.build_folders(config, here)
+    agree_on_data(dict(zip(("train", "val"), folders, strict=True)), here)
     num_classes = build.resolve_num_classes(config, folders[0].classes)
     loaders = build.build_loaders(config, folders, here)
     model = build.build_network(config, num_classes, here)
-    return Trainer(config, here, model, loaders, claim(config, here), val_samples=len(folders[1]))
+    run_dir = claim(config, here)
+    agree_on_run_dir(run_dir.path, here)
+    return Trainer(config, here, model, loaders, run_dir, val_samples=len(folders[1]))
 
 
 def _dry_trainer(config: Config, here: Distributed, given: Collection[str]) -> Trainer:
@@ -209,6 +214,7 @@ class Trainer:
         for index in range(self.steps_per_epoch):
             with meter.waiting():
                 images, labels = next(batches)
+            self.here.move()
             images = images.to(memory_format=self.memory_format)
             used = self._schedule_values()
             loss = self._step(images, labels)
@@ -218,6 +224,7 @@ class Trainer:
             if self.budget:
                 self.budget.step()
             self.step += 1
+            self.here.move()
             if self.log:
                 self.log.advance()
             if self._logs(self.step):

@@ -1,0 +1,253 @@
+"""What the terminal shows when a process fails, is killed, stops or disagrees; and that none stays behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from lesam_dist import cli, parallel
+from lesam_dist.data import epoch_order, rank_batches, scan_split
+from lesam_dist.errors import UserError
+from lesam_dist.train import agreement
+from tests.distributed import processes
+
+Environ = dict[str, str]
+Command = Callable[[int], None]  # what a rank runs
+
+
+def torchrun_like(rank: int, port: int) -> Environ:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+
+
+def srun_like(rank: int, port: int) -> Environ:
+    return {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_ID": "0",
+    } | {
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(port),
+    }
+
+
+def launch(command: Command, folder: Path, environ: Callable[[int, int], Environ]) -> tuple[list[int | None], str]:
+    """Run a command of `lesam-dist` on two processes; their exit statuses, and all they wrote to stderr.
+
+    Rank 1 gets no time of its own: where rank 0 has ended, and rank 1 has not, it is ended by a signal.
+    """
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(processes._PRELOAD)
+    err = folder / "stderr"
+    err.write_bytes(b"")
+    both = [context.Process(target=_run, args=(command, rank, err, environ(rank, port))) for rank in range(2)]
+    for process in both:
+        process.start()
+    both[0].join(120)
+    both[1].join(20 if command is not stops else 0)
+    for process in both:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in both], err.read_text()
+
+
+def _run(command: Command, rank: int, err: Path, environ: Environ) -> None:
+    os.environ.update(environ)
+    descriptor = os.open(err, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    cli._COMMANDS["run"] = (lambda _: command(rank), "")
+    cli.run("run")
+
+
+def both_fail(rank: int) -> None:
+    raise UserError("epochs is -3")  # before any group is joined
+
+
+def each_fails(rank: int) -> None:
+    raise UserError(f"disk {rank} is full")
+
+
+def second_fails(rank: int) -> None:
+    with parallel.process_group("cpu", 60) as here:
+        if rank == 1:
+            raise UserError("disk 1 is full")
+        here.barrier()
+
+
+def second_has_a_bug(rank: int) -> None:
+    with parallel.process_group("cpu", 60) as here:
+        if rank == 1:
+            raise ValueError("a bug of our own")
+        here.barrier()
+
+
+def second_is_killed(rank: int) -> None:
+    with parallel.process_group("cpu", 60) as here:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        here.barrier()
+
+
+def stops(rank: int) -> None:
+    with parallel.process_group("cpu", 6) as here:
+        here.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        here.barrier()
+
+
+def on_two_devices(rank: int) -> None:
+    if rank == 1:
+        parallel._choose_device = lambda device, place: torch.device("cuda", 0)  # type: ignore[assignment]
+    with parallel.process_group(None, 60):
+        raise AssertionError("joined")
+
+
+CASES: dict[str, tuple[Command, list[int], list[str]]] = {
+    "shared by all": (both_fail, [2, 2], ["epochs is -3"]),
+    "one each": (each_fails, [2, 2], ["error: disk 0 is full", "rank 1: disk 1 is full"]),
+    "in a group": (second_fails, [2, 2], ["lesam-dist: error: rank 1: disk 1 is full"]),
+    "a bug": (second_has_a_bug, [2, 1], ["lesam-dist: error: rank 1: Traceback", "\nValueError: a bug of our own"]),
+    "killed": (second_is_killed, [2, -signal.SIGKILL], ["lost another process", "it was killed"]),
+    "devices": (on_two_devices, [2, 2], ["lesam-dist: error: the device of rank 1 is cuda on", "rank 0 is cpu on"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_failure_is_said_once(tmp_path: Path, name: str) -> None:
+    command, statuses, messages = CASES[name]
+    for attempt in range(2 if name == "shared by all" else 1):  # the same parent may start it again
+        found, err = launch(command, tmp_path, torchrun_like)
+        assert found == statuses, f"attempt {attempt}: {err}"
+        for message in messages:
+            assert err.count(message) == 1, err
+        assert err.count("lesam-dist: error") == (2 if name == "one each" else 1), err
+        assert ("Traceback" in err) == (name == "a bug")
+
+
+def test_a_stopped_process_is_named_and_the_run_ends(tmp_path: Path) -> None:
+    statuses, err = launch(stops, tmp_path, srun_like)
+    assert statuses == [1, -signal.SIGKILL], err
+    assert err.count("lesam-dist: warning: no step for") == 1
+    assert err.count("lesam-dist: error: no step for") == 1
+    assert err.count("rank 1 is silent") == 2
+    assert "parallel.timeout_s is 6" in err
+
+
+def trains(rank: int) -> None:
+    cli._train(Path("flags").read_text().split())
+
+
+def test_srun_is_one_run_and_a_bad_image_of_any_rank_is_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two tasks of srun the second reads a truncated image in its first batch; the folder then holds that run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images, "data")
+    folder = scan_split(Path("data"), "train")
+    order = epoch_order(len(folder), seed=0, epoch=0, shuffle=True)
+    first = rank_batches(order, batch_size=20, rank=1, world_size=2, train=True)[0][0]
+    bad = Path(folder.paths[first])
+    bad.write_bytes(bad.read_bytes()[:60])
+    flags = "--config digits --data.root data --data.builtin null --data.batch_size 20 --data.workers 1 "
+    flags += "--epochs 1 --schedule.anneal_start_epoch null --parallel.device cpu --run_dir run"
+    Path("flags").write_text(flags)
+    statuses, err = launch(trains, tmp_path, srun_like)
+    assert statuses == [2, 2], err
+    assert "2 x cpu, ddp, batch 20" in err
+    assert err.count("lesam-dist: error: rank 1: cannot decode the image") == err.count("lesam-dist: error") == 1
+    assert err.count(bad.name) == 1
+    statuses, err = launch(trains, tmp_path, srun_like)
+    assert statuses == [2, 2], err
+    assert err.strip().splitlines()[-1].startswith("lesam-dist: error: run_dir 'run' already holds a run")
+    assert err.count("lesam-dist: error") == 1
+    assert "Traceback" not in err
+
+
+def test_processes_end_with_their_launcher() -> None:
+    """A launcher that is killed outright can end nobody: its child notices, though its main thread never looks."""
+    child = "import time, sys; from lesam_dist.report import end_with_launcher; end_with_launcher(); "
+    child += "print('begun', flush=True); time.sleep(600)"
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher, child],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.kill()
+        assert "is gone: stopping" in process.stdout.read()  # which ends when the child has ended too
+
+
+def disagree(here: parallel.Distributed, root: str, folder: str) -> list[str]:
+    """What each of these differences is refused with, each on rank 1 alone."""
+    said: list[str] = []
+
+    def note(function: Callable[..., None], *args: object) -> None:
+        try:
+            function(*args, here)
+        except UserError as error:
+            said.append(str(error))
+        else:
+            said.append("")
+
+    from lesam_dist.train.cli import parse
+
+    config = parse(["--config", "digits", "--run_dir", f"{folder}/{here.rank}", "--data.root", f"/on/{here.rank}"])
+    note(agreement.agree_on_setup, config)
+    config.optimizer.lr += 0.5 * here.rank
+    note(agreement.agree_on_setup, config)
+    versions = agreement._versions()
+    agreement._versions = lambda: versions | {"the version of torch": f"9.{here.rank}"}
+    note(agreement.agree_on_setup, config)
+    splits = {"train": scan_split(Path(root), "train"), "val": scan_split(Path(f"{root}{here.rank}"), "val")}
+    note(agreement.agree_on_data, splits | {"val": splits["train"]})
+    note(agreement.agree_on_data, splits)
+    (Path(folder) / "same").mkdir(exist_ok=True)
+    note(agreement.agree_on_run_dir, Path(folder) / "same")
+    (Path(folder) / str(here.rank) / "own").mkdir(parents=True)
+    os.chdir(Path(folder) / str(here.rank))
+    note(agreement.agree_on_run_dir, Path("own"))
+    return said
+
+
+def test_ranks_agree_before_the_first_step(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(2):
+        shutil.copytree(images, tmp_path / f"data{rank}")
+    shutil.copytree(images, tmp_path / "data")
+    missing = sorted((tmp_path / "data1" / "val").rglob("*.*"))[3]
+    missing.unlink()
+    ranks = processes.run(disagree, 2, str(tmp_path / "data"), str(tmp_path))
+    assert ranks[0] == ranks[1], "all say the same, so that it is said once"
+    host = socket.gethostname()
+    one, zero = f"rank 1 on {host}", f"rank 0 on {host}"
+    same, lr, version, same_data, data, same_folder, folder = ranks[0]
+    assert (same, same_data, same_folder) == ("", "", "")
+    assert lr.startswith("the processes differ in optimizer.lr: ")
+    assert version.startswith(f"the processes differ in the version of torch: {one} has 9.1, {zero} has 9.0.")
+    assert data.startswith(f"the processes differ in val data: {one} has 20 images (")
+    assert f"{zero} has 21 images (" in data
+    assert folder.startswith(f"run_dir 'own' is not one folder: {one} does not see what {zero} wrote there.")
+    assert not list(tmp_path.rglob(".shared_*"))
