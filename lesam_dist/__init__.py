@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist import optim
 
 if TYPE_CHECKING:
     from lesam_dist.optim import *  # noqa: F403
+    from lesam_dist.train.passes import BatchPasses, frozen_batchnorm
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = ["BatchPasses", "__version__", "frozen_batchnorm"]
 __all__ += optim.__all__
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("BatchPasses", "frozen_batchnorm"):
+        return getattr(import_module("lesam_dist.train.passes"), name)
     if name not in optim.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(optim, name)

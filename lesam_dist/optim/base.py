@@ -20,7 +20,7 @@ from torch.optim.optimizer import ParamsT
 from lesam_dist.optim import ops as operations
 from lesam_dist.optim.accumulate import GradientSum
 from lesam_dist.optim.base_update import Mixture
-from lesam_dist.optim.contract import require_closureless, require_loss
+from lesam_dist.optim.contract import require_closureless, require_loss, require_no_gradients, require_whole_batches
 from lesam_dist.optim.eager import eager
 from lesam_dist.optim.fused import step_unless
 from lesam_dist.optim.guarded import GuardedOptimizer
@@ -204,7 +204,7 @@ class SharpnessAware(GuardedOptimizer):
 
     @eager
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
-        """Both passes and the update; gradients are zeroed before, between and after.
+        """Both passes and the update; gradients are zeroed between and after.
 
         Args:
             closure: clears nothing, computes the loss, calls ``backward`` and returns the loss. It is called twice,
@@ -218,7 +218,8 @@ class SharpnessAware(GuardedOptimizer):
 
         Raises:
             TypeError: for a closure that returns no loss.
-            Whatever the closure raises. The weights are then the exact ones, and nothing was updated.
+            RuntimeError: where there are gradients already, or accelerate accumulates them over several batches.
+            Whatever the closure raises. The weights are then the exact ones, the gradients zeroed, nothing updated.
         """
         if closure is None:
             return self._create_state()
@@ -226,11 +227,16 @@ class SharpnessAware(GuardedOptimizer):
         closures = list(closure) if isinstance(closure, Sequence) else [closure]
         if not closures:
             raise ValueError(f"{type(self).__name__}.step got no closure: give it one, or a sequence of at least one.")
+        self._scaler()  # raises where it is not known
+        require_whole_batches(type(self).__name__)
+        if not self._options["static_grads"]:
+            require_no_gradients(type(self).__name__, (p for group in self.param_groups for p in group["params"]))
         try:
             losses = self._passes(closures)
             self.second_step(zero_grad=True)
         except BaseException:
             self.restore()
+            self.zero_grads()
             raise
         first, second = ([torch.as_tensor(loss).detach() for loss in column] for column in zip(*losses, strict=True))
         self.telemetry["loss"] = first[0] if len(first) == 1 else torch.stack(first).mean()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lesam_dist.parallel import local_shard
 
 
 def require_closureless(method: str, base: Optimizer) -> None:
@@ -18,6 +22,30 @@ def require_closureless(method: str, base: Optimizer) -> None:
         raise ValueError(
             f"{method}: {name}.step() needs a closure, to make passes of its own, so it cannot make the update. Choose "
             "a base optimizer whose step() needs none, as torch.optim.SGD."
+        )
+
+
+def require_whole_batches(method: str) -> None:
+    """Raise RuntimeError under accelerate's gradient accumulation, where most batches are never seen by a closure."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state:
+        return
+    count = state.GradientState().num_steps
+    if count > 1:
+        raise RuntimeError(
+            f"{method}.step: Accelerator(gradient_accumulation_steps={count}) calls step for one batch in {count}, and "
+            "its closure never sees the others. Leave it at 1, and give step a list of closures, one for each batch."
+        )
+
+
+def require_no_gradients(method: str, params: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where there are gradients that the passes of ``step(closure)`` would drop; zeros are none."""
+    if any(bool(local_shard(p.grad).any()) for p in params if p.grad is not None):
+        raise RuntimeError(
+            f"{method}.step(closure) makes both passes itself, and would drop the gradients that are there. If they "
+            "were accumulated (Lightning's accumulate_grad_batches), give step a list of closures, one for each batch. "
+            "If they are the first pass of SAM code whose closure is the second, let the closure be both, or call "
+            "first_step and second_step. If they are of no use, call zero_grad() first."
         )
 
 
