@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 60  # characters of a user's text that an error shows
+
 
 class UserError(Exception):
     """Something outside the program is wrong: an argument, a file, a folder, a device.
@@ -29,4 +31,10 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(names)}."
-    return UserError(f"unknown {kind} '{name}': {hint}")
+    return UserError(f"unknown {kind} '{one_line(name)}': {hint}")
+
+
+def one_line(text: str) -> str:
+    """What a user wrote, for an error: without line breaks, and not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."

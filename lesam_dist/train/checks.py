@@ -103,6 +103,8 @@ def _check_values(values: dict[str, Any]) -> None:
     for path, value in values.items():
         if value is None and not is_optional(path):
             raise UserError(f"{path} is null: it must be {expected(path)}.")
+        if isinstance(value, str) and any(c < " " or "\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{path} is {value!r}: it must be one line of text in UTF-8.")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{path} is {value}: it must be {expected(path)}, and finite.")

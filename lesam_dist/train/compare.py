@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.train.cli import parse
 from lesam_dist.train.experiment_report import NOTE, outcome_numbers, plot, plus_minus, report
 from lesam_dist.train.experiments import ExperimentParser, Outcome, make_setting, paired_difference, run_all
@@ -94,7 +94,7 @@ def _method_names(text: str) -> list[str]:
     if not names:
         raise UserError("--methods is empty: give names with commas between, e.g. --methods sgd,sam,lesam.")
     if len(set(names)) < len(names):
-        raise UserError(f"--methods is {text}: each method can be there once.")
+        raise UserError(f"--methods is {one_line(text)}: each method can be there once.")
     return names
 
 

@@ -9,6 +9,7 @@ interrupted one is resumed.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import textwrap
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lesam_dist.errors import UserError
 from lesam_dist.train.checks import folder
-from lesam_dist.train.cli import CommandLine, read_command_line
+from lesam_dist.train.cli import read_command_line
 from lesam_dist.train.config import Config, check_same_run
 
 if TYPE_CHECKING:
     from lesam_dist.parallel import Distributed
+
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,8 @@ class ExperimentParser(argparse.ArgumentParser):
             UserError: for a wrong or missing own flag, and for one that each run has another value of.
         """
         arguments, flags = self.parse_known_args(list(argv))
-        if arguments.seeds < 1:
-            raise UserError(f"--seeds is {arguments.seeds}: it must be at least 1.")
+        if not 1 <= arguments.seeds <= _MOST_SEEDS:
+            raise UserError(f"--seeds is {arguments.seeds}: it must be at least 1, and at most {_MOST_SEEDS}.")
         self.refuse(flags, ("seed", "resume", "dry_run", "print_config"))
         return arguments, flags
 
@@ -115,12 +118,12 @@ def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_di
     """The runs of a setting: configs from ``sources`` (recipes, files, YAML text) with ``flags`` over them."""
     configs = [part for source in sources for part in ("--config", source)]
 
-    def run(seed: int) -> CommandLine:
-        own = ["--seed", str(seed), "--resume", "auto", "--run_dir", str(run_dir / name / f"seed_{seed}")]
-        return read_command_line([*configs, *flags, *own])
-
-    runs = [run(seed) for seed in range(seeds)]
-    return Setting(name, [run.config for run in runs], runs[0].notes)
+    own = ["--seed", "0", "--resume", "auto", "--run_dir", str(run_dir / name / "seed_0")]
+    first = read_command_line([*configs, *flags, *own])
+    runs = [copy.deepcopy(first.config) for _ in range(seeds)]
+    for seed, config in enumerate(runs):
+        config.seed, config.run_dir = seed, str(run_dir / name / f"seed_{seed}")
+    return Setting(name, runs, first.notes)
 
 
 def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:

@@ -10,10 +10,10 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lesam_dist.errors import one_line
 from lesam_dist.train.config import Config, default_values
 from lesam_dist.train.recipes import ALIASES, bases, recipes
 
-_LONGEST = 60  # characters of a value that are shown
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -72,14 +72,13 @@ def nearest_key(key: str) -> str:
         leaf = key.split(".")[-1].replace("-", "_")
         near = [leaves[leaf] for leaf in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
     hint = f"did you mean '{near[0]}'?" if near else "see --help for all of them."
-    return f"unknown key '{key}': {hint}"
+    return f"unknown key '{one_line(key)}': {hint}"
 
 
 def shown(value: Any) -> str:
     """A value as YAML has it, on one line and not too long."""
     text = {None: "null", True: "true", False: "false"}.get(value) if value is None or value in (True, False) else None
-    line = _one_line(str(value) if text is None else text) or "empty"
-    return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."
+    return one_line(str(value) if text is None else text) or "empty"
 
 
 def _positional(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lesam_dist.errors import UserError
+from lesam_dist.errors import UserError, one_line
 
 Tree = dict[str, Any]
 
@@ -63,7 +63,7 @@ def read_yaml(text: str, name: str) -> Tree:
         if node is None:
             raise UserError(f"{name} is empty: give it at least one field, e.g. 'epochs: 15'.")
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{name} holds no fields but {_shown(text)}: write them as 'epochs: 15'.")
+            raise UserError(f"{name} holds no fields but {one_line(text)!r}: write them as 'epochs: 15'.")
         _check(node, name, 0, {}, [])
         return _tree(loader.construct_document(node), name)
     except yaml.YAMLError as error:
@@ -88,7 +88,8 @@ def _check(node: yaml.Node, name: str, depth: int, sizes: dict[int, int], above:
                 line = key.start_mark.line + 1
                 if key.value in lines:
                     raise UserError(
-                        f"{name} has the key '{key.value}' twice, in lines {lines[key.value]} and {line}: keep one."
+                        f"{name} has the key '{one_line(key.value)}' twice, in lines {lines[key.value]} and {line}: "
+                        "keep one."
                     )
                 lines[key.value] = line
             children += [key, value]
@@ -118,18 +119,13 @@ def _tree(fields: dict[Any, Any], name: str) -> Tree:
                 raise UserError(f"{name} has the key '{key}.{min(shared)}' twice: keep one.")
             new = {**node[leaf], **new}
         elif leaf in node:
-            raise UserError(f"{name} has the key '{key}' twice: keep one.")
+            raise UserError(f"{name} has the key '{one_line(str(key))}' twice: keep one.")
         node[leaf] = new
     return tree
 
 
 def _place(node: yaml.Node) -> str:
     return f"line {node.start_mark.line + 1}"
-
-
-def _shown(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= 40 else line[:40] + "...")
 
 
 def _first_problem(error: yaml.YAMLError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lesam_dist.errors import UserError
+from lesam_dist.errors import UserError, one_line
 from lesam_dist.train.config import default_values, get
 from lesam_dist.train.experiment_report import NOTE, outcome_numbers, plot, plus_minus, report
 from lesam_dist.train.experiments import ExperimentParser, make_setting, run_all
@@ -76,9 +76,11 @@ def _value_texts(text: str) -> list[str]:
             parts[-1] += character
     texts = [part.strip() for part in parts]
     if not all(texts):
-        raise UserError(f"--values is '{text}': a value is empty. Give them with commas between, e.g. 0.1,0.2.")
+        raise UserError(
+            f"--values is '{one_line(text)}': a value is empty. Give them with commas between, e.g. 0.1,0.2."
+        )
     if "/" in text:
-        raise UserError(f"--values is '{text}': values name folders, and cannot have a '/' in them.")
+        raise UserError(f"--values is '{one_line(text)}': values name folders, and cannot have a '/' in them.")
     return texts
 
 

@@ -52,6 +52,8 @@ FLAGS = [
         ["--model.name", "resnet18", "--optimizer.name", "esam", "--data.batch_size", "3"],
         "cannot be trained on 1 image of",
     ),
+    (["--optimizer.name", "a\nb"], "optimizer.name is 'a\\nb': it must be one line of text"),
+    (["--run_dir", "\udcff"], "run_dir is '\\udcff': it must be one line of text in UTF-8."),
     (["--seed", "-1"], "seed is -1: it must be at least 0"),
     (["--seed", "4294967296"], "seed is 4294967296: it must be at most 4294967295"),
     (["--data.batch_size", "1000"], "fewer than one global batch of 1000"),
@@ -94,6 +96,8 @@ FLAGS = [
     (["--config"], "--config has no value: give it a recipe's name or a YAML file."),
     (["--config", "."], "--config is '.', a folder"),
     (["--epochs"], "--epochs has no value: give it a whole number."),
+    (["--optimizer.name", "a\nb"], "optimizer.name is 'a\\nb': it must be one line of text"),
+    (["--run_dir", "\udcff"], "run_dir is '\\udcff': it must be one line of text in UTF-8."),
     (["--seed", "-1"], "seed is -1: it must be at least 0."),
     (["--epochs", "1000000000"], "epochs is 1000000000: it must be at most 1000000."),
     (["--parallel.wrap_classes", "[&a [x], *a]"], "--parallel.wrap_classes has YAML aliases"),
@@ -139,7 +143,7 @@ def test_wrong_flag(command: Command, images: Path, tmp_path: Path, flags: list[
     assert status == 2
     assert message in err
     assert err.startswith("lesam-dist: error: ")
-    assert "Traceback" not in err
+    assert err.count("\n") == 1
     assert not run_dir.exists(), "nothing was begun"
 
 

@@ -1,0 +1,307 @@
+"""Random command lines and YAML files: each must end with status 0, or with status 2 and one line.
+
+    python tests/train/fuzz_cli.py --cases 5000 --dry_runs 200 --seed 7
+
+Everything runs in this process. A case is parsed and checked as a run is before it reads data; a dry run then trains
+two steps of a tiny network. As a script, a case that takes 20 seconds is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+
+from lesam_dist.cli import main
+from lesam_dist.train import build, compare, sweep, trainer
+from lesam_dist.train.config import Config, default_values
+from lesam_dist.train.explain import sections
+from lesam_dist.train.method_fields import METHOD_FIELDS, PLAIN
+from lesam_dist.train.recipes import bases, compose, methods, recipes
+
+_SECONDS = 20
+_NASTY = (
+    *(
+        "nan",
+        "inf",
+        "-inf",
+        "-1",
+        "0",
+        "1",
+        "2.5",
+        "1e400",
+        "1e-400",
+        "-0.0",
+        "1000000000",
+        "9" * 30,
+        "9" * 5000,
+        "0x10",
+    ),
+    *(
+        "null",
+        "~",
+        "true",
+        "yes",
+        "",
+        " ",
+        "''",
+        '"',
+        "[",
+        "]",
+        "{}",
+        "[]",
+        "[[]]",
+        "[null]",
+        "{a: 1}",
+        "a: b",
+        "- 1",
+        "a\nb",
+        "epochs: 3\n",
+    ),
+    *("0.5,0.5,0.5", "[1,2]", "[1,2,3]", "[nan,1]", "[a,b]", "&a [*a]", "*a", "!!python/none", "%", "\t", "x" * 3000),
+    *(
+        "\udcff",
+        "ein Wörtchen",
+        "日本",
+        "--",
+        "-x",
+        "/",
+        "..",
+        "@",
+        "1:30",
+        "2001-99-99",
+        "auto",
+        "AUTO",
+        "None",
+        "none",
+    ),
+)
+_SMALL = (
+    *("--dry_run", "--model.name", "cifar_resnet8", "--model.pretrained", "false", "--data.image_size", "16"),
+    *("--data.val_resize", "16", "--data.batch_size", "4", "--data.eval_batch_size", "4", "--parallel.device", "cpu"),
+    *("--optimizer.power_steps", "null", "--model.compile", "false"),
+)
+
+
+@dataclass
+class Case:
+    """A command line, the files that it names, and whether a dry run follows."""
+
+    argv: list[str]
+    files: dict[str, bytes] = field(default_factory=dict)
+    runs: bool = False
+
+
+def make_case(rng: random.Random, runs: bool = False) -> Case:
+    """A case in which most things are right, so that the checks behind the first are reached too."""
+    case = Case([], runs=runs)
+    command = "train" if runs else rng.choice(["train"] * 8 + ["compare", "sweep", "trian", "--version"])
+    case.argv.append(command)
+    if runs:
+        case.argv += ["--config", rng.choice(recipes())]
+    for _ in range(rng.choice([0, 1, 1, 1, 2]) if not runs else rng.choice([0, 0, 0, 1])):
+        case.argv += _config(rng, case)
+    if command == "compare":
+        case.argv += ["--methods", ",".join(rng.choices([*methods(), "lesm", "", "a\nb"], k=rng.randint(1, 3)))]
+    if command == "sweep":
+        key = rng.choice([*default_values(), "optimizer", "x"])
+        case.argv += ["--field", key, "--values", ",".join(_value(rng, key) for _ in range(rng.randint(1, 3)))]
+    if command in ("compare", "sweep") and rng.random() < 0.5:
+        case.argv += ["--seeds", rng.choice(["1", "2", "0", "x", "1000000000"])]
+    for _ in range(rng.choice([0, 1, 1, 2, 3, 6] if not runs else [0, 1, 1, 2])):
+        case.argv += _flag(rng)
+    if runs:
+        case.argv += _SMALL
+    return case
+
+
+def _config(rng: random.Random, case: Case) -> list[str]:
+    kind = rng.random()
+    if kind < 0.5:
+        name = rng.choice(recipes())
+    elif kind < 0.6:
+        name = _mangled(rng, rng.choice([*recipes(), *bases()]))
+    else:
+        name = f"file_{len(case.files)}.yaml"
+        case.files[name] = _file(rng)
+    return [f"--config={name}"] if rng.random() < 0.2 else ["--config", name]
+
+
+def _file(rng: random.Random) -> bytes:
+    tree: dict[str, Any] = compose(rng.choice(recipes())) if rng.random() < 0.5 else {}
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for _ in range(rng.randint(0, 4)):
+        key = _key(rng)
+        try:
+            value = yaml.safe_load(_value(rng, key))
+        except (yaml.YAMLError, ValueError):
+            value = rng.choice([None, [], {}, "x", 1, -1.5, float("nan")])
+        section, _, leaf = key.partition(".")
+        if leaf and rng.random() < 0.8:
+            part = tree.setdefault(section, {})
+            if isinstance(part, dict):
+                part[leaf] = value
+        else:
+            tree[rng.choice([key, section])] = value
+    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=rng.choice([None, True, False]))
+    data = bytearray(text.encode())
+    for _ in range(rng.choice([0, 0, 0, 1, 3])):  # a slip of the finger, or of the disk
+        place = rng.randrange(len(data) + 1)
+        data[place : place + rng.randint(0, 3)] = rng.choice(
+            [b":", b" ", b"\n", b"\t", b"*a", b"&a ", b"\xff", b"\0", b"- "]
+        )
+    if rng.random() < 0.1:
+        lines = bytes(data).splitlines(keepends=True)
+        data += rng.choice(lines)  # a line twice
+    return bytes(data)
+
+
+def _flag(rng: random.Random) -> list[str]:
+    key = _key(rng)
+    value = _value(rng, key)
+    return rng.choice(
+        [[f"--{key}", value]] * 8 + [[f"--{key}={value}"]] * 4 + [[f"--{key}"], [value], [f"-{key}", value]]
+    )
+
+
+def _key(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.88:
+        return rng.choice(list(default_values()))
+    if kind < 0.94:
+        return _mangled(rng, rng.choice(list(default_values())))
+    return rng.choice([*sections(), "help", "print_config", "optimizer.help", "config", "", "data.mean.x"])
+
+
+def _value(rng: random.Random, key: str) -> str:
+    if rng.random() < 0.2:
+        return rng.choice([*_NASTY, "a\nb", "a\nb/c\n", "[a\n]"] if rng.random() < 0.8 else ["a\nb"])
+    default = default_values().get(key)
+    if key == "optimizer.name":
+        return rng.choice([*METHOD_FIELDS, *PLAIN])
+    if isinstance(default, bool):
+        return rng.choice(["true", "false"])
+    if isinstance(default, int):
+        return str(rng.choice([1, 2, 3, 4, 8, 32, 100]))
+    if isinstance(default, list):
+        return json.dumps([round(rng.random(), 2) for _ in default])
+    if isinstance(default, str):
+        return rng.choice(
+            ["fp32", "bf16", "fp16", "ddp", "fsdp", "hsdp", "none", "sgd", "adamw", "local", "batch", "x", default]
+        )
+    return rng.choice(["null", "1", "2", str(round(rng.random(), 3)), f"{10 ** rng.uniform(-6, 1):.3g}"])
+
+
+def _mangled(rng: random.Random, text: str) -> str:
+    place = rng.randrange(len(text) + 1)
+    return rng.choice(
+        [
+            text.upper(),
+            text.replace("_", "-"),
+            text[:place] + text[place + 1 :],
+            text[:place] + rng.choice("x\n.") + text[place:],
+        ]
+    )
+
+
+class StoppedError(Exception):
+    """Instead of runs that nobody needs."""
+
+
+def outcome(case: Case, folder: Path) -> tuple[str, str]:
+    """How a case ends: "0" and "2" are right, anything else is a fault; and what was printed to stderr."""
+    for name, content in case.files.items():
+        (folder / name).write_bytes(content)
+    out, err = io.StringIO(), io.StringIO()
+    with _without_training(case), mock.patch.object(sys, "argv", ["lesam-dist", *case.argv]):
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+        except SystemExit as stopped:
+            code = str(stopped.code)
+        except StoppedError:
+            code = "0"
+        except BaseException:
+            return "raised", traceback.format_exc()
+        finally:
+            os.chdir(before)
+    text = err.getvalue()
+    if code == "2" and not (text.startswith("lesam-dist: error: ") and text.count("\n") == 1):
+        return "2, not one line", text
+    return code, text
+
+
+@contextlib.contextmanager
+def _without_training(case: Case) -> Iterator[None]:
+    def checked(config: Config, *_: Any) -> None:
+        build.check_optimizer(config.optimizer, torch.device("cpu"))
+
+    def stop(*_: Any) -> None:
+        raise StoppedError
+
+    with contextlib.ExitStack() as stack:
+        if not case.runs:
+            stack.enter_context(mock.patch.object(trainer, "train", checked))
+        for module in (compare, sweep):
+            stack.enter_context(mock.patch.object(module, "run_all", stop))
+        yield
+
+
+def fuzz(cases: int, dry_runs: int, seed: int, guard: Callable[[], Any] = lambda: None) -> Counter[str]:
+    """Run that many cases; stops at none. Returns how often each outcome came, and prints the faults.
+
+    Args:
+        cases: that are parsed and checked.
+        dry_runs: that train too.
+        seed: of everything.
+        guard: called before each case.
+    """
+    rng, counts = random.Random(seed), Counter[str]()
+    with tempfile.TemporaryDirectory() as name:
+        for index in range(cases + dry_runs):
+            case = make_case(rng, runs=index >= cases)
+            guard()
+            code, text = outcome(case, Path(name))
+            counts[code] += 1
+            if code not in ("0", "2"):
+                print(f"case {index} of seed {seed}: {code}\n  {case.argv!r}\n  {case.files!r}\n{text}", flush=True)
+    return counts
+
+
+def _script() -> int:
+    parser = argparse.ArgumentParser(description="Fuzz the command line.")
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--dry_runs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    def timeout(*_: Any) -> None:
+        raise TimeoutError(f"more than {_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, timeout)
+    counts = fuzz(arguments.cases, arguments.dry_runs, arguments.seed, guard=lambda: signal.alarm(_SECONDS))
+    signal.alarm(0)
+    print(", ".join(f"{count} x {code}" for code, count in counts.most_common()))
+    return int(bool(counts.keys() - {"0", "2"}))
+
+
+if __name__ == "__main__":
+    sys.exit(_script())
