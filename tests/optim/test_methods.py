@@ -254,6 +254,29 @@ def test_friendly_averages_start_at_the_first_gradient_that_counts(seed: int, ba
         torch.testing.assert_close(optimizer.state_dict()["state"][i]["friendly_ema"], m)
 
 
+@pytest.mark.parametrize("bad_pass", [0, -1])
+@pytest.mark.parametrize(("name", "calls"), [("friendly", 2), ("looksam", 2), ("s2sam", 1), ("eigen", 8)])
+def test_a_skipped_step_remembers_nothing(seed: int, name: str, calls: int, bad_pass: int) -> None:
+    net = Quadratic(torch.float32)
+    optimizer = make(name, net)
+    for t in range(4):
+        optimizer.step(net.closure(t))
+    before, state = net.flat(), copy.deepcopy(optimizer.state_dict()["state"])
+    asked = []
+
+    def closure() -> Tensor:
+        asked.append(None)
+        loss = net(4) * (torch.nan if len(asked) - 1 == bad_pass % calls else 1.0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(asked) == calls
+    assert optimizer.telemetry["skipped"].item() == 1
+    assert np.array_equal(net.flat(), before)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("decouple", [True, False])
 def test_wsam_where_a_pass_leaves_a_gradient_out(seed: int, backend: Any, decouple: bool) -> None:
