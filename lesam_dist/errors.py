@@ -20,6 +20,10 @@ class SharedError(UserError):
     """A `UserError` that every process raises alike, and that is no one's more than the others'."""
 
 
+class DivergedError(SharedError):
+    """A run whose loss or gradients have stopped being numbers."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     """The error for a ``name`` that is not among the ``valid`` ones, with the nearest of them.
 

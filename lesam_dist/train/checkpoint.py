@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from lesam_dist.errors import UserError
+from lesam_dist.errors import SharedError, UserError
 from lesam_dist.parallel import Distributed
 from lesam_dist.train import manifest
 from lesam_dist.train.ema import WeightAverage
@@ -83,7 +83,8 @@ class Checkpointer:
         except (OSError, CheckpointException) as error:
             if self.here.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(
+            kind = SharedError if isinstance(error, CheckpointException) else UserError
+            raise kind(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. Older "
                 "checkpoints are untouched: make room, then go on with --resume auto."
             ) from error
@@ -94,9 +95,13 @@ class Checkpointer:
 
         Raises:
             OSError: where it cannot be written; the checkpoint is then as it was.
+            UserError: where somebody else has changed it.
         """
         if self.here.is_main:
-            content, files = manifest.read(self.folder / _name(step))
+            try:
+                content, files = manifest.read(self.folder / _name(step))
+            except DamagedError as error:
+                raise UserError(f"a checkpoint was changed while the run was writing it: {error}") from error
             manifest.write(self.folder / _name(step), {**content, **progress, "files": files})
 
     def load_latest(
@@ -118,12 +123,16 @@ class Checkpointer:
                 return progress, damaged
             damaged.append(fault)
         if damaged:
-            raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damaged))
+            raise SharedError("no checkpoint can be read:\n  " + "\n  ".join(damaged))
         return None, []
 
     def exist(self) -> bool:
         """Whether there is any, whole or not."""
         return bool(self._names())
+
+    def last_finite(self) -> Path | None:
+        """The newest that was saved as ``finite``; None where there is none."""
+        return next((self.folder / name for name in self._candidates() if self._is_finite(name)), None)
 
     def progress(self) -> dict[str, Any] | None:
         """The progress of the newest checkpoint that looks whole, without reading its data; None where there is none.
@@ -175,7 +184,9 @@ class Checkpointer:
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
                 load(state, storage_reader=Reader(checkpoint, files), planner=Planner())
         except (OSError, CheckpointException, pickle.UnpicklingError) as error:
-            raise UserError(f"the checkpoint {checkpoint} cannot be loaded into this run: {_reason(error)}") from error
+            raise SharedError(
+                f"the checkpoint {checkpoint} cannot be loaded into this run: {_reason(error)}"
+            ) from error
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def _written(self, folder: Path) -> Files:

@@ -66,6 +66,7 @@ _AT_LEAST = {
     "checkpoint.every_epochs": 1,
     "checkpoint.keep": 1,
     "logging.every_steps": 1,
+    "max_nonfinite_steps": 1,
 }
 
 

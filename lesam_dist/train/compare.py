@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import yaml
 
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.train.cli import parse
-from lesam_dist.train.experiment_report import NOTE, outcome_numbers, plot, plus_minus, report
+from lesam_dist.train.experiment_report import NOTE, number, outcome_numbers, plot, plus_minus, report
 from lesam_dist.train.experiments import ExperimentParser, Outcome, make_setting, paired_difference, run_all
 from lesam_dist.train.recipes import bases, merge, method_part, methods, split
 from lesam_dist.train.sources import flags_for
@@ -60,7 +59,7 @@ def compared(outcomes: Sequence[Outcome], reference: str) -> tuple[list[tuple[st
         mean, error = paired_difference(outcome.acc1, base.acc1)
         shown = "-" if outcome is base else plus_minus(mean, error, signed=True)
         rows.append((outcome.name, plus_minus(outcome.mean, outcome.std), shown, f"{outcome.cost:.2f}"))
-        difference = {"mean": mean, "standard_error": None if math.isnan(error) else error}
+        difference = {"mean": number(mean), "standard_error": number(error)}
         numbers[outcome.name] = outcome_numbers(outcome) | {"difference": difference}
     return rows, numbers
 

@@ -255,6 +255,9 @@ class Config:
     """passes over the training images"""
     seed: int = 0
     """of weights, order and augmentation"""
+    max_nonfinite_steps: int = 50
+    """the run stops after so many steps in a row in which the loss or a gradient was not finite; noticed when a line is
+    logged and at the end of an epoch. float16's loss scale needs some of them to find its place"""
     run_dir: str = "runs/default"
     """folder for everything that the run writes"""
     resume: str | None = None
@@ -277,6 +280,7 @@ _FREE_ON_RESUME = (
     "run_dir",
     "resume",
     "dry_run",
+    "max_nonfinite_steps",
     "checkpoint",
     "logging",
     "data.root",

@@ -21,15 +21,22 @@ NOTE = (
 
 
 def plus_minus(value: float, spread: float, *, signed: bool = False) -> str:
-    """``value ± spread`` with two decimals; without a spread where there is none."""
+    """``value ± spread`` with two decimals; without a spread where there is none, in words where a run diverged."""
+    if math.isnan(value):
+        return "diverged"
     text = f"{value:{'+' if signed else ''}.2f}"
     return text if math.isnan(spread) else f"{text} ± {spread:.2f}"
 
 
 def outcome_numbers(outcome: Outcome) -> dict[str, Any]:
     """An outcome for JSON, which has no nan."""
-    std = None if math.isnan(outcome.std) else outcome.std
-    return {"acc1": outcome.acc1, "mean": outcome.mean, "std": std, "cost": outcome.cost}
+    acc1, (mean, std) = [number(value) for value in outcome.acc1], map(number, (outcome.mean, outcome.std))
+    return {"acc1": acc1, "mean": mean, "std": std, "cost": outcome.cost}
+
+
+def number(value: float) -> float | None:
+    """For JSON: None in place of nan."""
+    return None if math.isnan(value) else value
 
 
 def report(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lesam_dist.errors import UserError
+from lesam_dist.errors import DivergedError, UserError
 from lesam_dist.train.checks import folder
 from lesam_dist.train.cli import read_command_line
 from lesam_dist.train.config import Config, check_same_run
@@ -40,7 +40,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a setting: final top-1 in per cent by seed, and the cost of a step, see `sgd_steps`."""
+    """What came of a setting: final top-1 in per cent by seed, nan where it diverged; cost of a step (`sgd_steps`)."""
 
     name: str
     acc1: list[float]
@@ -66,7 +66,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
 
 
 def _std(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
 class ExperimentParser(argparse.ArgumentParser):
@@ -127,7 +127,7 @@ def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_di
 
 
 def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
-    """Train every run that is not finished.
+    """Train every run that is not finished. One that diverges is no result, and does not keep the others from theirs.
 
     Returns:
         What came of each setting, and this process among all.
@@ -154,12 +154,17 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
                 evaluation = _finished(config, here)
                 if here.is_main:
                     print(f"{label}: finished before" if evaluation else label, flush=True)
-                acc1[setting.name].append((evaluation or train_here(config, here))["acc1"])
+                try:
+                    acc1[setting.name].append((evaluation or train_here(config, here))["acc1"])
+                except DivergedError as error:
+                    acc1[setting.name].append(math.nan)
+                    if here.is_main:
+                        print(f"{config.run_dir}: {error}", flush=True)
     return [Outcome(s.name, acc1[s.name], cost) for s, cost in zip(settings, costs, strict=True)], here
 
 
 def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
-    """The last evaluation of a run that has reached its last epoch, on every rank."""
+    """The last evaluation of a run that has reached its last epoch, on every rank; None where it is yet to be made."""
     import torch.distributed as dist
 
     from lesam_dist.train.checkpoint import Checkpointer
@@ -172,7 +177,7 @@ def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
                 check_same_run(config, progress["config"])
             except UserError as error:
                 raise UserError(f"{config.run_dir}: {error}") from error
-            if progress["epoch"] >= config.epochs:
+            if progress["epoch"] >= config.epochs and progress["finite"]:
                 found = [progress["evaluation"]]
     if here.world_size > 1:
         dist.broadcast_object_list(found, src=0)

@@ -32,13 +32,22 @@ class RunLog:
         total_steps: for the progress bar.
         start_step: the step that a resumed run goes on from. Lines of later steps, left by the run that was cut off,
             move to metrics.superseded.jsonl.
+        evaluated: the evaluation after ``start_step`` is known; otherwise its line moves too.
         tensorboard: write TensorBoard events too.
     """
 
-    def __init__(self, run_dir: Path | None, total_steps: int, start_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path | None,
+        total_steps: int,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        *,
+        evaluated: bool = True,
+    ) -> None:
         self._file = self._board = None
         if run_dir is not None:
-            _supersede(run_dir, start_step)
+            _supersede(run_dir, start_step, evaluated)
             self._file = (run_dir / METRICS).open("a", buffering=1)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -151,16 +160,19 @@ def plot_curves(run_dir: Path) -> Path:
     return target
 
 
-def _supersede(run_dir: Path, start_step: int) -> None:
+def _supersede(run_dir: Path, start_step: int, evaluated: bool) -> None:
     """Keep the lines up to ``start_step`` in place and move later ones, and what is no line, aside."""
     if not (run_dir / METRICS).exists():
         return
-    lines = _lines(run_dir)
-    kept = [text for text, line in lines if line is not None and line["step"] <= start_step]
+    kept: list[str] = []
+    moved: list[str] = []
+    for text, line in _lines(run_dir):
+        stays = line is not None and line["step"] <= start_step - (line["split"] == "val" and not evaluated)
+        (kept if stays else moved).append(f"{text}\n")
     with (run_dir / _SUPERSEDED).open("a", encoding="utf-8") as file:
-        file.writelines(f"{text}\n" for text, line in lines if line is None or line["step"] > start_step)
+        file.writelines(moved)
     aside = run_dir / f".{METRICS}.partial"
-    aside.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(run_dir / METRICS)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Collection
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.config import Config, flatten
+from lesam_dist.train.divergence import NonFiniteSteps, all_finite
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
@@ -163,7 +166,8 @@ class Trainer:
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.epoch = self.step = 0
         self.warned = False
-        self.last_evaluation: dict[str, float] = {}
+        self.last_evaluation: dict[str, float] | None = None  # of `step`, where a checkpoint can be of it
+        self.nonfinite = NonFiniteSteps(config, here.device)
         self.checkpoints = (
             None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", config.checkpoint.keep, here)
         )
@@ -173,17 +177,22 @@ class Trainer:
         """Run from the start, or from the checkpoint that the config resumes, to the last epoch."""
         if self.config.resume is not None:
             self._resume()
-        total = self.config.epochs * self.steps_per_epoch
+        total, evaluated = self.config.epochs * self.steps_per_epoch, bool(self.last_evaluation or not self.step)
         if self.here.is_main:
-            self.log = RunLog(self.run_dir, total, self.step, self.config.logging.tensorboard)
+            board = self.config.logging.tensorboard
+            self.log = RunLog(self.run_dir, total, self.step, board, evaluated=evaluated)
             self.log.print(describe_run(self.config, self.here, self.model, self.steps_per_epoch, self.epoch))
+        if not evaluated:  # it was cut off after its checkpoint
+            self._evaluate()
+        if self.run_dir and self.epoch < self.config.epochs:
+            self._try_evaluation()
         while self.epoch < self.config.epochs:
             self._train_epoch()
             average_batchnorm(self.model, self.here)
+            self._save()
             self._evaluate()
-            last = self.epoch == self.config.epochs
-            if self.checkpoints and (last or self.epoch % self.config.checkpoint.every_epochs == 0):
-                self.checkpoints.save(self.step, self.model, self.optimizer, self._progress(), self.ema)
+        self._require_learning()
+        assert self.last_evaluation is not None
         return self.last_evaluation
 
     def close(self) -> None:
@@ -225,6 +234,7 @@ class Trainer:
                 self.budget.step()
             self.step += 1
             self.here.move()
+            self.nonfinite.count(loss, self._skipped())
             if self.log:
                 self.log.advance()
             if self._logs(self.step):
@@ -243,6 +253,9 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.update()
         return loss
+
+    def _skipped(self) -> Tensor | None:
+        return self.optimizer.telemetry["skipped"] if isinstance(self.optimizer, SharpnessAware) else None
 
     def _closure(self, images: Tensor, labels: Tensor) -> BatchPasses | list[BatchPasses]:
         """What is perturbed as one: the batch, or each of its micro-batches."""
@@ -280,7 +293,8 @@ class Trainer:
         return step % self.config.logging.every_steps == 0
 
     def _log_step(self, loss: Any, used: dict[str, float], meter: Meter, epoch: float) -> None:
-        scalars: dict[str, Tensor] = {"loss": loss}
+        counts = {"total": self.nonfinite.total, "in_a_row": self.nonfinite.in_a_row}
+        scalars: dict[str, Tensor] = {"loss": loss, **counts}
         if isinstance(self.optimizer, SharpnessAware):
             telemetry = self.optimizer.telemetry
             names = ["perturbed_loss", "grad_norm", "rho", "skipped"]
@@ -292,10 +306,28 @@ class Trainer:
         reduce_max(longest)
         rates["data_wait_max"] = float(longest)
         means = dict(zip(scalars, self.here.mean(list(scalars.values())), strict=True))
+        total, in_a_row = (means.pop(name) for name in counts)
         if self.log:
             self.log.write("train", self.step, epoch, {**means, **used, **rates})
             if "realized_rho" in means:
                 self._warn_of_rounding(means["rho"], means["realized_rho"])
+            if warning := self.nonfinite.warning(self.step, total, in_a_row):
+                self.log.print(warning)
+        self.nonfinite.require_few(self.step, in_a_row, self.checkpoints)
+
+    def _require_learning(self) -> None:
+        """At the end: refuse to call a run done that has diverged, but too late, or is too short, to be stopped before.
+
+        Raises:
+            DivergedError: the last half epoch or more was not finite, or the evaluation is not.
+        """
+        if self.run_dir is None:
+            return
+        (in_a_row,) = self.here.mean([self.nonfinite.in_a_row])
+        if self.scaler is None and in_a_row >= max(1, self.steps_per_epoch / 2):
+            raise self.nonfinite.diverged(self.step, in_a_row, self.checkpoints)
+        if self.last_evaluation and not math.isfinite(self.last_evaluation["loss"]):
+            raise self.nonfinite.diverged(self.step, in_a_row, self.checkpoints)
 
     def _warn_of_rounding(self, rho: float, realized: float) -> None:
         """Once, where bfloat16 weights moved by something else than they should."""
@@ -307,6 +339,29 @@ class Trainer:
                 "rho. This is said once; realized_rho is in the log."
             )
 
+    def _save(self) -> None:
+        """Save where it is due: before the evaluation, which can fail without taking the epoch with it."""
+        self.last_evaluation = None
+        state = [*self.model.parameters(), *self.model.buffers()]
+        in_a_row, finite = self.here.mean([self.nonfinite.in_a_row, all_finite(state)])
+        self.nonfinite.require_few(self.step, in_a_row, self.checkpoints)
+        if self._saves():
+            assert self.checkpoints is not None
+            progress = {**self._progress(), "nonfinite_in_a_row": in_a_row}
+            good = in_a_row == 0 and finite == 1
+            self.checkpoints.save(self.step, self.model, self.optimizer, progress, self.ema, finite=good)
+
+    def _saves(self) -> bool:
+        """Whether a checkpoint of the epoch that has just ended is kept."""
+        last = self.epoch == self.config.epochs
+        return self.checkpoints is not None and (last or self.epoch % self.config.checkpoint.every_epochs == 0)
+
+    def _try_evaluation(self) -> None:
+        """One batch of it, which moves nothing: what is broken shows before an epoch has been spent."""
+        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            batches, count = islice(self.val_loader.epoch(0), 1), min(1, len(self.val_loader))
+            evaluate(self.model, batches, self.here, self.autocast, count=count)
+
     def _evaluate(self) -> None:
         result = self._evaluate_weights()
         if self.ema:
@@ -316,6 +371,8 @@ class Trainer:
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)
+        if self.checkpoints and self._saves():
+            self.checkpoints.amend(self.step, {"evaluation": result})
 
     def _evaluate_weights(self) -> dict[str, float]:
         batches, count = self.val_loader.epoch(0), len(self.val_loader)
@@ -357,6 +414,7 @@ class Trainer:
         if self.scaler:
             self.scaler.load_state_dict(progress["scaler"])
         self.epoch, self.step = progress["epoch"], progress["step"]
+        self.nonfinite = NonFiniteSteps(self.config, self.here.device, progress["nonfinite_in_a_row"])
         self.last_evaluation = progress["evaluation"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,23 @@ def acc1(run_dir: Path) -> float:
 def read(run_dir: Path, name: str) -> dict[str, Any]:
     numbers: dict[str, Any] = json.loads((run_dir / name).read_text())
     return numbers
+
+
+def test_a_run_that_diverges_leaves_the_others_their_results(
+    experiment: Run, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "sweep"
+    flags = ("--config", "digits_noisy", "--field", "optimizer.lr", "--values", "1e10,0.1", "--seeds", "1")
+    status, out, err = experiment("sweep", *flags, "--run_dir", run_dir, *tiny)
+    assert (status, err) == (0, "")
+    assert f"{run_dir}/optimizer.lr=1e10/seed_0: the run has diverged: " in out
+    found = acc1(run_dir / "optimizer.lr=0.1" / "seed_0")
+    diverged, good = read(run_dir, "sweep.json")["values"]
+    assert (diverged["acc1"], diverged["mean"], good["acc1"]) == ([None], None, [found])
+    assert re.search(r"^\| 1e10 +\| diverged ", (run_dir / "sweep.md").read_text(), re.MULTILINE)
+    again = experiment("sweep", *flags, "--run_dir", run_dir, *tiny)[1]
+    assert again.count("finished before") == 1
+    assert again.count("has diverged") == 1, "from its last checkpoint, with what it counted"
 
 
 def test_compare(

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lesam_dist.train import trainer as module
@@ -222,6 +223,65 @@ def test_full_disk_ends_with_one_clear_error(
     assert status == 2
     assert "No space left on device" in err
     assert "--resume auto" in err
+
+
+@pytest.mark.parametrize("method", ["lesam", "sgd"])
+def test_diverging_run_is_stopped(command: Command, small: tuple[str, ...], tmp_path: Path, method: str) -> None:
+    flags = ("--optimizer.name", method, "--optimizer.lr", "1e10", "--max_nonfinite_steps", "4")
+    status, out, err = command(*small, *flags, "--run_dir", tmp_path / "run")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert "the run has diverged: the loss or a gradient in the last 4 steps was not finite" in err
+    assert "Lower optimizer.lr (it is 1e+10)" in err
+    assert out.count("warning: ") == 1
+    train = [line for line in read_metrics(tmp_path / "run") if line["split"] == "train"]
+    assert [line["loss"] for line in train[-4:]] == [None] * 4
+    assert len(train) < 9
+
+
+def test_diverged_run_keeps_the_last_finite_checkpoint(
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 5 on every image is nan: too late for the limit, but the run does not end well, nor when it goes on."""
+    original = module.Trainer._step
+
+    def poisoned(self: module.Trainer, images: Tensor, labels: Tensor) -> Tensor:
+        return original(self, images * math.nan if self.step >= 4 else images, labels)
+
+    monkeypatch.setattr(module.Trainer, "_step", poisoned)
+    flags = (*small, "--checkpoint.keep", "1", "--run_dir", tmp_path / "run")
+    for resume in ((), ("--resume", "auto")):
+        status, out, err = command(*flags, *resume)
+        assert status == 2
+        checkpoints = tmp_path / "run" / "checkpoints"
+        assert "diverged: the loss or a gradient in the last 5 steps" in err
+        assert f"The last checkpoint before that is {checkpoints / 'step_00000003'}." in err
+        assert {path.name for path in checkpoints.glob("step*")} == {"step_00000003", "step_00000009"}
+        assert out.count("warning: up to step 5 the loss") == (not resume)
+
+
+def test_bad_validation_image_costs_no_epoch(
+    command: Command, small: tuple[str, ...], images: Path, tmp_path: Path
+) -> None:
+    """One in the first batch shows before training, one in the last after the epoch has been saved."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = (*small, "--data.eval_batch_size", "5")
+    assert command(*flags, "--run_dir", whole)[0] == 0
+    found = sorted(path for path in (images / "val").rglob("*") if path.is_file())
+    for path, steps, resume in ((found[0], 0, ()), (found[-1], 3, ("--resume", "auto"))):
+        content = path.read_bytes()
+        path.write_bytes(b"no image")
+        try:
+            status, _, err = command(*flags, "--run_dir", broken, *resume)
+        finally:
+            path.write_bytes(content)
+        assert status == 2
+        assert str(path) in err
+        assert len(list((broken / "checkpoints").glob("step*"))) == (steps > 0)
+        assert len(read_metrics(broken)) == steps
+    assert command(*flags, "--run_dir", broken, "--resume", "auto")[0] == 0
+    assert timeless(broken) == timeless(whole)
+    assert_same_state(final_state(broken, tmp_path), final_state(whole, tmp_path))
 
 
 @pytest.mark.parametrize("method", ["sam", "adamw"])
