@@ -101,11 +101,14 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
         )
         peers.start()
         yield replace(here, move=peers.move)
+        dist.barrier()
+        peers.stop()  # before rank 0, which may have the store, can leave
         dist.barrier()  # a rank that leaves early breaks the others' connections
         failed = False
     except Exception as error:
         explained = peers.explain(error)
         if explained is error:
+            peers.part()
             raise
         raise explained from error
     finally:

@@ -27,6 +27,7 @@ _LOST = re.compile(
 )
 _FAILURE = "failure"
 _WARN_AFTER = 60.0  # seconds
+_TICK = 1.0  # seconds between two beats
 _FAREWELL = 30.0  # seconds after another one's failure in which a process leaves by itself, or else is ended
 
 
@@ -54,6 +55,7 @@ class Peers:
         self._warn_after = min(_WARN_AFTER, timeout / 2)
         self._host = socket.gethostname()
         self._position = 0
+        self._known: dict[str, Any] | None = None  # why another process failed
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
@@ -63,10 +65,15 @@ class Peers:
         self._thread.start()
 
     def stop(self) -> None:
-        """Leave; the others must know by the group's last collective."""
+        """Tell and look no more."""
         self._over.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_TICK)
+
+    def part(self) -> None:
+        """After `publish`: where the store ends with this process, give the others the time to read it."""
+        if self._place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(2 * _TICK)
 
     def move(self) -> None:
         """Say that this process has got on by one part of a step; costs nothing."""
@@ -102,6 +109,8 @@ class Peers:
         return self._place.world_size > self._place.local_world_size
 
     def _failure(self) -> dict[str, Any] | None:
+        if self._known is not None:
+            return self._known
         try:
             if self._store.check([_FAILURE]):
                 found: dict[str, Any] = json.loads(self._store.get(_FAILURE))
@@ -116,20 +125,21 @@ class Peers:
     def _watch(self) -> None:
         looks = self._place.local_rank < 2  # the second speaks where the first is silent
         look = _Look(self._place.world_size, self._warn_after)
-        tick = min(1.0, self._timeout / 8)
-        beat, doomed = 0, 0.0
+        beat = 0
         try:
-            while not self._over.wait(tick):
+            while not self._over.wait(min(_TICK, self._timeout / 8)):
                 beat += 1
                 self._tell(beat)
-                doomed = doomed + tick if doomed or self._store.check([_FAILURE]) else 0.0
-                if doomed > _FAREWELL:
-                    os._exit(2)  # under NCCL the main thread waits for the one that failed
+                self._known = self._failure()
+                if self._known is not None:
+                    break
                 waits = look.waits(self._position, time.monotonic())
                 if looks and waits >= self._warn_after / 2:
                     self._judge(look, waits)
         except RuntimeError:
             return  # the store has gone, and with it the run: the collectives say so
+        if not self._over.wait(_FAREWELL):
+            os._exit(2)  # under NCCL the main thread waits for the one that failed
 
     def _judge(self, look: _Look, waits: float) -> None:
         texts = self._store.multi_get([f"beat/{rank}" for rank in range(self._place.world_size)])

@@ -93,6 +93,13 @@ def second_fails(rank: int) -> None:
         here.barrier()
 
 
+def first_fails(rank: int) -> None:
+    with parallel.process_group("cpu", 60) as here:
+        if rank == 0:
+            raise UserError("disk 0 is full")
+        here.barrier()
+
+
 def second_has_a_bug(rank: int) -> None:
     with parallel.process_group("cpu", 60) as here:
         if rank == 1:
@@ -126,6 +133,7 @@ CASES: dict[str, tuple[Command, list[int], list[str]]] = {
     "shared by all": (both_fail, [2, 2], ["epochs is -3"]),
     "one each": (each_fails, [2, 2], ["error: disk 0 is full", "rank 1: disk 1 is full"]),
     "in a group": (second_fails, [2, 2], ["lesam-dist: error: rank 1: disk 1 is full"]),
+    "rank 0, who has the store": (first_fails, [2, 2], ["lesam-dist: error: disk 0 is full"]),
     "a bug": (second_has_a_bug, [2, 1], ["lesam-dist: error: rank 1: Traceback", "\nValueError: a bug of our own"]),
     "killed": (second_is_killed, [2, -signal.SIGKILL], ["lost another process", "it was killed"]),
     "devices": (on_two_devices, [2, 2], ["lesam-dist: error: the device of rank 1 is cuda on", "rank 0 is cpu on"]),
@@ -142,6 +150,7 @@ def test_each_failure_is_said_once(tmp_path: Path, name: str) -> None:
             assert err.count(message) == 1, err
         assert err.count("lesam-dist: error") == (2 if name == "one each" else 1), err
         assert ("Traceback" in err) == (name == "a bug")
+        assert "frame #" not in err, "torch's account of a lost connection"
 
 
 def test_a_stopped_process_is_named_and_the_run_ends(tmp_path: Path) -> None:
