@@ -18,6 +18,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.train.config import Config, flatten
 from lesam_dist.train.explain import explain, sections, shown, unknown_key
 from lesam_dist.train.launcher import accelerate_flags
+from lesam_dist.train.method_fields import fields_of_some, fields_read
 from lesam_dist.train.recipes import Tree, bases, compose, describe, recipes, split
 from lesam_dist.train.sources import combine, flag_values, leaves
 from lesam_dist.train.strict_yaml import read_yaml, read_yaml_file
@@ -38,8 +39,11 @@ def build_parser() -> ArgumentParser:
         description=_DESCRIPTION.format(recipes=describe()),
         exit_on_error=False,
         allow_abbrev=False,
+        print_config=None,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe's name or a YAML file")
+    help_print = "print all that the run would read, as a YAML file for --config, and end"
+    parser.add_argument("--print_config", action="store_true", help=help_print)
     parser.add_class_arguments(Config)
     return parser
 
@@ -91,13 +95,19 @@ def read_command_line(argv: Sequence[str] | None = None) -> CommandLine:
         config = _instantiate(parser, namespace)
     except ArgumentError as error:
         raise UserError(explain(str(error), leaves(combined.tree) | values)) from error
+    if namespace.print_config:
+        print(dump(config), end="")
+        sys.exit(0)
     return CommandLine(config, combined.notes, frozenset(set_by_user | values.keys()))
 
 
 def dump(config: Config) -> str:
-    """The config as YAML that `--config` reads back."""
+    """The config as YAML that `--config` reads back, without fields that its method does not read."""
     tree: dict[str, Any] = {}
+    unread = fields_of_some() - fields_read(config.optimizer.name, config.optimizer.base)
     for path, value in flatten(config).items():
+        if path in unread:
+            continue
         *parents, leaf = path.split(".")
         node = tree
         for name in parents:

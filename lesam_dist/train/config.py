@@ -78,7 +78,8 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """How the weights move. sgd and adamw are the plain optimizers, one pass a step."""
+    """How the weights move. sgd and adamw are the plain optimizers, one pass a step. What the chosen method does not
+    have is refused."""
 
     name: str = "lesam"
     """lesam, sam, asam, esam, fsam, eigensam, fishersam, gsam, ssam, msam, s2sam, looksam, wsam, samon; or plain sgd,

@@ -76,6 +76,11 @@ def check_method_fields(config: Config, values: dict[str, object], defaults: dic
                 f"{path} is {values[path]} but {optimizer.name}{on} has no {name}, so it would have no effect: leave "
                 f"it out. {optimizer.name} has {', '.join(has)}."
             )
+    if optimizer.ascent_between != "skip" and optimizer.ascent_interval == 1:
+        raise UserError(
+            f"optimizer.ascent_between is {optimizer.ascent_between} but optimizer.ascent_interval is 1: there is no "
+            "step between. Set ascent_interval above 1, or leave it out."
+        )
     if optimizer.name != "lesam":
         return
     if optimizer.plus_form != "paper" and not optimizer.alpha:

@@ -113,6 +113,7 @@ FLAGS = [
     (["--optimizer.name", "adamw", "--optimizer.momentum", "0.5"], "adamw has no momentum"),
     (["--optimizer.base", "adamw", "--optimizer.nesterov", "true"], "lesam on adamw has no nesterov"),
     (["--optimizer.name", "looksam", "--optimizer.ascent_interval", "2"], "looksam on sgd has no ascent_interval"),
+    (["--optimizer.ascent_between", "reuse"], "optimizer.ascent_interval is 1: there is no step between"),
     (["--optimizer.plus_form", "released"], "optimizer.alpha is 0: it is a form of LE-SAM+"),
     (["--optimizer.eta", "0.1"], "optimizer.adaptive is false"),
     (["--optimizer.name", "gsam", "--optimizer.rho_min", "9"], "GSAM: rho_min is 9.0, above rho, 0.05"),
