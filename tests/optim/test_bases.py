@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lesam_dist import GSAM, LESAM, SAM, CosineBudget, SharpnessAware
+from lesam_dist.optim.fused import make_momentum
 from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
 
 BACKENDS = ["reference", "triton"]
@@ -22,6 +23,7 @@ SGDS: dict[str, dict[str, Any]] = {
     "nesterov": {"nesterov": True, "weight_decay": 0.01},
     "dampening": {"dampening": 0.3},
     "maximize": {"maximize": True, "weight_decay": 0.01},
+    "tensor-lr": {"lr": torch.tensor(0.1)},
 }
 
 
@@ -98,6 +100,23 @@ def test_an_overflow_in_the_first_steps_leaves_no_trace(
     assert optimizer.telemetry["skipped"].item() == 2
     for p, expected in zip(params, oracle(before, grads, **kwargs), strict=True):
         torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_fused_sgd_survives_an_overflow_in_its_first_step(seed: int, garbage: None) -> None:
+    """The same under a scaler of torch's, as the trainer steps without a method."""
+    w = nn.Parameter(torch.randn(7, device=DEVICE))
+    before, grads = w.detach().clone(), [[torch.randn(7, device=DEVICE)] for _ in range(4)]
+    grads[0][0][2] = float("inf")
+    optimizer = SGD([w], fused=True, **MOMENTUM)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0, growth_interval=100)
+    scaler.scale(torch.zeros((), device=DEVICE))
+    for step in grads:
+        w.grad = step[0] * scaler.get_scale()
+        make_momentum(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    (expected,) = oracle([before], grads, **MOMENTUM)  # type: ignore[arg-type]
+    torch.testing.assert_close(w.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", SGDS)

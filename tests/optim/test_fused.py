@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -222,19 +221,3 @@ def test_unchecked_second_gradient(seed: int, backend: str, base: str) -> None:
     optimizer.second_step()
     assert optimizer.telemetry["skipped"].item() == 1
     assert next(net.parameters()).isnan().any()
-
-
-def test_a_first_step_that_is_skipped_leaves_fresh_state(seed: int) -> None:
-    """The momentum of a skipped first step must not damp or double the next one."""
-    net = make_net()
-    twin = copy.deepcopy(net)
-    fused = LESAM(net.parameters(), SGD, backend="triton", lr=0.1, momentum=0.9)
-    fill_gradients(net, 9, 0)
-    fused.first_step()
-    fill_gradients(net, 9, 1)
-    next(net.parameters()).grad[0, 0] = float("inf")  # type: ignore[index]
-    fused.second_step(zero_grad=True)
-    plain = LESAM(twin.parameters(), functools.partial(SGD, fused=False), backend="reference", lr=0.1, momentum=0.9)
-    take_steps(fused, net, range(3))
-    take_steps(plain, twin, range(3))
-    assert_same((net, fused), (twin, plain))
