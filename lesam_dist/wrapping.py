@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lesam_dist.blocks import find_blocks
+from lesam_dist.bucket_average import average_each
 from lesam_dist.errors import UserError
 from lesam_dist.optim.options import Scope
 from lesam_dist.parallel import Distributed
@@ -96,7 +97,10 @@ def _ddp(model: nn.Module, here: Distributed) -> nn.Module:
     # torch 2.14 renamed the switch and warns about the old name.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     switch: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **switch)
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **switch)
+    if here.device.type == "cpu" and here.world_size > 2:  # two addends have one order only
+        wrapped.register_comm_hook(here.world_size, average_each)
+    return wrapped
 
 
 def _mesh(here: Distributed, strategy: Strategy, shard_size: int | None, replicate_size: int | None) -> DeviceMesh:

@@ -106,7 +106,7 @@ class ReferenceOps:
         if not both:
             return torch.zeros(3, dtype=torch.float64, device=self._rows.device)
         g, g_hat = [pair[0] for pair in both], [pair[1] for pair in both]
-        return torch.stack([reference.dot(g, g_hat), reference.dot(g, g), reference.dot(g_hat, g_hat)])
+        return torch.stack([reference.dot(g, g_hat), reference.sum_sq(g), reference.sum_sq(g_hat)])
 
     def moved_sq(self) -> Tensor:
         return moved_sq(self._rows, self._touched)
@@ -141,7 +141,7 @@ def moved_sq(rows: Rows, touched: Sequence[int]) -> Tensor:
     """Sum of squares of w' - w over the rows ``touched``, in float64: the difference is exact."""
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     for w, copy in zip(_take(rows.shards, touched), _take(rows.copies, touched), strict=True):
-        total += (w.detach().double() - copy.double()).square().sum()
+        total += reference.sum_sq([w.detach().double() - copy.double()])
     return total
 
 

@@ -21,9 +21,9 @@ from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.data.folder import remarks
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights, require_input
-from lesam_dist.optim import CosineBudget
-from lesam_dist.optim.fused import fused_if_possible
+from lesam_dist.optim import CosineBudget, SharpnessAware
 from lesam_dist.optim.ops import require_interpreter
+from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.config import Config, DataConfig, OptimizerConfig
 from lesam_dist.train.methods import METHODS, method_arguments, param_groups
@@ -206,7 +206,7 @@ def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
             raise UserError(f"optimizer.backend is triton: {error}") from error
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> SharpnessAware:
     """The optimizer that the config names, over the model's parameters."""
     base = config.name if config.name in ("sgd", "adamw") else config.base
     kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -219,9 +219,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     try:
         if config.name in METHODS:
             method: Any = METHODS[config.name]
-            optimizer: Optimizer = method(groups, cls, **method_arguments(config), **kwargs)
+            optimizer: SharpnessAware = method(groups, cls, **method_arguments(config), **kwargs)
             return optimizer
-        return cls(groups, **(kwargs | fused_if_possible(cls, groups)))
+        return Plain(groups, cls, backend=config.backend, max_grad_norm=config.max_grad_norm, **kwargs)
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from error
 

@@ -28,17 +28,16 @@ class NonFiniteSteps:
         self._skipped = torch.zeros_like(self.total)
 
     @torch.no_grad()
-    def count(self, loss: Tensor, skipped: Tensor | None) -> None:
+    def count(self, loss: Tensor, skipped: Tensor) -> None:
         """One more step.
 
         Args:
             loss: of it, on this rank.
-            skipped: updates that the optimizer has left out so far; None where it does not say.
+            skipped: updates that the optimizer has left out so far.
         """
         wrong = ~loss.isfinite()
-        if skipped is not None:
-            wrong |= skipped.to(self._skipped) > self._skipped
-            self._skipped.copy_(skipped)
+        wrong |= skipped.to(self._skipped) > self._skipped
+        self._skipped.copy_(skipped)
         self.total.add_(wrong)
         self.in_a_row.add_(1).mul_(wrong)
 

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from lesam_dist.data import Loader
 from lesam_dist.errors import UserError
 from lesam_dist.models import require_model
-from lesam_dist.optim import SharpnessAware
-from lesam_dist.optim.fused import make_momentum
+from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel import Distributed, process_group, reduce_max
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
@@ -158,9 +156,8 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
         self.scaler = GradScaler(here.device.type) if config.precision.compute == "fp16" else None
-        self.optimizer: Optimizer = build.build_optimizer(model, config.optimizer)
-        if isinstance(self.optimizer, SharpnessAware):
-            self.optimizer.grad_scaler = self.scaler
+        self.optimizer = build.build_optimizer(model, config.optimizer)
+        self.optimizer.grad_scaler = self.scaler
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
@@ -234,7 +231,7 @@ class Trainer:
                 self.budget.step()
             self.step += 1
             self.here.move()
-            self.nonfinite.count(loss, self._skipped())
+            self.nonfinite.count(loss, self.optimizer.telemetry["skipped"])
             if self.log:
                 self.log.advance()
             if self._logs(self.step):
@@ -244,18 +241,13 @@ class Trainer:
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns this rank's loss at the weights before it."""
         optimizer = self.optimizer
-        if isinstance(optimizer, SharpnessAware):
-            optimizer.enabled = self._method_works()
-            optimizer.measure_rho = self.config.precision.weights != "fp32" and self._logs(self.step + 1)
-            loss: Tensor = optimizer.step(self._closure(images, labels))
-        else:
-            loss = self._plain_step(self._passes(images, labels, self.config.data.micro_batches))
+        optimizer.enabled = self._method_works()
+        rounds = self.config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
+        optimizer.measure_rho = rounds and self._logs(self.step + 1)
+        loss: Tensor = optimizer.step(self._closure(images, labels))
         if self.scaler is not None:
             self.scaler.update()
         return loss
-
-    def _skipped(self) -> Tensor | None:
-        return self.optimizer.telemetry["skipped"] if isinstance(self.optimizer, SharpnessAware) else None
 
     def _closure(self, images: Tensor, labels: Tensor) -> BatchPasses | list[BatchPasses]:
         """What is perturbed as one: the batch, or each of its micro-batches."""
@@ -274,32 +266,16 @@ class Trainer:
         epoch = self.step / self.steps_per_epoch
         return start <= epoch and (stop is None or epoch < stop)
 
-    def _plain_step(self, closure: BatchPasses) -> Tensor:
-        optimizer, scaler, max_norm = self.optimizer, self.scaler, self.config.optimizer.max_grad_norm
-        optimizer.zero_grad()
-        loss = closure()
-        if max_norm is not None:
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        if scaler is None:
-            optimizer.step()
-        else:
-            make_momentum(optimizer)  # the scaler may skip the very first update
-            scaler.step(optimizer)
-        return loss
-
     def _logs(self, step: int) -> bool:
         return step % self.config.logging.every_steps == 0
 
     def _log_step(self, loss: Any, used: dict[str, float], meter: Meter, epoch: float) -> None:
         counts = {"total": self.nonfinite.total, "in_a_row": self.nonfinite.in_a_row}
         scalars: dict[str, Tensor] = {"loss": loss, **counts}
-        if isinstance(self.optimizer, SharpnessAware):
-            telemetry = self.optimizer.telemetry
-            names = ["perturbed_loss", "grad_norm", "rho", "skipped"]
-            names += ["realized_rho"] if self.optimizer.measure_rho else []
-            scalars |= {name: telemetry[name].to(loss.device) for name in names}
+        names = ["grad_norm", "skipped"]
+        names += [] if isinstance(self.optimizer, Plain) else ["perturbed_loss", "rho"]
+        names += ["realized_rho"] if self.optimizer.measure_rho else []
+        scalars |= {name: self.optimizer.telemetry[name].to(loss.device) for name in names}
         rates = meter.rates()
         scalars["data_wait"] = torch.tensor(rates.pop("data_wait"), device=loss.device)
         longest = scalars["data_wait"].clone()  # of all ranks': one that starves holds up the others

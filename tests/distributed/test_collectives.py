@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from lesam_dist import LESAM
 from lesam_dist.parallel import Distributed
 from lesam_dist.train.passes import BatchPasses
 from lesam_dist.wrapping import wrap
-from tests.distributed.hooks import counting_hook
+from tests.distributed.hooks import counting_average
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import make_net
 
@@ -21,13 +22,12 @@ from tests.distributed.test_optimizers import make_net
 def collectives(here: Distributed, strategy: Any, options: dict[str, Any], lesam: dict[str, Any]) -> Counter[str]:
     """Collectives of one LE-SAM step less those of two plain passes, by name.
 
-    DDP reduces gradients in C++, out of sight of the counter; a hook makes it do so in Python, and counts buckets.
+    A DDP's buckets are counted too.
     """
     net = make_net()
-    model = wrap(net, here, strategy, **options)
     buckets: list[int] = []
-    if strategy == "ddp":
-        model.register_comm_hook(buckets, counting_hook)  # type: ignore[operator]
+    with mock.patch("lesam_dist.wrapping.average_each", counting_average(buckets)):
+        model = wrap(net, here, strategy, **options)
     passes = BatchPasses(model, nn.CrossEntropyLoss(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
     optimizer = LESAM(net.parameters(), torch.optim.SGD, lr=0.1, **lesam)
     for _ in range(2):
@@ -70,8 +70,8 @@ def test_collectives_beyond_two_plain_passes() -> None:
     units = 3  # of make_net under FSDP2
     expected = {
         "ddp": {},
-        # The hook's reduction is an all-reduce too: one less, and one more for a flag, so that all skip together.
-        "ddp local": {"gradients": -1},
+        # One more for a flag, so that all skip together.
+        "ddp local": {"gradients": -1, "allreduce_": 1 - len(list(make_net().parameters()))},
         "fsdp": {"allreduce_": 1},
         "fsdp kept": {"allreduce_": 1},
         "fsdp checked": {"allreduce_": 2},

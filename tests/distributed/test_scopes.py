@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lesam_dist.parallel import Distributed
 from lesam_dist.replicas import Sync
 from lesam_dist.train.passes import BatchPasses
 from lesam_dist.wrapping import wrap
-from tests.distributed.hooks import counting_hook
+from tests.distributed.hooks import counting_average
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
 from tests.methods import CASES
@@ -64,8 +65,8 @@ def own_perturbations(here: Distributed, seed: int, scope: Any) -> dict[str, Any
     net.load_state_dict(state)
     reductions: list[int] = []
     if scope == "local":
-        model = wrap(net, here, "ddp")
-        model.register_comm_hook(reductions, counting_hook)  # type: ignore[operator]
+        with mock.patch("lesam_dist.wrapping.average_each", counting_average(reductions)):
+            model = wrap(net, here, "ddp")
     else:
         model = wrap(net, here, "hsdp", shard_size=2, wrap_classes=["Linear"], scope="replica")
     kwargs: dict[str, Any] = {"sigma": SIGMA, "rho_max": None, "lr": 0.1, "momentum": 0.9}
