@@ -1,6 +1,6 @@
 """Random command lines and YAML files: each must end with status 0, or with status 2 and one line.
 
-    python tests/train/fuzz_cli.py --cases 5000 --dry_runs 200 --seed 7
+    PYTHONPATH=. python tests/train/fuzz_cli.py --cases 5000 --dry_runs 200 --seed 7
 
 Everything runs in this process. A case is parsed and checked as a run is before it reads data; a dry run then trains
 two steps of a tiny network. As a script, a case that takes 20 seconds is a fault.
