@@ -69,7 +69,7 @@ def run(command: str) -> NoReturn:
     place = Place()
     try:
         place = find_place(os.environ)
-        if place.launcher:
+        if place.launcher not in ("", "hand"):  # a shell may end before what it started
             end_with_launcher()
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)

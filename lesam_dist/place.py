@@ -29,7 +29,8 @@ class Place:
     """This process among all.
 
     Attributes:
-        launcher: what started it: "torchrun" (or what sets the same variables), "srun", "mpirun"; "" if nothing did.
+        launcher: what started it: "torchrun" (accelerate's too), "srun", "mpirun"; "hand" where something else set
+            torchrun's variables; "" if nothing did.
         address: host and port where rank 0 (or torchrun) waits for the others; "" for one process.
     """
 
@@ -99,7 +100,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> Place:
                     "it, or set it to where rank 0 is."
                 )
         address = f"{environ['MASTER_ADDR']}:{_number(environ, 'MASTER_PORT')}"
-    return Place(rank, local_rank, world_size, local_world_size, "torchrun", address)
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "hand"
+    return Place(rank, local_rank, world_size, local_world_size, launcher, address)
 
 
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:

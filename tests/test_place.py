@@ -9,7 +9,7 @@ from lesam_dist import parallel
 from lesam_dist.errors import UserError
 from lesam_dist.place import Place, find_place
 
-TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}
 MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
 # What SLURM's manual gives the third of four tasks on "gpu[07-08]": of srun, and of the shells around it.
 SRUN = {
@@ -32,7 +32,8 @@ STEP_ADDRESS = f"gpu07:{10000 + (1000 * 31 + 3) % 20000}"
 PLACES = {
     "alone": ({}, Place()),
     "torchrun": (TORCHRUN | MASTER, Place(5, 1, 8, 4, "torchrun", "node0:1234")),
-    "torchrun, one process": ({"RANK": "0", "WORLD_SIZE": "1"}, Place(launcher="torchrun")),
+    "torchrun, one process": ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "1"}, Place(launcher="torchrun")),
+    "by hand": (MASTER | {"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 0, 2, 1, "hand", "node0:1234")),
     "torchrun in a task of srun": (SRUN | TORCHRUN | MASTER, Place(5, 1, 8, 4, "torchrun", "node0:1234")),
     "srun": (SRUN, Place(2, 0, 4, 2, "srun", STEP_ADDRESS)),
     "srun, with PMI": (SRUN | {"PMI_RANK": "2", "PMI_SIZE": "4"}, Place(2, 0, 4, 2, "srun", STEP_ADDRESS)),
@@ -99,7 +100,14 @@ def test_variables_that_are_refused(environ: dict[str, str], message: str) -> No
 
 @pytest.mark.parametrize(
     ("launcher", "local_rank", "visible", "index"),
-    [("torchrun", 1, 2, 1), ("srun", 3, 1, 0), ("srun", 3, 4, 3), ("mpirun", 3, 2, 1), ("torchrun", 1, 1, None)],
+    [
+        ("torchrun", 1, 2, 1),
+        ("srun", 3, 1, 0),
+        ("srun", 3, 4, 3),
+        ("mpirun", 3, 2, 1),
+        ("torchrun", 1, 1, None),
+        ("hand", 1, 1, None),
+    ],
 )
 def test_gpu_of_a_process(
     monkeypatch: pytest.MonkeyPatch, launcher: str, local_rank: int, visible: int, index: int | None

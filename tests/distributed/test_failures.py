@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def launch(command: Command, folder: Path, environ: Callable[[int, int], Environ
     for process in both:
         process.start()
     both[0].join(120)
-    both[1].join(20 if command is not stops else 0)
+    both[1].join(20 if command is not hangs_and_stops else 0)
     for process in both:
         process.kill()
         process.join()
@@ -114,9 +115,14 @@ def second_is_killed(rank: int) -> None:
         here.barrier()
 
 
-def stops(rank: int) -> None:
+def hangs_and_stops(rank: int) -> None:
     with parallel.process_group("cpu", 6) as here:
         here.barrier()
+        while rank == 1 and "is behind" not in Path("/proc/self/fd/2").read_text():
+            time.sleep(0.1)
+        here.move()
+        here.barrier()
+        here.move()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         here.barrier()
@@ -153,13 +159,14 @@ def test_each_failure_is_said_once(tmp_path: Path, name: str) -> None:
         assert "frame #" not in err, "torch's account of a lost connection"
 
 
-def test_a_stopped_process_is_named_and_the_run_ends(tmp_path: Path) -> None:
-    statuses, err = launch(stops, tmp_path, srun_like)
+def test_a_process_that_hangs_or_stops_is_named_and_silence_ends_the_run(tmp_path: Path) -> None:
+    statuses, err = launch(hangs_and_stops, tmp_path, srun_like)
     assert statuses == [1, -signal.SIGKILL], err
-    assert err.count("lesam-dist: warning: no step for") == 1
-    assert err.count("lesam-dist: error: no step for") == 1
-    assert err.count("rank 1 is silent") == 2
-    assert "parallel.timeout_s is 6" in err
+    assert err.count("rank 1 is behind, and the others wait") == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("lesam-dist: error: no step for")
+    assert "parallel.timeout_s is 6: rank 1 is silent" in last
+    assert err.count("lesam-dist: error") == 1
 
 
 def trains(rank: int) -> None:
