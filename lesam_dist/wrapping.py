@@ -139,6 +139,6 @@ def _check_shardable(model: nn.Module) -> None:
             raise UserError(f"FSDP2 cannot split the scalar parameter '{name}': give it one dimension, or choose ddp.")
         if not p.is_contiguous():
             raise UserError(
-                f"FSDP2 cannot split '{name}', whose memory is not contiguous (strides {p.stride()}): set "
-                "precision.channels_last to false, or choose ddp."
+                f"FSDP2 cannot split '{name}', whose memory is not contiguous (strides {p.stride()}): make "
+                "it contiguous (channels_last images alone do for convolutions), or choose ddp."
             )

@@ -161,7 +161,9 @@ def build_network(config: Config, num_classes: int, here: Distributed) -> nn.Mod
         pretrained=pretrained,
     )
     require_input(model, config.model.name, _smallest_part(config, here), config.data.image_size)
-    memory_format = torch.channels_last if config.precision.channels_last else torch.preserve_format
+    sharded = here.world_size > 1 and config.parallel.strategy in ("fsdp", "hsdp")  # which takes no other weights
+    last = config.precision.channels_last and not sharded
+    memory_format = torch.channels_last if last else torch.preserve_format
     model.to(here.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.precision.weights == "bf16":
         _to_bfloat16(model)

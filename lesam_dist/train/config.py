@@ -215,7 +215,7 @@ class PrecisionConfig:
     tf32: bool = True
     """let CUDA use TF32 inside float32 convolutions and matrix products"""
     channels_last: bool = False
-    """store weights and images channels last"""
+    """images and, but for fsdp and hsdp, weights lie channels last in memory; convolutions then run so"""
 
 
 @dataclass

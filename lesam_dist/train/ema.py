@@ -1,7 +1,10 @@
-"""An exponential moving average of the weights: average = decay * average + (1 - decay) * weights, after every update.
+"""An exponential moving average of the weights, after each update t = 0, 1, ...
 
-It begins as the initial weights. The mathematics is `torch.optim.swa_utils`'; here is what holds the average where the
-weights are sharded, evaluates with it and saves it. Buffers (BatchNorm's running statistics) are not averaged.
+    average <- d_t * average + (1 - d_t) * weights,  d_t = min(decay, (1 + t) / (10 + t))
+
+It begins as the initial weights, which the warm-up of d_t soon forgets (TensorFlow's ExponentialMovingAverage with
+num_updates). Floating buffers are averaged too: BatchNorm's running statistics of the last weights are not those of
+their average. A skipped update leaves everything as it was, and is not counted.
 """
 
 from __future__ import annotations
@@ -12,36 +15,46 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lesam_dist.parallel import local_shard
+from lesam_dist.parallel import Distributed, local_shard
+from lesam_dist.train.passes import average_over_ranks
 
 
 class WeightAverage:
-    """The average of a model's parameters, in float32 or better; of its own shards on each process.
+    """The average of a model's parameters and floating buffers, in float32 or better; of its shards on each process.
 
     Args:
         model: wrapped already where it is sharded: FSDP2 replaces the parameters.
-        decay: share of the average that an update keeps, in [0, 1).
+        decay: share of the average that an update keeps in the end, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model = model
-        self._average_all = get_ema_multi_avg_fn(decay)
+        self._decay = decay
         # Asked again, a model that FSDP2 has gathered names the gathered parameters.
-        self._params = list(model.parameters())
+        self._sources: dict[str, Tensor] = dict(model.named_parameters())
+        self._buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        self._sources |= self._buffers
         self._averages = {
             # In bfloat16 an update of 1 - decay would round to nothing.
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-            for name, p in model.named_parameters()
+            name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            for name, tensor in self._sources.items()
         }
         self._shards = [local_shard(average) for average in self._averages.values()]
+        self._updates = torch.zeros((), dtype=torch.float64, device=self._shards[0].device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the weights into the average. A step that was skipped counts as one that did not move them."""
-        weights = [w.to(average.dtype) for w, average in zip(self._weights(), self._shards, strict=True)]
-        self._average_all(self._shards, weights, None)
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Take the weights into the average, but not where ``skipped`` (0-d, on the device) is 1."""
+        made = 1.0 if skipped is None else 1 - skipped.to(self._updates)
+        weight = made * (1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self._decay))
+        for source, average in zip(self._current(), self._shards, strict=True):
+            average.lerp_(source.to(average.dtype), weight.to(average))
+        self._updates += made
+
+    def average_buffers(self, here: Distributed) -> None:
+        """Give every rank the mean of all ranks' averaged buffers, as the model's own are before they are used."""
+        average_over_ranks([average for name, average in self._averages.items() if name in self._buffers], here)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -49,7 +62,7 @@ class WeightAverage:
 
         Costs a copy of the weights while it lasts.
         """
-        kept = [w.detach().clone() for w in self._weights()]
+        kept = [source.detach().clone() for source in self._current()]
         try:
             self._overwrite(self._shards)
             yield
@@ -57,18 +70,21 @@ class WeightAverage:
             self._overwrite(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average of each parameter by its name, sharded as the parameter is; to be saved, or loaded into."""
-        return dict(self._averages)
+        """Each average by its parameter's or buffer's name, sharded as that is; to be saved, or loaded into.
+
+        ``n_averaged``, float64 0-d, counts the updates (the name is torch's `AveragedModel`'s).
+        """
+        return {**self._averages, "n_averaged": self._updates}
 
     @torch.no_grad()
     def _overwrite(self, values: list[Tensor]) -> None:
-        for w, value in zip(self._weights(), values, strict=True):
-            w.copy_(value)  # in place: FSDP2 gathers from this memory, whatever `p.data` is
+        for source, value in zip(self._current(), values, strict=True):
+            source.copy_(value)  # in place: FSDP2 gathers from this memory, whatever `p.data` is
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation with reshard_after_forward=False leaves the old values gathered
 
     @torch.no_grad()
-    def _weights(self) -> list[Tensor]:
+    def _current(self) -> list[Tensor]:
         """Read anew each time: loading a checkpoint may move a shard."""
-        return [local_shard(p) for p in self._params]
+        return [local_shard(source) for source in self._sources.values()]

@@ -179,13 +179,19 @@ def batchnorms(model: nn.Module) -> Iterable[_BatchNorm]:
 def average_batchnorm(model: nn.Module, here: Distributed) -> None:
     """Give every rank the mean of all ranks' running means and variances, in one collective."""
     buffers = [b for layer in batchnorms(model) for b in (layer.running_mean, layer.running_var) if b is not None]
-    if here.world_size == 1 or not buffers:
+    average_over_ranks(buffers, here)
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: list[Tensor], here: Distributed) -> None:
+    """Give every rank the mean of all ranks' tensors, in place and in one collective."""
+    if here.world_size == 1 or not tensors:
         return
-    flat = torch.cat(buffers)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
     flat /= here.world_size
-    for buffer, value in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(value)
+    for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(value.view(tensor.shape))
 
 
 def _rng_state(device: torch.device) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel import Distributed, process_group, reduce_max
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
+from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.config import Config, flatten
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
@@ -158,6 +159,7 @@ class Trainer:
         self.scaler = GradScaler(here.device.type) if config.precision.compute == "fp16" else None
         self.optimizer = build.build_optimizer(model, config.optimizer)
         self.optimizer.grad_scaler = self.scaler
+        self.buffers = ModelBuffers(model)
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
@@ -186,6 +188,8 @@ class Trainer:
         while self.epoch < self.config.epochs:
             self._train_epoch()
             average_batchnorm(self.model, self.here)
+            if self.ema:
+                self.ema.average_buffers(self.here)
             self._save()
             self._evaluate()
         self._require_learning()
@@ -225,7 +229,7 @@ class Trainer:
             used = self._schedule_values()
             loss = self._step(images, labels)
             if self.ema:
-                self.ema.update()
+                self.ema.update(self.optimizer.overflow)
             self.lr_schedule.step()
             if self.budget:
                 self.budget.step()
@@ -244,7 +248,9 @@ class Trainer:
         optimizer.enabled = self._method_works()
         rounds = self.config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
         optimizer.measure_rho = rounds and self._logs(self.step + 1)
+        self.buffers.save()
         loss: Tensor = optimizer.step(self._closure(images, labels))
+        self.buffers.undo_if(optimizer.overflow)
         if self.scaler is not None:
             self.scaler.update()
         return loss
@@ -335,7 +341,7 @@ class Trainer:
     def _try_evaluation(self) -> None:
         """One batch of it, which moves nothing: what is broken shows before an epoch has been spent."""
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-            batches, count = islice(self.val_loader.epoch(0), 1), min(1, len(self.val_loader))
+            batches, count = islice(self._validation(), 1), min(1, len(self.val_loader))
             evaluate(self.model, batches, self.here, self.autocast, count=count)
 
     def _evaluate(self) -> None:
@@ -350,8 +356,11 @@ class Trainer:
         if self.checkpoints and self._saves():
             self.checkpoints.amend(self.step, {"evaluation": result})
 
+    def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images.to(memory_format=self.memory_format), labels) for images, labels in self.val_loader.epoch(0))
+
     def _evaluate_weights(self) -> dict[str, float]:
-        batches, count = self.val_loader.epoch(0), len(self.val_loader)
+        batches, count = self._validation(), len(self.val_loader)
         result = evaluate(self.model, batches, self.here, self.autocast, count=count)
         if self.val_samples is not None and result["samples"] != self.val_samples:
             raise RuntimeError(f"evaluation counted {result['samples']:.0f} of {self.val_samples} images")

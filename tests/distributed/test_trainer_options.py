@@ -18,7 +18,7 @@ from tests.distributed.processes import run
 FLAGS = [
     *("--config", "digits", "--data.builtin", "null", "--data.batch_size", "20", "--data.eval_batch_size", "5"),
     *("--epochs", "1", "--schedule.anneal_start_epoch", "null", "--optimizer.lr", "0.01", "--optimizer.sigma", "0.02"),
-    *("--precision.channels_last", "false", "--precision.compute", "bf16", "--ema.decay", "0.5"),
+    *("--precision.compute", "bf16", "--ema.decay", "0.5"),
     *("--logging.every_steps", "1"),
 ]
 SHARDED = {"fsdp": [], "hsdp": ["--parallel.shard_size", "1"]}
@@ -39,14 +39,40 @@ def fit(here: Distributed, images: str, folder: str, resume: bool) -> Fitted:
         if strategy in SHARDED:
             flags += ["--precision.gather_dtype", "bf16", *SHARDED[strategy]]
         this = trainer._trainer(parse([*flags, *(["--resume", "auto"] if resume else [])]), here)
+        _spoil_second_step(this)
+        layouts: list[bool] = []
+        for module in this.model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(
+                    lambda _, inputs, output, seen=layouts: seen.extend(
+                        t.is_contiguous(memory_format=torch.channels_last) for t in (*inputs, output) if len(t)
+                    )
+                )
         evaluation = this.fit()
         this.close()
         assert this.ema is not None
-        averages = this.ema.state_dict().items()
+        assert resume or len(layouts) > 9
+        assert all(layouts), f"{strategy}: every convolution reads and writes channels last"
+        average = this.ema.state_dict()
+        assert average.pop("n_averaged").item() == 2, "of three steps one was skipped"
+        averages = average.items()
         assert {average.dtype for _, average in averages} == {torch.float32}
         whole = {n: (a.full_tensor() if isinstance(a, DTensor) else a).numpy() for n, a in averages}
         results[strategy] = evaluation, whole
     return results
+
+
+def _spoil_second_step(this: trainer.Trainer) -> None:
+    """An image of the last process is not a number: no process may keep anything of that step."""
+    original = this._step
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        bad = this.step == 1 and this.here.rank == this.here.world_size - 1
+        images = images.clone()
+        images[0] *= float("nan") if bad else 1.0
+        return original(images, labels)
+
+    this._step = step  # type: ignore[method-assign]
 
 
 def test_sharded_in_bf16_follows_ddp_under_autocast_and_resumes(images: Path, tmp_path: Path) -> None:
@@ -63,4 +89,5 @@ def test_sharded_in_bf16_follows_ddp_under_autocast_and_resumes(images: Path, tm
             for name, value in again[strategy][1].items():
                 assert (averages[name] == value).all(), f"{strategy} {name}: loading a finished run changed it"
     train = [line for line in read_metrics(tmp_path / "ddp") if line["split"] == "train"]
+    assert [line["skipped"] for line in train] == [0, 1, 1]
     assert [(line["data_wait"], line["data_wait_max"]) for line in train] == [(0.5, 0.75)] * 3, "mean, and the worst"

@@ -105,7 +105,7 @@ def test_refusals_name_value_and_remedy() -> None:
             ("parallel.shard_size 2 and parallel.replicate_size 2: that does not fit 2 processes",),
             ("'Liner'", "did you mean 'Linear'"),
             ("scalar parameter 'scale'", "ddp"),
-            ("'weight'", "not contiguous", "precision.channels_last"),
+            ("'weight'", "not contiguous", "channels_last images alone"),
         )
         for message, parts in zip(messages, expected, strict=True):
             for part in parts:

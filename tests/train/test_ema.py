@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM
 from lesam_dist.parallel import Distributed
+from lesam_dist.train import trainer
 from lesam_dist.train.checkpoint import Checkpointer
+from lesam_dist.train.cli import parse
 from lesam_dist.train.ema import WeightAverage
-from lesam_dist.train.passes import BatchPasses
+from lesam_dist.train.passes import BatchPasses, batchnorms
 from lesam_dist.wrapping import Strategy, wrap
 from tests.distributed.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
-STEPS, BATCH, DECAY = 5, 12, 0.8
+STEPS, BATCH, DECAY = 5, 12, 0.22  # reached by the warm-up after two updates
 Weights = dict[str, Tensor]
 
 # float32: the closed form adds in float64 what each update rounds once (6e-8); other processes sum gradients otherwise.
@@ -47,13 +50,15 @@ class Run:
         self.params = dict(self.net.named_parameters())  # kept: a gathered model names the gathered ones
         self.optimizer = LESAM(self.net.parameters(), torch.optim.SGD, sigma=0.05, rho_max=0.1, lr=0.5, momentum=0.9)
         self.ema = WeightAverage(self.net, DECAY)
-        self.history = [self.weights()]
+        self.history, self.before = [self.weights()], 0
 
     def weights(self) -> Weights:
         return whole(self.params)
 
     def average(self) -> Weights:
-        return whole(self.ema.state_dict())
+        averages = self.ema.state_dict()
+        assert averages.pop("n_averaged").item() == len(self.history) - 1 + self.before
+        return whole(averages)
 
     def train(self, steps: range) -> None:
         for t in steps:
@@ -69,9 +74,9 @@ class Run:
 
 
 def closed_form(history: list[Weights]) -> Weights:
-    """decay^T w_0 + (1 - decay) * sum over t of decay^(T - t) w_t."""
-    last = len(history) - 1
-    shares = [DECAY**last, *((1 - DECAY) * DECAY ** (last - t) for t in range(1, last + 1))]
+    """The initial weights' share is the product of all d_t; (1 - d_t) and the later ones make that of update t."""
+    decays = [min(DECAY, (1 + t) / (10 + t)) for t in range(len(history) - 1)]
+    shares = [math.prod(decays), *((1 - d) * math.prod(decays[t + 1 :]) for t, d in enumerate(decays))]
     return {n: sum(a * w[n].double() for a, w in zip(shares, history, strict=True)) for n in history[0]}  # type: ignore[misc]
 
 
@@ -87,17 +92,60 @@ def test_closed_form(seed: int) -> None:
     assert_near(this.average(), closed_form(this.history), ROUNDING)
 
 
+def test_buffers_are_averaged_too(seed: int) -> None:
+    """BatchNorm's running statistics, with the weights' decays; swapped in and out, and what counts stays as it is."""
+    net = nn.BatchNorm1d(3)
+    ema = WeightAverage(net, DECAY)
+    history = [whole(dict(net.named_buffers()))]
+    for _ in range(STEPS):
+        net(torch.randn(8, 3))
+        ema.update()
+        history.append(whole(dict(net.named_buffers())))
+    ema.update(skipped=torch.ones(()))
+    averages = ema.state_dict()
+    assert averages["n_averaged"].item() == STEPS
+    expected = closed_form(history)
+    for name in ("running_mean", "running_var"):
+        assert_near(averages, {name: expected[name]}, ROUNDING)
+    with ema.swapped():
+        for name in ("running_mean", "running_var"):
+            assert torch.equal(net.get_buffer(name), averages[name])
+        assert net.get_buffer("num_batches_tracked").item() == STEPS
+    torch.testing.assert_close(whole(dict(net.named_buffers())), history[-1], rtol=0, atol=0)
+
+
+def test_average_of_a_real_run_is_worth_what_it_is_with_statistics_estimated_anew(tmp_path: Path) -> None:
+    """Three epochs on the digits with a decay of which 0.27 would be left of the initial weights without a warm-up."""
+    flags = ("--config", "digits", "--epochs", "3", "--ema.decay", "0.99")
+    places = ("--data.root", str(tmp_path / "digits"), "--run_dir", str(tmp_path / "run"))
+    this = trainer._trainer(parse([*flags, *places]), ALONE)
+    evaluation = this.fit()
+    assert this.ema is not None
+    with this.ema.swapped(), torch.no_grad():
+        for layer in batchnorms(this.model):
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain mean over the training images
+        this.model.train()
+        for images, _ in this.train_loader.epoch(0):
+            this.model(images)
+        anew = this._evaluate_weights()
+    this.close()
+    assert anew["acc1"] > 85
+    assert abs(evaluation["ema_acc1"] - anew["acc1"]) < 3
+
+
 def test_bfloat16_weights_have_a_float32_average(seed: int) -> None:
     torch.manual_seed(seed)
     net = make(torch.bfloat16)
     ema = WeightAverage(net, 0.9999)
+    ema.state_dict()["n_averaged"].fill_(1e6)  # the warm-up is over
     start = whole(dict(net.named_parameters()))
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(2)
     ema.update()
-    for name, average in ema.state_dict().items():
-        w = start[name].double()
+    for name, w in ((name, w.double()) for name, w in start.items()):
+        average = ema.state_dict()[name]
         torch.testing.assert_close(average.double(), w + 1e-4 * w, rtol=1e-7, atol=0, msg=name)
     before = whole(dict(net.named_parameters()))
     with ema.swapped():
@@ -181,6 +229,7 @@ def load_then_finish(here: Distributed, seed: int, folder: Path, strategy: Strat
     progress, damaged = Checkpointer(folder, 1, here).load_latest(this.net, this.optimizer, this.ema)
     assert (progress or {})["step"] == 2
     assert [f"{STEPS:08d}/__1_0.distcp is damaged" in fault for fault in damaged] == [True]
+    this.before = 2
     loaded = this.average()
     this.train(range(2, STEPS))
     return loaded, this.average()
