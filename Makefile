@@ -4,6 +4,8 @@ PYTHON ?= python3
 EXTRAS ?= dali,dev
 NPROC ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/2/')
 RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
+# Files of tests that run at one time; 0 runs them in this process, as a debugger needs.
+JOBS ?= 2
 ARGS ?=
 
 BIN := .venv/bin
@@ -15,7 +17,7 @@ train: $(STAMP) ## train the digits recipe with LE-SAM on all GPUs, or on two CP
 	PATH="$(CURDIR)/$(BIN):$$PATH" NPROC_PER_NODE=$(NPROC) launch/torchrun.sh --config digits --run_dir $(RUN_DIR) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

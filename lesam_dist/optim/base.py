@@ -274,9 +274,8 @@ class SharpnessAware(GuardedOptimizer):
             if self._reuses():
                 for rows, g in zip(self._perturbation.rows, grads, strict=True):
                     self._memory.replace(ASCENT, rows, g)
-                self._memory.commit(
-                    self.overflow
-                )  # now: the second pass overwrites g, and a copy would cost as much again
+                # Now: the second pass overwrites g, and a copy would cost as much again.
+                self._memory.commit(self.overflow)
             self.ascended(grads)
             self.zero_grads()
             perturbed_loss = self.second_pass(closure)

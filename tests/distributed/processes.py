@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +18,25 @@ from lesam_dist.parallel import Distributed
 
 # What every test's processes import; the server that they are forked from has it, once for the whole run of pytest.
 # It has no threads and has computed nothing: none of these modules starts any.
-_PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "lesam_dist", "lesam_dist.wrapping", "tests.methods"]
+PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "lesam_dist", "lesam_dist.wrapping", "tests.methods"]
 
 
 def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """``function(here, *args)`` on every rank; its results by rank. The function must be a module's own."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)  # before the first process starts; later calls change nothing
+        context.set_forkserver_preload(PRELOAD)  # before the first process starts; later calls change nothing
         arguments = (function, world_size, Path(folder), args)
         mp.start_processes(_worker, arguments, nprocs=world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [pickle.loads((Path(folder) / f"rank{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A port for a launcher whose own choice is always the same: two tests may run at one time."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port: int = found.getsockname()[1]
+    return port
 
 
 def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.processes import free_port
 from tests.distributed.test_optimizers import assert_on_path
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ def test_own_loop(seed: int, tmp_path: Path, name: str, kind: str, precision: st
     result = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml")),
+            *("--main_process_port", str(free_port())),
             *(str(script), str(seed), str(tmp_path)),
         ],
         capture_output=True,

@@ -51,11 +51,9 @@ def launch(command: Command, folder: Path, environ: Callable[[int, int], Environ
 
     Rank 1 gets no time of its own: where rank 0 has ended, and rank 1 has not, it is ended by a signal.
     """
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    port = processes.free_port()
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(processes._PRELOAD)
+    context.set_forkserver_preload(processes.PRELOAD)
     err = folder / "stderr"
     err.write_bytes(b"")
     both = [context.Process(target=_run, args=(command, rank, err, environ(rank, port))) for rank in range(2)]
@@ -116,7 +114,7 @@ def second_is_killed(rank: int) -> None:
 
 
 def hangs_and_stops(rank: int) -> None:
-    with parallel.process_group("cpu", 6) as here:
+    with parallel.process_group("cpu", 10) as here:
         here.barrier()
         while rank == 1 and "is behind" not in Path("/proc/self/fd/2").read_text():
             time.sleep(0.1)
@@ -162,10 +160,10 @@ def test_each_failure_is_said_once(tmp_path: Path, name: str) -> None:
 def test_a_process_that_hangs_or_stops_is_named_and_silence_ends_the_run(tmp_path: Path) -> None:
     statuses, err = launch(hangs_and_stops, tmp_path, srun_like)
     assert statuses == [1, -signal.SIGKILL], err
-    assert err.count("rank 1 is behind, and the others wait") == 1
+    assert "rank 1 is behind, and the others wait" in err
     last = err.strip().splitlines()[-1]
     assert last.startswith("lesam-dist: error: no step for")
-    assert "parallel.timeout_s is 6: rank 1 is silent" in last
+    assert "parallel.timeout_s is 10: rank 1 is silent" in last
     assert err.count("lesam-dist: error") == 1
 
 

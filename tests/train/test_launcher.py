@@ -12,6 +12,7 @@ import pytest
 from lesam_dist.errors import UserError
 from lesam_dist.train.cli import parse
 from lesam_dist.train.launcher import accelerate_flags
+from tests.distributed.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -83,6 +84,7 @@ def test_accelerate_launch_trains(tmp_path: Path, name: str, changes: dict[str, 
     result = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml")),
+            *("--main_process_port", str(free_port())),
             *("-m", "lesam_dist.train", *flags, "--parallel.device", "cpu"),
         ],
         capture_output=True,
