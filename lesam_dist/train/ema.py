@@ -48,8 +48,9 @@ class WeightAverage:
         """Take the weights into the average, but not where ``skipped`` (0-d, on the device) is 1."""
         made = 1.0 if skipped is None else 1 - skipped.to(self._updates)
         weight = made * (1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self._decay))
+        weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in self._shards}}
         for source, average in zip(self._current(), self._shards, strict=True):
-            average.lerp_(source.to(average.dtype), weight.to(average))
+            average.lerp_(source.to(average.dtype), weights[average.dtype])
         self._updates += made
 
     def average_buffers(self, here: Distributed) -> None:
