@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,20 @@ class Distributed:
             dist.all_reduce(stacked)
             stacked /= self.world_size
         return [float(value) for value in stacked.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, which can be pickled, by rank, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, which can be pickled, on every rank; what the others give is not looked at."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 @contextmanager

@@ -38,9 +38,14 @@ def require_whole_batches(method: str) -> None:
         )
 
 
+def has_gradients(params: Iterable[Tensor]) -> bool:
+    """Whether any gradient is not zero."""
+    return any(bool(local_shard(p.grad).any()) for p in params if p.grad is not None)
+
+
 def require_no_gradients(method: str, params: Iterable[Tensor]) -> None:
     """Raise RuntimeError where there are gradients that the passes of ``step(closure)`` would drop; zeros are none."""
-    if any(bool(local_shard(p.grad).any()) for p in params if p.grad is not None):
+    if has_gradients(params):
         raise RuntimeError(
             f"{method}.step(closure) makes both passes itself, and would drop the gradients that are there. If they "
             "were accumulated (Lightning's accumulate_grad_batches), give step a list of closures, one for each batch. "

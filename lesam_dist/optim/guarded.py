@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.contract import has_gradients
 from lesam_dist.optim.eager import eager
 from lesam_dist.optim.fused import unfuse_dtensors
 from lesam_dist.optim.memory import ASCENT, Memory
 from lesam_dist.optim.ops import Backend
 from lesam_dist.optim.perturbation import Perturbation
 from lesam_dist.optim.shared import BaseOptimizer, SharedOptimizer
-from lesam_dist.parallel import local_shard
 
 
 class GuardedOptimizer(SharedOptimizer):
@@ -101,7 +101,7 @@ class GuardedOptimizer(SharedOptimizer):
         torch.distributed.checkpoint does this with zero gradients before it saves or loads.
         """
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(bool(local_shard(p.grad).any()) for p in params):
+        if has_gradients(params):
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() was called without a closure while there are gradients. {name} needs two passes: call "

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lesam_dist.errors import SharedError
 from lesam_dist.parallel import Distributed
@@ -60,14 +59,14 @@ def agree_on_run_dir(run_dir: Path, here: Distributed) -> None:
     """
     if here.world_size == 1:
         return
-    names = [f".shared_{secrets.token_hex(8)}"]  # a new name, which no file system can remember as missing
+    token = run_dir / f".shared_{secrets.token_hex(8)}"  # a new name, which no file system can remember as missing
     if here.is_main:
-        (run_dir / names[0]).touch()
-    dist.broadcast_object_list(names, src=0)
-    found = _gather(_sees(run_dir / names[0]), here)
+        token.touch()
+    seen = run_dir / here.share(token.name)
+    found = _gather(_sees(seen), here)
     if here.is_main:
         with suppress(OSError):
-            (run_dir / names[0]).unlink()
+            token.unlink()
     for rank, (host, sees) in enumerate(found):
         if not sees:
             raise SharedError(
@@ -97,9 +96,8 @@ def _compare(facts: dict[str, Any], here: Distributed, remedy: str) -> None:
 
 
 def _gather(value: Any, here: Distributed) -> list[Any]:
-    found: list[Any] = [None] * here.world_size
-    dist.all_gather_object(found, (socket.gethostname(), value))
-    return found
+    """Every rank's host and value."""
+    return here.gather((socket.gethostname(), value))
 
 
 def _name(rank: int, host: str) -> str:

@@ -47,7 +47,7 @@ def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
             f"data.root is not set: give the folder that holds {content} with --data.root DIR, or try the recipe on "
             "random images with --dry_run."
         )
-    root = Path(config.data.root).expanduser()
+    root = Path(config.data.root)
     if builtin in DATASETS:
         if all((root / split).is_dir() for split in ("train", "val")):
             raise UserError(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -116,7 +115,7 @@ class Checkpointer:
             UserError: where there are checkpoints but none is whole, or it is of another model.
         """
         damaged: list[str] = []
-        for name in self._on_all(self._candidates() if self.here.is_main else None):
+        for name in self.here.share(self._candidates() if self.here.is_main else None):
             progress, files, fault = self._verified(name)
             if fault is None:
                 self._load(self.folder / name, files, model, optimizer, ema)
@@ -157,9 +156,9 @@ class Checkpointer:
                 found = *manifest.read(self.folder / name), None
             except DamagedError as error:
                 found = {}, {}, str(error)
-        progress, files, fault = self._on_all(found)
+        progress, files, fault = self.here.share(found)
         if fault is None:
-            faults = self._from_all(self._fault_of_share(self.folder / name, files))
+            faults = self.here.gather(self._fault_of_share(self.folder / name, files))
             fault = next((text for text in faults if text is not None), None)
         return progress, files, fault
 
@@ -197,7 +196,7 @@ class Checkpointer:
             if path.name.startswith(f"__{self.here.rank}_") or (self.here.is_main and not path.name.startswith("__"))
         ]
         merged: Files = {}
-        for part in self._from_all(manifest.checksums(folder, sorted(own))):
+        for part in self.here.gather(manifest.checksums(folder, sorted(own))):
             merged |= part
         return merged
 
@@ -241,20 +240,6 @@ class Checkpointer:
         pointer = self.folder / "latest"
         latest = pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
         return names[names.index(latest) :] if latest in names else names
-
-    def _on_all(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        values = [value]
-        if self.here.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def _from_all(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        values = [value] * self.here.world_size
-        if self.here.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
 
 
 def _name(step: int) -> str:

@@ -104,11 +104,16 @@ def _check_values(values: dict[str, Any]) -> None:
     for path, value in values.items():
         if value is None and not is_optional(path):
             raise UserError(f"{path} is null: it must be {expected(path)}.")
-        if isinstance(value, str) and any(c < " " or "\ud800" <= c <= "\udfff" for c in value):
+        if isinstance(value, str) and _has_no_text(value):
             raise UserError(f"{path} is {value!r}: it must be one line of text in UTF-8.")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{path} is {value}: it must be {expected(path)}, and finite.")
+
+
+def _has_no_text(value: str) -> bool:
+    """Whether it has control characters, or bytes of another encoding."""
+    return any(c < " " or "\ud800" <= c <= "\udfff" for c in value)
 
 
 def folder(field: str, text: str) -> str:
@@ -119,7 +124,7 @@ def folder(field: str, text: str) -> str:
     """
     if text.strip() in ("", "null", "None"):
         raise UserError(f"{field} is '{text}': give a folder.")
-    if any(c < " " or "\ud800" <= c <= "\udfff" for c in text):  # neither TensorBoard nor DALI can have them
+    if _has_no_text(text):  # neither TensorBoard nor DALI can have it
         raise UserError(
             f"{field} is {text!a}: it has control characters, or bytes that are no text in the encoding "
             f"{sys.getfilesystemencoding()}. Set the environment variable PYTHONUTF8=1, or choose another name."

@@ -77,8 +77,8 @@ def _in_step(batches: Batches, count: int, here: Distributed) -> Iterator[tuple[
     source = iter(batches)
     first = list(islice(source, 1))
     # What an image looks like comes from a rank that has one: another may have none at all.
-    ranks: list[tuple[int, list[tuple[torch.Size, torch.dtype]]]] = [(0, [])] * here.world_size
-    dist.all_gather_object(ranks, (count, [(images.shape[1:], images.dtype) for images, _ in first]))
+    ranks: list[tuple[int, list[tuple[torch.Size, torch.dtype]]]]
+    ranks = here.gather((count, [(images.shape[1:], images.dtype) for images, _ in first]))
     most = max(count for count, _ in ranks)
     if most == 0:
         return

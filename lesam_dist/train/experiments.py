@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lesam_dist.errors import DivergedError, UserError
 from lesam_dist.train.checks import folder
@@ -165,11 +165,9 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
 
 def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
     """The last evaluation of a run that has reached its last epoch, on every rank; None where it is yet to be made."""
-    import torch.distributed as dist
-
     from lesam_dist.train.checkpoint import Checkpointer
 
-    found: list[Any] = [None]
+    found: dict[str, float] | None = None
     if here.is_main:
         progress = Checkpointer(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, here).progress()
         if progress is not None:
@@ -178,8 +176,6 @@ def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
             except UserError as error:
                 raise UserError(f"{config.run_dir}: {error}") from error
             if progress["epoch"] >= config.epochs and progress["finite"]:
-                found = [progress["evaluation"]]
-    if here.world_size > 1:
-        dist.broadcast_object_list(found, src=0)
-    evaluation: dict[str, float] | None = found[0]
-    return evaluation
+                found = progress["evaluation"]
+    shared: dict[str, float] | None = here.share(found)
+    return shared

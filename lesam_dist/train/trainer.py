@@ -24,15 +24,16 @@ from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.config import Config, flatten
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
+from lesam_dist.train.dry_run import shorten
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
+from lesam_dist.train.meter import Meter, event_of
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
 from lesam_dist.train.run_dir import RunDir, claim
 from lesam_dist.train.summary import describe_run
-from lesam_dist.train.telemetry import Meter, RunLog, event_of, plot_curves
+from lesam_dist.train.telemetry import RunLog, plot_curves
 from lesam_dist.wrapping import wrap
 
-_DRY_IMAGES = 4  # of each process in a micro-batch of a dry run on a CPU
 _ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -86,33 +87,10 @@ def _trainer(config: Config, here: Distributed) -> Trainer:
 
 
 def _dry_trainer(config: Config, here: Distributed, given: Collection[str]) -> Trainer:
-    if here.device.type == "cpu":
-        _make_small(config, here, given)
-    config.epochs = 1
-    config.schedule.lr_warmup_epochs = config.schedule.sigma_warmup_epochs = 0
-    config.schedule.anneal_start_epoch = None
-    config.logging.every_steps = 1
+    shorten(config, here, given)
     num_classes = build.resolve_num_classes(config, None)
     loaders = build.build_synthetic_loaders(config, num_classes, here)
     return Trainer(config, here, build.build_network(config, num_classes, here), loaders, run_dir=None)
-
-
-def _make_small(config: Config, here: Distributed, given: Collection[str]) -> None:
-    """A large recipe as a CPU can try it: in float32, which it is faster in, and a few images."""
-    data, precision, changed = config.data, config.precision, []
-    each = _DRY_IMAGES * data.micro_batches
-    batch, evaluated = min(data.batch_size, each * here.world_size), min(data.eval_batch_size, _DRY_IMAGES)
-    if "data.batch_size" not in given and batch < data.batch_size:
-        changed.append(f"batch {batch} for {data.batch_size}")
-        data.batch_size = batch
-    if "data.eval_batch_size" not in given:
-        data.eval_batch_size = evaluated
-    others = (precision.weights, precision.gather_dtype)
-    if "precision.compute" not in given and precision.compute != "fp32" and others == ("fp32", "fp32"):
-        changed.append(f"fp32 for {precision.compute}")
-        precision.compute = "fp32"
-    if changed and here.is_main:
-        print(f"dry run on a CPU: {', '.join(changed)}; flags such as --data.batch_size change that", flush=True)
 
 
 class Trainer:

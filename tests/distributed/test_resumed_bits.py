@@ -25,7 +25,7 @@ METHODS["gsam"] = lambda params, **base: GSAM(params, torch.optim.SGD, rho=0.05,
 
 
 def make() -> nn.Sequential:
-    """Its largest tensor is one whose dot product has other bits at another address; odd sizes shift the others."""
+    """Its largest tensor is of a size that sums in another order with more threads; odd sizes shift the others."""
     head = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten())
     return nn.Sequential(*head, nn.Linear(5 * 36, 601), nn.Tanh(), nn.Linear(601, 3))
 

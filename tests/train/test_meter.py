@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import pytest
 import torch
 
-from lesam_dist.train import telemetry
-from lesam_dist.train.telemetry import Meter, event_of
+from lesam_dist.train.meter import Meter, event_of
 
 
 class Device:
@@ -84,7 +84,7 @@ def test_events_are_not_kept_until_the_next_line_of_the_log() -> None:
 
 def test_on_a_cpu_the_hosts_clock_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 50.0
-    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     meter = Meter(10, event_of(torch.device("cpu")))
     for wait in (0.5, 0.25, 0.25):
         with meter.waiting():
