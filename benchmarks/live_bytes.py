@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lesam_dist.parallel import local_shard
+from lesam_dist.parallel.shards import local_shard
 
 _GRACE = 0.005  # seconds
 

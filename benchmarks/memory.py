@@ -30,8 +30,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from traffic import BASES, Base
 
 from lesam_dist import LESAM, SAM
-from lesam_dist.parallel import Distributed, process_group
-from lesam_dist.wrapping import wrap
+from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.parallel.wrapping import wrap
 
 _HYPER = Hyper(sigma=0.3, rho_max=0.2)
 _UNITS = ("Bottleneck", "Block")  # of `models`: what FSDP2 gathers at once

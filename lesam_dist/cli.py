@@ -10,12 +10,12 @@ from typing import NoReturn
 
 from lesam_dist import __version__
 from lesam_dist.errors import UserError, unknown_name
-from lesam_dist.place import Place, find_place
-from lesam_dist.report import end_with_launcher, report_failure
+from lesam_dist.parallel.place import Place, find_place
+from lesam_dist.parallel.report import end_with_launcher, report_failure
 
 
 def _train(argv: Sequence[str]) -> None:
-    from lesam_dist.train.cli import read_command_line
+    from lesam_dist.config.command_line import read_command_line
 
     read = read_command_line(argv)
     if find_place(os.environ).rank == 0:
@@ -27,13 +27,13 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _compare(argv: Sequence[str]) -> None:
-    from lesam_dist.train.compare import compare
+    from lesam_dist.experiments.compare import compare
 
     compare(argv)
 
 
 def _sweep(argv: Sequence[str]) -> None:
-    from lesam_dist.train.sweep import sweep
+    from lesam_dist.experiments.sweep import sweep
 
     sweep(argv)
 

@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from torchvision.models import VisionTransformer
 
 from lesam_dist import LESAM
-from lesam_dist.blocks import compile_in_place, find_blocks, recompute_in_backward
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import Strategy, wrap
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import Strategy, wrap
 from tests.distributed.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))

@@ -18,12 +18,12 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lesam_dist.blocks import find_blocks
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, model_names, require_input
 from lesam_dist.models.pretrained import last_layer
 from lesam_dist.models.pyramidnet import PyramidBlock
 from lesam_dist.models.wide_resnet import WideBlock
+from lesam_dist.parallel.blocks import find_blocks
 
 # He et al. (2016), Table 6 gives 0.27 M to 1.7 M for the thin ones; a 1x1 shortcut adds 2,560 weights and 192 BatchNorm
 # parameters to each. The wide ones are 11.2 M (ResNet-18 on CIFAR) and its siblings.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lesam_dist import parallel
 from lesam_dist.errors import UserError
-from lesam_dist.place import Place, find_place
+from lesam_dist.parallel import processes
+from lesam_dist.parallel.place import Place, find_place
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}
 MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
@@ -119,7 +119,7 @@ def test_gpu_of_a_process(
     place = Place(local_rank, local_rank, 4, 4, launcher)
     if index is None:
         with pytest.raises(UserError, match="local rank 1 has no GPU: this host shows 1"):
-            parallel._choose_device("cuda", place)
+            processes._choose_device("cuda", place)
     else:
-        assert parallel._choose_device("cuda", place) == torch.device("cuda", index)
+        assert processes._choose_device("cuda", place) == torch.device("cuda", index)
         assert chosen == [index]

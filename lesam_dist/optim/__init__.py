@@ -1,4 +1,4 @@
-"""Sharpness-aware optimizers: one file per method, on one protocol (`base`) and one set of operations (`ops`).
+"""Sharpness-aware optimizers: one file per method, on one engine (`engine`).
 
 The names are imported when they are first used: what only reads a config or prints a help needs no torch.
 """
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lesam_dist.optim.asam import ASAM, adaptive_groups
-    from lesam_dist.optim.base import SharpnessAware
     from lesam_dist.optim.budget import CosineBudget
     from lesam_dist.optim.eigen import EigenSAM
+    from lesam_dist.optim.engine.base import SharpnessAware
     from lesam_dist.optim.esam import ESAM
     from lesam_dist.optim.fisher import FisherSAM
     from lesam_dist.optim.friendly import FriendlySAM
@@ -63,7 +63,7 @@ _FILES = {
     "FisherSAM": "fisher",
     "FriendlySAM": "friendly",
     "LookSAM": "looksam",
-    "SharpnessAware": "base",
+    "SharpnessAware": "engine.base",
     "adaptive_groups": "asam",
     "norm_groups": "samon",
 }

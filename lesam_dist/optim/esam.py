@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import Closure
-from lesam_dist.optim.fixed_radius import FixedRadius
-from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Radius
-from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.base import Closure
+from lesam_dist.optim.engine.fixed_radius import FixedRadius
+from lesam_dist.optim.engine.reference import Radius
+from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class ESAM(FixedRadius):

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.fixed_radius import FixedRadius
-from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Direction
-from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.fixed_radius import FixedRadius
+from lesam_dist.optim.engine.options import require_nonnegative
+from lesam_dist.optim.engine.reference import Direction
+from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 _AVERAGE = "friendly_ema"
 

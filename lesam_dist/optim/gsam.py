@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.fixed_radius import FixedRadius
-from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.reference import Radius
-from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.fixed_radius import FixedRadius
+from lesam_dist.optim.engine.options import require_nonnegative
+from lesam_dist.optim.engine.reference import Radius
+from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class GSAM(FixedRadius):

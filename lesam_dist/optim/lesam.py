@@ -22,12 +22,12 @@ from typing import Any, Literal
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.asam import metric
-from lesam_dist.optim.base import SharpnessAware
-from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.reference import Radius
-from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.base import SharpnessAware
+from lesam_dist.optim.engine.options import require_nonnegative
+from lesam_dist.optim.engine.reference import Radius
+from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class LESAM(SharpnessAware):

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.fixed_radius import FixedRadius
-from lesam_dist.optim.options import require_nonnegative
-from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.fixed_radius import FixedRadius
+from lesam_dist.optim.engine.options import require_nonnegative
+from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 _KEPT = "look_back"
 

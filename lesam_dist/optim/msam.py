@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.shared import BaseOptimizer
-from lesam_dist.optim.single_pass import SinglePass
-from lesam_dist.parallel import local_shard
+from lesam_dist.optim.engine.single_pass import SinglePass
+from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.parallel.shards import local_shard
 
 _MOMENTA = ("momentum_buffer", "exp_avg")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.base import SharpnessAware
-from lesam_dist.optim.reference import Radius
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.base import SharpnessAware
+from lesam_dist.optim.engine.reference import Radius
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class Plain(SharpnessAware):

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.perturbation import Aim
-from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer
-from lesam_dist.optim.single_pass import SinglePass
+from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.single_pass import SinglePass
+from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 _PREVIOUS = "previous_grad"
 

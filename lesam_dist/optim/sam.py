@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.fixed_radius import FixedRadius
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.fixed_radius import FixedRadius
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class SAM(FixedRadius):

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.optim.sam import SAM
-from lesam_dist.optim.shared import BaseOptimizer
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

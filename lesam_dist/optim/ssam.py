@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.fixed_radius import FixedRadius
-from lesam_dist.optim.rows import Gradients
-from lesam_dist.optim.shared import BaseOptimizer
+from lesam_dist.optim.engine.fixed_radius import FixedRadius
+from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class SSAM(FixedRadius):

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from lesam_dist.config.schema import Config, flatten
 from lesam_dist.errors import SharedError
-from lesam_dist.parallel import Distributed
-from lesam_dist.report import name_of
-from lesam_dist.train.config import Config, flatten
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.report import name_of
 
 _FREE = ("data.root", "data.workers", "run_dir")  # paths and cores are a node's own; what they hold is compared
 _PACKAGES = ("triton", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120")

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lesam_dist.blocks import compile_in_place, find_blocks, recompute_in_backward
+from lesam_dist.config.schema import Config, DataConfig, OptimizerConfig
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
@@ -22,10 +22,10 @@ from lesam_dist.data.folder import remarks
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights, require_input
 from lesam_dist.optim import CosineBudget, SharpnessAware
-from lesam_dist.optim.ops import require_interpreter
+from lesam_dist.optim.engine.backend import require_interpreter
 from lesam_dist.optim.plain import Plain
-from lesam_dist.parallel import Distributed
-from lesam_dist.train.config import Config, DataConfig, OptimizerConfig
+from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.methods import METHODS, method_arguments, param_groups
 
 _DRY_BATCHES = 2

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from lesam_dist.errors import SharedError, UserError
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import manifest
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.manifest import DamagedError, Files

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lesam_dist.config.schema import Config
 from lesam_dist.errors import DivergedError
-from lesam_dist.parallel import local_shard
+from lesam_dist.parallel.shards import local_shard
 from lesam_dist.train.checkpoint import Checkpointer
-from lesam_dist.train.config import Config
 
 
 class NonFiniteSteps:

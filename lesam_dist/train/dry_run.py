@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lesam_dist.parallel import Distributed
-from lesam_dist.train.config import Config
+from lesam_dist.config.schema import Config
+from lesam_dist.parallel.processes import Distributed
 
 _IMAGES = 4  # of each process in a micro-batch on a CPU
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lesam_dist.parallel import Distributed, local_shard
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.shards import local_shard
 from lesam_dist.train.passes import average_over_ranks
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lesam_dist.parallel import Distributed
-from lesam_dist.wrapping import is_sharded
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import is_sharded
 
 _TOP = 5
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from lesam_dist import optim
+from lesam_dist.config.method_fields import METHOD_FIELDS, shared_fields
+from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.errors import UserError
 from lesam_dist.optim.samon import is_norm
-from lesam_dist.train.config import OptimizerConfig
-from lesam_dist.train.method_fields import METHOD_FIELDS, shared_fields
 
 METHODS: dict[str, type[optim.SharpnessAware]] = {
     "lesam": optim.LESAM,

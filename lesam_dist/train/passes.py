@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lesam_dist.parallel import Distributed
-from lesam_dist.replicas import Sync, replica_average
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.replicas import Sync, replica_average
 
 
 class BatchPasses:
@@ -116,7 +116,7 @@ def gradient_sync(model: nn.Module, sync: Sync) -> Iterator[None]:
     average = replica_average(model)
     if sync == "replica" and average is None:
         raise RuntimeError(
-            "sync='replica' needs a model that lesam_dist.wrapping.wrap(..., 'hsdp', scope='replica') made; "
+            "sync='replica' needs a model that lesam_dist.parallel.wrap(..., 'hsdp', scope='replica') made; "
             f"this one is a {type(model).__name__}."
         )
     if isinstance(model, FSDPModule):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from lesam_dist.config.command_line import dump, parse
+from lesam_dist.config.schema import Config, check_same_run, differences, flatten
 from lesam_dist.errors import UserError
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.checkpoint import Checkpointer
-from lesam_dist.train.cli import dump, parse
-from lesam_dist.train.config import Config, check_same_run, differences, flatten
 from lesam_dist.train.telemetry import METRICS
 
 CONFIG = "config.yaml"

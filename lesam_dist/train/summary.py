@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lesam_dist.parallel import Distributed
-from lesam_dist.train.config import Config
+from lesam_dist.config.schema import Config
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.methods import METHODS
 
 

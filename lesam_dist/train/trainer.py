@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from lesam_dist.config.schema import Config, flatten
 from lesam_dist.data import Loader
 from lesam_dist.errors import UserError
 from lesam_dist.models import require_model
 from lesam_dist.optim.plain import Plain
-from lesam_dist.parallel import Distributed, process_group, reduce_max
+from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.parallel.shards import reduce_max
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.checkpoint import Checkpointer
-from lesam_dist.train.config import Config, flatten
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
 from lesam_dist.train.dry_run import shorten
 from lesam_dist.train.ema import WeightAverage
@@ -32,7 +34,6 @@ from lesam_dist.train.passes import BatchPasses, average_batchnorm
 from lesam_dist.train.run_dir import RunDir, claim
 from lesam_dist.train.summary import describe_run
 from lesam_dist.train.telemetry import RunLog, plot_curves
-from lesam_dist.wrapping import wrap
 
 _ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

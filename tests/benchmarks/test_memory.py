@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from traffic import BASES, Base
 
 from lesam_dist import LESAM
-from lesam_dist.parallel import Distributed
-from lesam_dist.wrapping import wrap
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from tests.distributed.processes import run
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from lesam_dist.data import ImageFolder, Loader, Transform, scan_split
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, RESIZE = 48, 56
 
-# torchvision: the same Pillow operations. DALI: Pillow rounds to 8 bits after resizing rows and again after
+# torchvision: the same Pillow backends. DALI: Pillow rounds to 8 bits after resizing rows and again after
 # columns, DALI once, so that each value may be a grey level off; 0.01 is for float32.
 TOLERANCE = {"torchvision": 0.01, "dali": 1.01}  # grey levels of 255
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lesam_dist.bucket_average import average_each
+from lesam_dist.parallel.bucket_average import average_each
 
 
 def counting_hook(reductions: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -14,11 +14,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
 
 # What every test's processes import; the server that they are forked from has it, once for the whole run of pytest.
 # It has no threads and has computed nothing: none of these modules starts any.
-PRELOAD = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "lesam_dist", "lesam_dist.wrapping", "tests.methods"]
+PRELOAD = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "lesam_dist",
+    "lesam_dist.parallel.wrapping",
+    "tests.methods",
+]
 
 
 def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

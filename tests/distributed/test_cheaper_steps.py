@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import SGD
 
 from lesam_dist import LESAM, S2SAM, FriendlySAM, LookSAM
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
 from tests.distributed.test_scopes import part_of, whole

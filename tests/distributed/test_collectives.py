@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lesam_dist import LESAM
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import wrap
 from tests.distributed.hooks import counting_average
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import make_net
@@ -26,7 +26,7 @@ def collectives(here: Distributed, strategy: Any, options: dict[str, Any], lesam
     """
     net = make_net()
     buckets: list[int] = []
-    with mock.patch("lesam_dist.wrapping.average_each", counting_average(buckets)):
+    with mock.patch("lesam_dist.parallel.wrapping.average_each", counting_average(buckets)):
         model = wrap(net, here, strategy, **options)
     passes = BatchPasses(model, nn.CrossEntropyLoss(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
     optimizer = LESAM(net.parameters(), torch.optim.SGD, lr=0.1, **lesam)

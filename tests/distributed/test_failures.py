@@ -199,7 +199,7 @@ def test_srun_is_one_run_and_a_bad_image_of_any_rank_is_named(
 
 def test_processes_end_with_their_launcher() -> None:
     """A launcher that is killed outright can end nobody: its child notices, though its main thread never looks."""
-    child = "import time, sys; from lesam_dist.report import end_with_launcher; end_with_launcher(); "
+    child = "import time, sys; from lesam_dist.parallel.report import end_with_launcher; end_with_launcher(); "
     child += "print('begun', flush=True); time.sleep(600)"
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     with subprocess.Popen(
@@ -227,7 +227,7 @@ def disagree(here: parallel.Distributed, root: str, folder: str) -> list[str]:
         else:
             said.append("")
 
-    from lesam_dist.train.cli import parse
+    from lesam_dist.config.command_line import parse
 
     config = parse(["--config", "digits", "--run_dir", f"{folder}/{here.rank}", "--data.root", f"/on/{here.rank}"])
     note(agreement.agree_on_setup, config)

@@ -13,9 +13,9 @@ from torchvision.models import VisionTransformer
 
 from lesam_dist import LESAM
 from lesam_dist.models import build_model
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 
 STEPS, BATCH, CLASSES = 4, 16, 5

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from lesam_dist import LESAM
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import make_net, make_problem
 from tests.distributed.test_scopes import part_of, whole

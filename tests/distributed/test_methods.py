@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lesam_dist import optim
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, STEPS, make_net, make_problem
 from tests.distributed.test_scopes import part_of, whole

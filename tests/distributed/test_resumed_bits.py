@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from lesam_dist import GSAM, LESAM
 from lesam_dist.optim import SharpnessAware
-from lesam_dist.parallel import Distributed, local_shard
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.shards import local_shard
+from lesam_dist.parallel.wrapping import Strategy, wrap
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import Strategy, wrap
 from tests.distributed.processes import run
 
 STEPS, CUTS = 30, 20

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM, optim
 from lesam_dist.errors import UserError
-from lesam_dist.parallel import Distributed
-from lesam_dist.replicas import Sync
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.replicas import Sync
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from lesam_dist.wrapping import wrap
 from tests.distributed.hooks import counting_average
 from tests.distributed.processes import run
 from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
@@ -65,7 +65,7 @@ def own_perturbations(here: Distributed, seed: int, scope: Any) -> dict[str, Any
     net.load_state_dict(state)
     reductions: list[int] = []
     if scope == "local":
-        with mock.patch("lesam_dist.wrapping.average_each", counting_average(reductions)):
+        with mock.patch("lesam_dist.parallel.wrapping.average_each", counting_average(reductions)):
             model = wrap(net, here, "ddp")
     else:
         model = wrap(net, here, "hsdp", shard_size=2, wrap_classes=["Linear"], scope="replica")

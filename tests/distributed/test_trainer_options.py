@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from lesam_dist.parallel import Distributed
+from lesam_dist.config.command_line import parse
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import trainer
-from lesam_dist.train.cli import parse
 from lesam_dist.train.meter import Meter
 from lesam_dist.train.telemetry import read_metrics
 from tests.distributed.processes import run

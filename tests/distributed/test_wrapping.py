@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lesam_dist.config.command_line import parse
 from lesam_dist.errors import UserError
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import trainer
-from lesam_dist.train.cli import parse
 from lesam_dist.train.telemetry import read_metrics
-from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))

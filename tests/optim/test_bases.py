@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lesam_dist import GSAM, LESAM, SAM, CosineBudget, SharpnessAware
-from lesam_dist.optim.fused import make_momentum
+from lesam_dist.optim.engine.fused import make_momentum
 from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
 
 BACKENDS = ["reference", "triton"]

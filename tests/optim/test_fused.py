@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, RMSprop
 
 from lesam_dist import LESAM, SAM
-from lesam_dist.optim.triton_ops import TritonOps
+from lesam_dist.optim.engine.triton_backend import TritonOps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lesam_dist import LESAM, SAM, CosineBudget
 from lesam_dist.optim import ESAM, FriendlySAM, LookSAM
-from lesam_dist.optim.ops import choose
-from lesam_dist.optim.rows import Rows
+from lesam_dist.optim.engine.backend import choose
+from lesam_dist.optim.engine.rows import Rows
 from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
 
 BACKENDS = ["reference", "triton"]

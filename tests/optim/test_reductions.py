@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lesam_dist
-from lesam_dist.optim import reference
+from lesam_dist.optim.engine import reference
 
 SHAPES = [(1,), (77,), (4096,), (64, 3, 3, 3), (4097,), (601, 180), (128, 128, 3, 3), (2000, 700)]
 Reduction = Callable[[list[Tensor], list[Tensor]], Tensor]

@@ -29,11 +29,11 @@ import torch
 import yaml
 
 from lesam_dist.cli import main
+from lesam_dist.config.explain import sections
+from lesam_dist.config.method_fields import METHOD_FIELDS, PLAIN
+from lesam_dist.config.recipes import bases, compose, methods, recipes
+from lesam_dist.config.schema import Config, default_values
 from lesam_dist.train import build, compare, sweep, trainer
-from lesam_dist.train.config import Config, default_values
-from lesam_dist.train.explain import sections
-from lesam_dist.train.method_fields import METHOD_FIELDS, PLAIN
-from lesam_dist.train.recipes import bases, compose, methods, recipes
 
 _SECONDS = 20
 _NASTY = (

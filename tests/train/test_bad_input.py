@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lesam_dist.train.cli import parse
+from lesam_dist.config.command_line import parse
 from tests.train.conftest import Command
 
 FLAGS = [

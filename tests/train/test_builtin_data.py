@@ -56,8 +56,8 @@ def test_a_run_on_cifar_and_its_resumption(
 
 
 def test_options_reach_the_loader(cifar: tuple[str, ...], tmp_path: Path) -> None:
-    from lesam_dist.parallel import Distributed
-    from lesam_dist.train.cli import parse
+    from lesam_dist.config.command_line import parse
+    from lesam_dist.parallel.processes import Distributed
 
     here = Distributed(1, 1, 2, torch.device("cpu"))
     flags = ("--data.mean", "[0.1,0.2,0.3]", "--data.horizontal_flip", "false", "--data.eval_batch_size", "10")

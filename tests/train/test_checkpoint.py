@@ -16,7 +16,7 @@ from torch import nn
 
 from lesam_dist import LESAM
 from lesam_dist.errors import UserError
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import manifest
 from lesam_dist.train.checkpoint import Checkpointer
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from lesam_dist.cli import run
+from lesam_dist.config.command_line import parse
+from lesam_dist.experiments.compare import compared
+from lesam_dist.experiments.cost import sgd_steps
+from lesam_dist.experiments.report import markdown
+from lesam_dist.experiments.runs import Outcome, paired_difference
 from lesam_dist.train import trainer
-from lesam_dist.train.cli import parse
-from lesam_dist.train.compare import compared
-from lesam_dist.train.cost import sgd_steps
-from lesam_dist.train.experiment_report import markdown
-from lesam_dist.train.experiments import Outcome, paired_difference
 from lesam_dist.train.telemetry import read_metrics
 from tests.train.conftest import Command
 from tests.train.test_trainer import timeless

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM
-from lesam_dist.parallel import Distributed
+from lesam_dist.config.command_line import parse
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import Strategy, wrap
 from lesam_dist.train import trainer
 from lesam_dist.train.checkpoint import Checkpointer
-from lesam_dist.train.cli import parse
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.passes import BatchPasses, batchnorms
-from lesam_dist.wrapping import Strategy, wrap
 from tests.distributed.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))

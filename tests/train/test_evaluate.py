@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.evaluate import evaluate
-from lesam_dist.wrapping import wrap
 from tests.distributed.processes import run
 
 SAMPLES = 11

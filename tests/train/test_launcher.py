@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lesam_dist.config.command_line import parse
+from lesam_dist.config.launcher import accelerate_flags
 from lesam_dist.errors import UserError
-from lesam_dist.train.cli import parse
-from lesam_dist.train.launcher import accelerate_flags
 from tests.distributed.processes import free_port
 
 ROOT = Path(__file__).parents[2]

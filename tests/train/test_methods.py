@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from lesam_dist import optim
+from lesam_dist.config.checks import OPTIMIZERS
+from lesam_dist.config.method_fields import METHOD_FIELDS
+from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.errors import UserError
 from lesam_dist.train.build import build_optimizer
-from lesam_dist.train.checks import OPTIMIZERS
-from lesam_dist.train.config import OptimizerConfig
-from lesam_dist.train.method_fields import METHOD_FIELDS
 from lesam_dist.train.methods import METHODS, method_arguments
 from lesam_dist.train.telemetry import read_metrics
 from tests.train.conftest import Command

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torchvision.models import VisionTransformer
 
+from lesam_dist.config.command_line import parse
+from lesam_dist.config.schema import Config, check_same_run, flatten
 from lesam_dist.errors import UserError
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import build
-from lesam_dist.train.cli import parse
-from lesam_dist.train.config import Config, check_same_run, flatten
 from lesam_dist.train.telemetry import read_metrics
 from tests.train.conftest import Command
 

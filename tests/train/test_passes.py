@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM, optim
-from lesam_dist.parallel import Distributed
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses, average_batchnorm, frozen_batchnorm
-from lesam_dist.wrapping import wrap
 from tests.distributed.hooks import counting_hook
 from tests.distributed.processes import run
 

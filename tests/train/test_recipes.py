@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
+from lesam_dist.config.command_line import dump, parse, read_command_line
+from lesam_dist.config.recipes import ALIASES, bases, compose, merge, methods, recipes, split
+from lesam_dist.config.schema import Config, OptimizerConfig, flatten
 from lesam_dist.models import build_model
 from lesam_dist.train.build import build_optimizer
-from lesam_dist.train.cli import dump, parse, read_command_line
-from lesam_dist.train.config import Config, OptimizerConfig, flatten
 from lesam_dist.train.methods import METHODS
-from lesam_dist.train.recipes import ALIASES, bases, compose, merge, methods, recipes, split
 from tests.train.conftest import Command
 
 TABLE_1 = ("sgd", "eigensam", "asam", "esam", "fsam", "sam", "lesam")

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
+from lesam_dist.config.command_line import dump, parse
+from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
-from lesam_dist.parallel import Distributed
-from lesam_dist.train.cli import dump, parse
-from lesam_dist.train.config import Config
-from lesam_dist.train.experiments import ExperimentParser
+from lesam_dist.experiments.runs import ExperimentParser
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.run_dir import claim
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))

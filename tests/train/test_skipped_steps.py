@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesam_dist.parallel import Distributed
+from lesam_dist.config.command_line import parse
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import trainer
-from lesam_dist.train.cli import parse
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 

@@ -1,0 +1,282 @@
+"""What a config must not say, checked before anything is built."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import Any
+
+from lesam_dist.config.explain import expected, is_optional
+from lesam_dist.config.method_fields import METHOD_FIELDS, PLAIN, check_method_fields
+from lesam_dist.config.schema import Config, default_values, flatten
+from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.optim.engine.options import check_options
+
+OPTIMIZERS = (*METHOD_FIELDS, *PLAIN)
+
+_FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
+_CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
+
+# Larger ones are typing errors that would end in hours of nothing, or in no memory.
+_AT_MOST = {
+    "epochs": 1_000_000,
+    "seed": 2**32 - 1,  # torch's generator on the CPU drops higher bits: other seeds, the same numbers
+    "model.num_classes": 10**6,
+    "data.batch_size": 1 << 24,
+    "data.eval_batch_size": 1 << 20,
+    "data.image_size": 1 << 14,
+    "data.val_resize": 1 << 14,
+    "data.crop_padding": 1 << 14,
+    "data.cutout": 1 << 14,
+    "data.workers": 1024,
+    "optimizer.interval": 1_000_000,
+    "optimizer.power_steps": 1000,
+    "optimizer.ascent_interval": 1_000_000,
+    "parallel.timeout_s": 10_000_000,
+}
+
+_AT_LEAST = {
+    "epochs": 1,
+    "seed": 0,
+    "model.num_classes": 2,
+    "data.batch_size": 1,
+    "data.eval_batch_size": 1,
+    "data.micro_batches": 1,
+    "data.image_size": 1,
+    "data.val_resize": 1,
+    "data.workers": 1,
+    "optimizer.lr": 0,
+    "optimizer.momentum": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.sigma": 0,
+    "optimizer.rho_max": 0,
+    "optimizer.eps": 0,
+    "optimizer.alpha": 0,
+    "optimizer.rho": 0,
+    "optimizer.rho_min": 0,
+    "optimizer.eta": 0,
+    "optimizer.start_epoch": 0,
+    "schedule.lr_warmup_epochs": 0,
+    "schedule.sigma_warmup_epochs": 0,
+    "schedule.anneal_start_epoch": 0,
+    "parallel.shard_size": 1,
+    "parallel.replicate_size": 1,
+    "parallel.timeout_s": 1,
+    "checkpoint.every_epochs": 1,
+    "checkpoint.keep": 1,
+    "logging.every_steps": 1,
+    "max_nonfinite_steps": 1,
+}
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range, and those that contradict each other.
+
+    Raises:
+        UserError: for the first of them, with the value and the remedy.
+    """
+    values = flatten(config)
+    _check_values(values)
+    if config.optimizer.name not in OPTIMIZERS:
+        raise unknown_name("optimizer", config.optimizer.name, OPTIMIZERS)
+    if config.resume not in (None, "auto"):
+        raise UserError(f"resume is '{config.resume}': it is 'auto' or null.")
+    for path, low in _AT_LEAST.items():
+        if values[path] is not None and not values[path] >= low:
+            raise UserError(f"{path} is {values[path]}: it must be at least {low}.")
+    for path, high in _AT_MOST.items():
+        if values[path] is not None and values[path] > high:
+            raise UserError(f"{path} is {values[path]}: it must be at most {high}.")
+    if not 0 <= config.loss.label_smoothing < 1:
+        raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
+    _check_data(config)
+    _check_optimizer(config)
+    _check_parallel(config)
+    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
+        raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
+    _check_precision(config)
+    _check_schedule(config)
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Refuse what no field holds: null where it means nothing, numbers that are not finite."""
+    for path, value in values.items():
+        if value is None and not is_optional(path):
+            raise UserError(f"{path} is null: it must be {expected(path)}.")
+        if isinstance(value, str) and _has_no_text(value):
+            raise UserError(f"{path} is {value!r}: it must be one line of text in UTF-8.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{path} is {value}: it must be {expected(path)}, and finite.")
+
+
+def _has_no_text(value: str) -> bool:
+    """Whether it has control characters, or bytes of another encoding."""
+    return any(c < " " or "\ud800" <= c <= "\udfff" for c in value)
+
+
+def folder(field: str, text: str) -> str:
+    """A folder as it was given, with the home folder in place of ``~``.
+
+    Raises:
+        UserError: for what is no folder's name, or would make one that nobody meant.
+    """
+    if text.strip() in ("", "null", "None"):
+        raise UserError(f"{field} is '{text}': give a folder.")
+    if _has_no_text(text):  # neither TensorBoard nor DALI can have it
+        raise UserError(
+            f"{field} is {text!a}: it has control characters, or bytes that are no text in the encoding "
+            f"{sys.getfilesystemencoding()}. Set the environment variable PYTHONUTF8=1, or choose another name."
+        )
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{field} is '{text}': there is no user of that name. Write ./{text} for a folder of that name."
+        )
+    return expanded
+
+
+def _check_data(config: Config) -> None:
+    """Refuse what would have no effect."""
+    is_cifar = config.data.builtin in ("cifar10", "cifar100")
+    default = type(config.data)()
+    for name in _FOLDERS_ONLY if is_cifar else _CIFAR_ONLY:
+        value = getattr(config.data, name)
+        if value != getattr(default, name):
+            kind = "class folders" if is_cifar else "cifar10 and cifar100"
+            raise UserError(
+                f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
+                f"augmented that way. Leave it at {getattr(default, name)}."
+            )
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer, strategy = config.optimizer, config.parallel.strategy
+    check_method_fields(config, flatten(config), default_values())
+    _check_base(config)
+    names = ("scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
+    try:
+        check_options("optimizer", {name: getattr(optimizer, name) for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    _check_window(config)
+    if optimizer.scope == "local" and strategy in ("fsdp", "hsdp"):
+        raise UserError(
+            f"optimizer.scope is local but parallel.strategy is {strategy}: the shards of all processes are one "
+            "copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, or global."
+        )
+    if optimizer.scope == "replica" and strategy != "hsdp":
+        raise UserError(
+            f"optimizer.scope is replica but parallel.strategy is {strategy}: only hsdp has replicas of shards. "
+            "Choose hsdp, or global."
+        )
+    if config.data.accumulation_mode == "micro":
+        if optimizer.name in ("sgd", "adamw"):
+            raise UserError(
+                f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: "
+                "choose batch."
+            )
+        if config.precision.compute == "fp16":
+            raise UserError(
+                "data.accumulation_mode is micro but precision.compute is fp16, whose loss scale is taken off only "
+                "once a step: choose bf16, or batch."
+            )
+
+
+def _check_base(config: Config) -> None:
+    optimizer = config.optimizer
+    if not optimizer.momentum < 1:
+        raise UserError(f"optimizer.momentum is {optimizer.momentum}: it must be below 1.")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise UserError(f"optimizer.betas is {list(optimizer.betas)}: both must be in [0, 1).")
+    if optimizer.nesterov and optimizer.momentum == 0:
+        raise UserError("optimizer.nesterov is true but optimizer.momentum is 0: set momentum above 0, e.g. 0.9.")
+
+
+def _check_parallel(config: Config) -> None:
+    """Refuse what this strategy would not look at."""
+    parallel, model = config.parallel, config.model
+    is_sharded = parallel.strategy in ("fsdp", "hsdp")
+    if not is_sharded and not parallel.reshard_after_forward:
+        raise UserError(
+            f"parallel.reshard_after_forward is false but parallel.strategy is {parallel.strategy}, which gathers no "
+            "parameters: choose fsdp or hsdp, or leave it at true."
+        )
+    for name in ("shard_size", "replicate_size"):
+        if parallel.strategy != "hsdp" and getattr(parallel, name) is not None:
+            raise UserError(
+                f"parallel.{name} is {getattr(parallel, name)} but parallel.strategy is {parallel.strategy}: it is for "
+                "hsdp. Choose hsdp, or leave it at null."
+            )
+    if parallel.wrap_classes and not is_sharded and not model.activation_checkpointing:
+        raise UserError(
+            f"parallel.wrap_classes is {parallel.wrap_classes} but parallel.strategy is {parallel.strategy}, which "
+            "gathers no blocks, and model.activation_checkpointing is false: leave it empty."
+        )
+
+
+def _check_window(config: Config) -> None:
+    """Refuse a late switch or an annealing that would never happen."""
+    start, stop = config.optimizer.start_epoch, config.optimizer.stop_epoch
+    if (start, stop) == (0.0, None):
+        return
+    if config.optimizer.name in ("sgd", "adamw"):
+        raise UserError(
+            f"optimizer.start_epoch and stop_epoch say when a sharpness-aware method works, but optimizer.name is "
+            f"{config.optimizer.name}: leave them at 0 and null."
+        )
+    end = config.epochs if stop is None else min(stop, config.epochs)
+    if start >= end:
+        raise UserError(
+            f"optimizer.start_epoch is {start} but the method stops at epoch {end} of {config.epochs}: it would "
+            "never work. Start earlier, or stop later."
+        )
+    anneal = config.schedule.anneal_start_epoch
+    if config.optimizer.name == "lesam" and anneal is not None and stop is not None and anneal >= stop:
+        raise UserError(
+            f"schedule.anneal_start_epoch is {anneal} but optimizer.stop_epoch is {stop}: the annealing would "
+            "never start. Anneal earlier, or set it to null."
+        )
+
+
+def _check_precision(config: Config) -> None:
+    precision, strategy = config.precision, config.parallel.strategy
+    if precision.weights == "bf16" and (strategy in ("fsdp", "hsdp") or precision.compute != "bf16"):
+        raise UserError(
+            f"precision.weights is bf16 but precision.compute is {precision.compute} and parallel.strategy is "
+            f"{strategy}: it needs compute bf16, and none or ddp. To save memory when sharding, set "
+            "precision.gather_dtype to bf16."
+        )
+    if precision.gather_dtype == "fp32":
+        return
+    if strategy not in ("fsdp", "hsdp"):
+        raise UserError(
+            f"precision.gather_dtype is {precision.gather_dtype} but parallel.strategy is {strategy}, which "
+            "gathers no parameters: choose fsdp or hsdp, or fp32."
+        )
+    if precision.compute != precision.gather_dtype:
+        raise UserError(
+            f"precision.gather_dtype is {precision.gather_dtype} but precision.compute is {precision.compute}: "
+            f"products of parameters gathered in {precision.gather_dtype} are {precision.gather_dtype}. Set both "
+            f"to {precision.gather_dtype}, or gather_dtype to fp32."
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    schedule, epochs = config.schedule, config.epochs
+    start = epochs if schedule.anneal_start_epoch is None else schedule.anneal_start_epoch
+    if schedule.anneal_start_epoch is not None and start >= epochs:
+        raise UserError(
+            f"schedule.anneal_start_epoch is {start} but the run has {epochs} epochs: the annealing would never "
+            "start. Choose an earlier epoch, or null for a constant sigma."
+        )
+    if schedule.sigma_warmup_epochs > start:
+        raise UserError(
+            f"schedule.sigma_warmup_epochs is {schedule.sigma_warmup_epochs}, past the start of the annealing at "
+            f"epoch {start}: shorten it."
+        )
+    if schedule.lr_warmup_epochs > epochs:
+        raise UserError(
+            f"schedule.lr_warmup_epochs is {schedule.lr_warmup_epochs}, longer than the run of {epochs} epochs."
+        )

@@ -1,0 +1,134 @@
+"""What is wrong with a key, a value or a flag, in one line that says what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lesam_dist.config.recipes import ALIASES, bases, recipes
+from lesam_dist.config.schema import Config, default_values
+from lesam_dist.errors import one_line
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def explain(message: str, values: Mapping[str, Any]) -> str:
+    """jsonargparse's message as one line.
+
+    Args:
+        message: of its error.
+        values: what was given, by dotted path.
+    """
+    if found := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        return _positional(found[1])
+    if found := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
+        key, reason = found.groups()
+        if (text := expected(key)) is not None:
+            given = shown(values[key]) if key in values else "something else"
+            return f"{key} is {given}: it must be {text}.{_nearest_choice(key, values.get(key))}"
+        return f"{key}: {_one_line(reason)}"
+    if found := re.search(r"argument --?([\w.]+): expected one argument", message):
+        wanted = "a recipe's name or a YAML file" if found[1] == "config" else expected(found[1])
+        return f"--{found[1]} has no value: give it {wanted or 'one'}."
+    return _one_line(message)
+
+
+def expected(path: str) -> str | None:
+    """What a field holds, in words; None where there is no such field."""
+    kind = _kinds().get(path)
+    return None if kind is None else _in_words(kind, path)
+
+
+def unknown_key(paths: Iterable[str]) -> str | None:
+    """What to say of the first of these that the config does not have; None where it has all."""
+    known = {*_kinds(), "help", "print_config"}
+    return next((nearest_key(path) for path in paths if path.removesuffix("+") not in known), None)
+
+
+def is_optional(path: str) -> bool:
+    """Whether null is a value of the field."""
+    return type(None) in get_args(_kinds()[path])
+
+
+def sections() -> dict[str, str]:
+    """The config's groups of fields, each with its first field."""
+    hints = get_type_hints(Config)
+    return {name: fields(kind)[0].name for name, kind in hints.items() if is_dataclass(kind)}
+
+
+def nearest_key(key: str) -> str:
+    """What to say of a key that the config does not have."""
+    keys = [*default_values(), "config", "help", "print_config"]
+    if key.split(".")[-1] == "help":
+        return "--help shows every field with its meaning; --print_config the values of a recipe."
+    near = difflib.get_close_matches(key.replace("-", "_"), keys, n=1, cutoff=0.5)
+    if not near:  # a field named without its section
+        leaves = {k.split(".")[-1]: k for k in keys}
+        leaf = key.split(".")[-1].replace("-", "_")
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
+    hint = f"did you mean '{near[0]}'?" if near else "see --help for all of them."
+    return f"unknown key '{one_line(key)}': {hint}"
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it, on one line and not too long."""
+    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or value in (True, False) else None
+    return one_line(str(value) if text is None else text) or "empty"
+
+
+def _positional(text: str) -> str:
+    word = text.split()[0] if text.split() else text
+    if word.startswith("-"):
+        return nearest_key(word.lstrip("-"))
+    known = {name.lower(): name for name in (*ALIASES, *bases(), *recipes())}
+    if word.lower() in known or word.endswith((".yaml", ".yml")):
+        return f"'{word}' has no flag before it: did you mean --config {known.get(word.lower(), word)}?"
+    return f"'{shown(word)}' has no flag before it: every value follows its own --SECTION.FIELD, see --help."
+
+
+def _nearest_choice(key: str, value: Any) -> str:
+    choices = [str(choice) for choice in _choices(_kinds()[key])]
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """Each leaf's type by its dotted path."""
+    kinds: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config).items():
+        if is_dataclass(kind):
+            kinds |= {f"{name}.{leaf}": k for leaf, k in get_type_hints(kind).items()}
+        else:
+            kinds[name] = kind
+    return kinds
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(choice for part in get_args(kind) for choice in _choices(part))
+
+
+def _in_words(kind: Any, path: str) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        inner = " or ".join(_in_words(part, path) for part in parts if part is not type(None))
+        return f"{inner}, or null" if type(None) in parts else inner
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
+    if origin is tuple:
+        default = default_values()[path]
+        return f"{len(parts)} numbers in brackets, e.g. [{','.join(f'{value:g}' for value in default)}]"
+    if origin is list:
+        return "names in brackets, e.g. [A,B]"
+    return _NAMES.get(kind, str(kind))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("typing.", "").split())

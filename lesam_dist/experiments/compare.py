@@ -1,0 +1,110 @@
+"""`lesam-dist compare`: methods against each other, with the same data, epochs and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from lesam_dist.config.command_line import parse
+from lesam_dist.config.recipes import bases, merge, method_part, methods, split
+from lesam_dist.config.sources import flags_for
+from lesam_dist.errors import UserError, one_line, unknown_name
+from lesam_dist.experiments.report import NOTE, number, outcome_numbers, plot, plus_minus, report
+from lesam_dist.experiments.runs import ExperimentParser, Outcome, make_setting, paired_difference, run_all
+
+_PREFERRED = "sam"  # what the others are measured against
+# Hyper-parameters that several methods have: one that is put into another's config starts from its own defaults.
+_SHARED = ("alpha", "rho", "eta", "beta", "gamma", "lam", "interval", "power_steps", "rho_min")
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Train every method with every seed; show and save the table and the plot.
+
+    Raises:
+        UserError: for anything wrong in ``argv``, before the first run starts; as `lesam_dist.train.trainer.train`.
+    """
+    parser = _parser()
+    arguments, flags = parser.parse_known(argv)
+    parser.refuse(flags, ["optimizer.name"])
+    names, run_dir = _method_names(arguments.methods), arguments.run_dir
+    optimizers = [name.removesuffix("_plus") for name in names]
+    settings = [
+        make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags), run_dir, arguments.seeds)
+        for n, o in zip(names, optimizers, strict=True)
+    ]
+    outcomes, here = run_all(settings)
+    if not here.is_main:
+        return
+    reference = _PREFERRED if _PREFERRED in names else names[0]
+    rows, numbers = compared(outcomes, reference)
+    epochs = settings[0].runs[0].epochs
+    title = f"{arguments.config}, {epochs} epochs, {arguments.seeds} seed{'s' * (arguments.seeds > 1)}"
+    note = f"{title}. {NOTE} Difference: to {reference} with the same seed, mean and standard error."
+    if reference != _PREFERRED:
+        note += f" ({_PREFERRED} is not among the methods, so the first one takes its place.)"
+    header = ("method", "top-1 (%)", f"difference to {reference}", "cost (SGD steps)")
+    described = {"config": arguments.config, "flags": flags, "epochs": epochs, "seeds": arguments.seeds}
+    plot(run_dir / "compare.png", outcomes, title, "method", None)
+    report(run_dir, "compare", header, rows, note, {**described, "reference": reference, "methods": numbers})
+
+
+def compared(outcomes: Sequence[Outcome], reference: str) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
+    """The rows of the table, and the same numbers by method; ``reference`` is the method that differences are to."""
+    base = next(outcome for outcome in outcomes if outcome.name == reference)
+    rows: list[tuple[str, ...]] = []
+    numbers: dict[str, Any] = {}
+    for outcome in outcomes:
+        mean, error = paired_difference(outcome.acc1, base.acc1)
+        shown = "-" if outcome is base else plus_minus(mean, error, signed=True)
+        rows.append((outcome.name, plus_minus(outcome.mean, outcome.std), shown, f"{outcome.cost:.2f}"))
+        difference = {"mean": number(mean), "standard_error": number(error)}
+        numbers[outcome.name] = outcome_numbers(outcome) | {"difference": difference}
+    return rows, numbers
+
+
+def _parser() -> ExperimentParser:
+    parser = ExperimentParser(
+        "compare",
+        usage="lesam-dist compare --config DATA_MODEL --methods M1,M2,... [--seeds N] [--run_dir DIR] "
+        "[--SECTION.FIELD VALUE ...]",
+        description="Train several methods with the same seeds, one run after the other, and compare their final top-1 "
+        "accuracy: a table (compare.md, compare.json) and a plot (compare.png). Every other flag is one of "
+        "`lesam-dist train` and holds for all runs, e.g. --epochs, --data.root or --optimizer.lr; a method's "
+        "hyper-parameter holds for those of the methods that have it.",
+        config_help="DATA_MODEL, e.g. cifar100_resnet18, where each method has the hyper-parameters of its recipe; or "
+        "a YAML file, whose own method is taken as it is, and any other with that method's usual hyper-parameters",
+        example="lesam-dist compare --config digits_noisy --methods sgd,sam,lesam --seeds 5",
+    )
+    parser.add_argument(
+        "--methods",
+        required=True,
+        help=f"names with commas between: {', '.join(methods())}. Differences are to {_PREFERRED}, or to the first one",
+    )
+    return parser
+
+
+def _method_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in methods():
+            raise unknown_name("method", name, methods())
+    if not names:
+        raise UserError("--methods is empty: give names with commas between, e.g. --methods sgd,sam,lesam.")
+    if len(set(names)) < len(names):
+        raise UserError(f"--methods is {one_line(text)}: each method can be there once.")
+    return names
+
+
+def _sources(config: str, method: str) -> list[str]:
+    """What makes up the config of a method: a recipe, or a file with the method over it."""
+    found = split(config)
+    if found is not None or config in bases():
+        return [f"{config if found is None else found[0]}_{method}"]
+    optimizer = parse(["--config", config]).optimizer
+    own = "lesam_plus" if optimizer.name == "lesam" and optimizer.alpha else optimizer.name
+    if own == method:
+        return [config]
+    forgotten = {"optimizer": {**dict.fromkeys(_SHARED), "adaptive": False}}
+    return [config, str(yaml.safe_dump(merge(forgotten, method_part(method))))]

@@ -1,0 +1,59 @@
+"""What a step of each method costs, counted rather than claimed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lesam_dist.config.schema import Config, OptimizerConfig
+from lesam_dist.train.build import build_optimizer
+from lesam_dist.train.passes import BatchPasses
+
+_FORWARD = 1 / 3  # of a forward and backward pass: a backward pass costs about two forward passes
+_BATCH = 120
+_LONGEST_PERIOD = 100  # steps: of the methods whose period the config leaves to their own default
+
+
+def sgd_steps(config: Config) -> float:
+    """Cost of a run's average step, in forward and backward passes over its batch; 1.0 is SGD.
+
+    The optimizer's own arithmetic is not in it, nor is communication. Epochs outside ``start_epoch`` to ``stop_epoch``
+    count as SGD's.
+    """
+    optimizer, epochs = config.optimizer, float(config.epochs)
+    stop = epochs if optimizer.stop_epoch is None else min(optimizer.stop_epoch, epochs)
+    return 1 + (passes_per_step(optimizer) - 1) * (stop - optimizer.start_epoch) / epochs
+
+
+def passes_per_step(config: OptimizerConfig) -> float:
+    """Passes that the method makes in a step, on average, by counting the calls of its closure on a tiny network.
+
+    Only a share of the samples counts as that share, and a forward pass alone as a third.
+    """
+    # Neither who computes nor over whom gradients are reduced changes the number of passes.
+    config = replace(config, backend="reference", scope="global")
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+        optimizer = build_optimizer(model, config)
+        images, labels = torch.randn(_BATCH, 3), torch.randint(3, (_BATCH,))
+        period = (config.interval or _LONGEST_PERIOD) * config.ascent_interval
+        counted = 0.0
+        for step in range(2 * period):
+            closure = _Counting(model, nn.CrossEntropyLoss(), images, labels)
+            optimizer.step(closure)
+            if step >= period:  # the first period may differ: there is no eigenvector yet
+                counted += closure.passes
+    return counted / period
+
+
+class _Counting(BatchPasses):
+    passes = 0.0
+
+    def __call__(self, **kwargs: Any) -> Tensor:
+        subset = kwargs.get("subset")
+        share = kwargs.get("fraction", 1.0) if subset is None else len(subset) / len(self.labels)
+        self.passes += share if kwargs.get("backward", True) else share * _FORWARD
+        return super().__call__(**kwargs)

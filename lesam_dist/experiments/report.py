@@ -1,0 +1,109 @@
+"""What an experiment leaves behind: a table on the terminal and as Markdown, the numbers as JSON, and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lesam_dist.errors import UserError
+from lesam_dist.experiments.runs import Outcome
+
+_POINTS: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.5, "color": "tab:blue"}
+_MEANS: dict[str, Any] = {"capsize": 4, "marker": "D", "markersize": 6, "color": "black", "zorder": 3}
+NOTE = (
+    "Top-1 on the validation images after the last epoch (not the best epoch): mean and standard deviation over seeds. "
+    "Cost: forward and backward passes of a step; SGD makes one."
+)
+
+
+def plus_minus(value: float, spread: float, *, signed: bool = False) -> str:
+    """``value ± spread`` with two decimals; without a spread where there is none, in words where a run diverged."""
+    if math.isnan(value):
+        return "diverged"
+    text = f"{value:{'+' if signed else ''}.2f}"
+    return text if math.isnan(spread) else f"{text} ± {spread:.2f}"
+
+
+def outcome_numbers(outcome: Outcome) -> dict[str, Any]:
+    """An outcome for JSON, which has no nan."""
+    acc1, (mean, std) = [number(value) for value in outcome.acc1], map(number, (outcome.mean, outcome.std))
+    return {"acc1": acc1, "mean": mean, "std": std, "cost": outcome.cost}
+
+
+def number(value: float) -> float | None:
+    """For JSON: None in place of nan."""
+    return None if math.isnan(value) else value
+
+
+def report(
+    run_dir: Path, name: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str, numbers: dict[str, Any]
+) -> None:
+    """Show the table, and write ``run_dir/name.md`` and ``run_dir/name.json``.
+
+    Raises:
+        UserError: where they cannot be written.
+    """
+    import torch  # here, as in `plot`: a wrong flag is refused without them
+    from rich.console import Console
+    from rich.table import Table
+
+    console, text = Console(), markdown(header, rows)
+    if console.is_terminal:
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        print(text)
+    print(note)
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    try:
+        (run_dir / f"{name}.md").write_text(f"{text}\n{note}\n", encoding="utf-8")
+        (run_dir / f"{name}.json").write_text(json.dumps(numbers | {"versions": versions}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"run_dir '{run_dir}' cannot be written: {error.strerror or error}.") from error
+    print(f"results: {run_dir}  ({name}.md, {name}.json, {name}.png)")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in plain text."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    padded = [f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |" for line in lines]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
+
+
+def plot(target: Path, outcomes: Sequence[Outcome], title: str, xlabel: str, values: Sequence[float] | None) -> None:
+    """Every seed's top-1 as a point, and each setting's mean with its standard deviation.
+
+    Args:
+        target: the PNG to write.
+        outcomes: one for each place on the x axis.
+        title, xlabel: texts.
+        values: where each outcome is, joined by a line; None writes their names side by side.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 0.9 * len(outcomes) + 2), 4.5), layout="constrained")  # no pyplot: no display
+    axes = figure.subplots()
+    places = [float(i) for i in range(len(outcomes))] if values is None else values
+    for x, outcome in zip(places, outcomes, strict=True):
+        label = "one seed" if outcome is outcomes[0] else None
+        axes.plot([x] * len(outcome.acc1), outcome.acc1, label=label, **_POINTS)
+    spread = [0.0 if math.isnan(outcome.std) else outcome.std for outcome in outcomes]
+    line = "none" if values is None else "-"
+    means = [outcome.mean for outcome in outcomes]
+    axes.errorbar(places, means, spread, label="mean ± standard deviation", linestyle=line, **_MEANS)
+    if values is None:
+        axes.set_xticks(places, [outcome.name for outcome in outcomes], rotation=30 if len(outcomes) > 8 else 0)
+        axes.set_xlim(-0.5, len(outcomes) - 0.5)
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(target, dpi=110)

@@ -1,0 +1,181 @@
+"""Several runs that belong together: each setting with every seed, one after the other, in one process group.
+
+    RUN_DIR/SETTING/seed_K/     a run, as `lesam-dist train` writes it
+
+Seed by seed, so that what is there after an interruption compares all settings. A finished run is not touched again, an
+interrupted one is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from lesam_dist.config.checks import folder
+from lesam_dist.config.command_line import read_command_line
+from lesam_dist.config.schema import Config, check_same_run
+from lesam_dist.errors import DivergedError, UserError
+
+if TYPE_CHECKING:
+    from lesam_dist.parallel.processes import Distributed
+
+_MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared: its name, its runs by seed, and a line for each thing that was adapted in them."""
+
+    name: str
+    runs: list[Config]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a setting: final top-1 in per cent by seed, nan where it diverged; cost of a step (`sgd_steps`)."""
+
+    name: str
+    acc1: list[float]
+    cost: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.acc1)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over seeds (n - 1); nan for one seed."""
+        return _std(self.acc1)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds of ``first - second`` with its standard error, which is nan for one seed.
+
+    Seeds fix the first weights, the order and the augmentation, so the differences scatter less than the values do.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    return statistics.fmean(differences), _std(differences) / math.sqrt(len(differences))
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
+class ExperimentParser(argparse.ArgumentParser):
+    """The flags that all experiments share; every other flag is one of `lesam-dist train`, for all runs."""
+
+    def __init__(self, command: str, usage: str, description: str, config_help: str, example: str) -> None:
+        start = f"torchrun --nproc-per-node 8 -m lesam_dist {command} ..."
+        super().__init__(
+            prog=f"lesam-dist {command}",
+            usage=usage,
+            description=textwrap.fill(description, 100),
+            epilog=f"example:\n  {example}\n\non several GPUs:\n  {start}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", required=True, help=config_help)
+        self.add_argument("--seeds", type=int, default=3, help="number of seeds; they are 0, 1, ... (default: 3)")
+        self.add_argument(
+            "--run_dir",
+            type=lambda text: Path(folder("--run_dir", text)),
+            default=Path("runs") / command,
+            help=f"folder for all runs, the table and the plot (default: runs/{command}); start again with the same "
+            "one to go on after an interruption",
+        )
+
+    def parse_known(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Own flags, and those for the runs.
+
+        Raises:
+            UserError: for a wrong or missing own flag, and for one that each run has another value of.
+        """
+        arguments, flags = self.parse_known_args(list(argv))
+        if not 1 <= arguments.seeds <= _MOST_SEEDS:
+            raise UserError(f"--seeds is {arguments.seeds}: it must be at least 1, and at most {_MOST_SEEDS}.")
+        self.refuse(flags, ("seed", "resume", "dry_run", "print_config"))
+        return arguments, flags
+
+    def refuse(self, flags: Sequence[str], names: Sequence[str]) -> None:
+        """Raise a UserError where one of these is among the flags for the runs."""
+        for name in names:
+            if any(flag.split("=")[0] == f"--{name}" for flag in flags):
+                raise UserError(f"{self.prog} sets --{name} for each run: leave it out.")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_dir: Path, seeds: int) -> Setting:
+    """The runs of a setting: configs from ``sources`` (recipes, files, YAML text) with ``flags`` over them."""
+    configs = [part for source in sources for part in ("--config", source)]
+
+    own = ["--seed", "0", "--resume", "auto", "--run_dir", str(run_dir / name / "seed_0")]
+    first = read_command_line([*configs, *flags, *own])
+    runs = [copy.deepcopy(first.config) for _ in range(seeds)]
+    for seed, config in enumerate(runs):
+        config.seed, config.run_dir = seed, str(run_dir / name / f"seed_{seed}")
+    return Setting(name, runs, first.notes)
+
+
+def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
+    """Train every run that is not finished. One that diverges is no result, and does not keep the others from theirs.
+
+    Returns:
+        What came of each setting, and this process among all.
+
+    Raises:
+        UserError: as `lesam_dist.train.trainer.train`; a finished run whose config differs.
+    """
+    from lesam_dist.experiments.cost import sgd_steps
+    from lesam_dist.parallel.processes import process_group  # here: --help and what is refused need no torch
+    from lesam_dist.train.trainer import train_here
+
+    costs = [sgd_steps(setting.runs[0]) for setting in settings]  # first, since it checks the hyper-parameters
+    acc1: dict[str, list[float]] = {setting.name: [] for setting in settings}
+    seeds = len(settings[0].runs)
+    parallel = settings[0].runs[0].parallel
+    with process_group(parallel.device, parallel.timeout_s) as here:
+        if here.is_main:
+            for line in [f"{setting.name}: {note}" for setting in settings for note in setting.notes]:
+                print(line, flush=True)
+        for seed in range(seeds):
+            for index, setting in enumerate(settings):
+                config = setting.runs[seed]
+                label = f"[{seed * len(settings) + index + 1}/{seeds * len(settings)}] {config.run_dir}"
+                evaluation = _finished(config, here)
+                if here.is_main:
+                    print(f"{label}: finished before" if evaluation else label, flush=True)
+                try:
+                    acc1[setting.name].append((evaluation or train_here(config, here))["acc1"])
+                except DivergedError as error:
+                    acc1[setting.name].append(math.nan)
+                    if here.is_main:
+                        print(f"{config.run_dir}: {error}", flush=True)
+    return [Outcome(s.name, acc1[s.name], cost) for s, cost in zip(settings, costs, strict=True)], here
+
+
+def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
+    """The last evaluation of a run that has reached its last epoch, on every rank; None where it is yet to be made."""
+    from lesam_dist.train.checkpoint import Checkpointer
+
+    found: dict[str, float] | None = None
+    if here.is_main:
+        progress = Checkpointer(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, here).progress()
+        if progress is not None:
+            try:
+                check_same_run(config, progress["config"])
+            except UserError as error:
+                raise UserError(f"{config.run_dir}: {error}") from error
+            if progress["epoch"] >= config.epochs and progress["finite"]:
+                found = progress["evaluation"]
+    shared: dict[str, float] | None = here.share(found)
+    return shared

@@ -1,0 +1,134 @@
+"""An optimizer whose weights may be perturbed: nothing is saved, loaded or changed meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lesam_dist.optim.engine.backend import Backend
+from lesam_dist.optim.engine.contract import has_gradients
+from lesam_dist.optim.engine.eager import eager
+from lesam_dist.optim.engine.fused import unfuse_dtensors
+from lesam_dist.optim.engine.memory import ASCENT, Memory
+from lesam_dist.optim.engine.weights import Perturbation
+from lesam_dist.optim.engine.wrapper import BaseOptimizer, SharedOptimizer
+
+
+class GuardedOptimizer(SharedOptimizer):
+    """Owns the perturbation and the memory of a method, and keeps both right through every round trip.
+
+    Args:
+        params, base_optimizer, defaults, base_kwargs: see `SharedOptimizer`.
+        backend: see `lesam_dist.optim.engine.backend.select`.
+    """
+
+    memory_names: tuple[str, ...] = ()  # of the tensors that a method keeps per parameter, see `Memory`
+
+    _perturbation: Perturbation
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: BaseOptimizer,
+        defaults: dict[str, Any],
+        backend: Backend,
+        **base_kwargs: Any,
+    ) -> None:
+        self._backend = backend
+        self._memory = Memory()
+        self.forget()
+        super().__init__(params, base_optimizer, defaults, **base_kwargs)
+
+    def names_in_use(self) -> tuple[str, ...]:
+        """Of the tensors in the memory that this optimizer, with its options, will have."""
+        return self.memory_names
+
+    @eager
+    def restore(self) -> None:
+        """Back to the exact weights without an update, e.g. after an exception; harmless when not perturbed."""
+        self._perturbation.restore()
+        self._memory.drop()
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are the perturbed ones: between `first_step` and `second_step` or `restore`."""
+        return self._perturbation.active
+
+    def forget(self) -> None:
+        self._perturbation = Perturbation(self._backend)
+
+    # Each of these would lose the copies, or save perturbed weights.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; not while the weights are perturbed."""
+        self._require_exact_weights("add_param_group")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, also from a plain base optimizer's; not while the weights are perturbed."""
+        self._require_exact_weights("load_state_dict")
+        super().load_state_dict(state_dict)
+        self._memory.unpack((ASCENT, *self.memory_names), self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: the base optimizer's state, and the groups with this method's hyper-parameters.
+
+        Raises:
+            RuntimeError: while the weights are perturbed, so that no checkpoint can hold them.
+        """
+        self._require_exact_weights("state_dict")
+        state_dict = super().state_dict()
+        self._memory.pack(state_dict, self.param_groups)
+        return state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_exact_weights("pickle")
+        return {**super().__getstate__(), "_backend": self._backend, "_memory": self._memory}
+
+    def _require_exact_weights(self, call: str) -> None:
+        if self.is_perturbed:
+            raise RuntimeError(
+                f"{type(self).__name__}.{call}: the weights are perturbed, by an earlier first_step(). Call "
+                "second_step() to update or restore() to undo, then go on."
+            )
+
+    def _create_state(self) -> None:
+        """``step(None)``: create the base optimizer's state without moving anything.
+
+        torch.distributed.checkpoint does this with zero gradients before it saves or loads.
+        """
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if has_gradients(params):
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}.step() was called without a closure while there are gradients. {name} needs two passes: call "
+                "step(closure), with a closure that computes the loss and calls backward, or first_step() and "
+                "second_step()."
+            )
+        for memory_name in self.names_in_use():
+            self._memory.create(memory_name, self.param_groups)
+        if self.state or not params:
+            return
+        base = self.base_optimizer
+        saved = [dict(group) for group in self.param_groups]
+        for group in self.param_groups:
+            if "lr" in group:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        # torch's own move nothing by zero gradients at a learning rate of zero; of others that is not known.
+        weights = [] if type(base).__module__.startswith("torch.") else [p.detach().clone() for p in params]
+        unfuse_dtensors(base)
+        base.step()
+        for group, before in zip(self.param_groups, saved, strict=True):
+            group.clear()
+            group.update(before)
+        for p, w in zip(params, weights, strict=bool(weights)):
+            p.detach().copy_(w)
+        for state in self.state.values():
+            step = state.get("step") if isinstance(state, dict) else None
+            if isinstance(step, Tensor):
+                step.zero_()  # nothing was stepped
+            elif step is not None:
+                state["step"] = 0

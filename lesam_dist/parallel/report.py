@@ -1,0 +1,87 @@
+"""How the processes of a run say what went wrong: every failure once, and not once more for each that shares it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from lesam_dist.errors import SharedError, UserError
+from lesam_dist.parallel.place import Place
+
+
+def name_of(rank: int, host: str, several_hosts: bool) -> str:
+    """What a message calls a process."""
+    return f"rank {rank} on {host}" if several_hosts else f"rank {rank}"
+
+
+def report_failure(place: Place, error: BaseException) -> None:
+    """Print a failure to stderr, behind the rank where that is not 0, unless another process of this node has done so.
+
+    A `UserError` is one line, anything else a traceback.
+    """
+    text, message = str(error), str(error)
+    if not isinstance(error, UserError):
+        text, message = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
+    if place.world_size > 1 and not _first_on_this_node(place.rank, message):
+        return
+    if place.rank and not isinstance(error, SharedError):
+        several_hosts = place.world_size > place.local_world_size
+        text = f"{name_of(place.rank, socket.gethostname(), several_hosts)}: {text}"
+    print(f"lesam-dist: error: {text}", file=sys.stderr, flush=True)
+
+
+def _first_on_this_node(rank: int, message: str) -> bool:
+    """Whether no other child of this process's launcher has had this to say: they keep a list in a file.
+
+    It works before a process group is joined, and when joining it fails.
+    """
+    digest = hashlib.blake2b(message.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    try:
+        folder = _folder()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with open(folder / f"failure-{digest}", "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            ranks = file.read().split()
+            if str(rank) in ranks:  # the same launcher, a shell perhaps, has started them again
+                file.truncate(0)
+                ranks = []
+            file.write(f"{rank} ")
+            return not ranks
+    except OSError:
+        return True  # rather twice than never
+
+
+def _folder() -> Path:
+    """A folder that the processes of one start on one node share: torchrun's for this start, or one of our own."""
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        own = Path(error_file).parent.parent
+        if own.is_dir():
+            return own
+    parent, started = os.getppid(), "0"
+    with suppress(OSError, IndexError):  # process ids are used again, with another start
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return Path(tempfile.gettempdir()) / f"lesam-dist-{os.getuid()}-{parent}-{started}"
+
+
+def end_with_launcher() -> None:
+    """End this process soon after the one that started it has gone, which a killed launcher cannot do itself."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        with suppress(OSError):
+            print(f"lesam-dist: the launcher (process {launcher}) is gone: stopping.", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread may wait in a collective, which no signal handler would end
+
+    threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()

@@ -1,0 +1,45 @@
+"""Who holds which part of a tensor, and over which group a sum must run.
+
+Vocabulary: mesh things are axes, tensor things are dims.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+ShardAxes = tuple[DeviceMesh, tuple[int, ...]]
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """What this process stores of a tensor: a DTensor's shard (writes go through), a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_axes(tensor: Tensor) -> ShardAxes | None:
+    """The mesh and those of its axes that a tensor is split over; None for a tensor that is whole on each rank.
+
+    Replicated axes (DDP, the outer axis of HSDP) are left out: their gradients are already averages, and a sum
+    over them would count every element once per replica.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    axes = tuple(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
+    return (tensor.device_mesh, axes) if axes else None
+
+
+def reduce_over_shards(value: Tensor, axes: ShardAxes | None) -> Tensor:
+    """Sum a per-rank scalar over the shards, so that every rank has the whole tensor's value."""
+    if axes is not None:
+        mesh, mesh_axes = axes
+        for axis in mesh_axes:
+            dist.all_reduce(value, group=mesh.get_group(axis))
+    return value
+
+
+def reduce_max(value: Tensor) -> None:
+    """The largest of all processes' values, in place; alone, the value itself."""
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
