@@ -128,7 +128,9 @@ def hangs_and_stops(rank: int) -> None:
 
 def on_two_devices(rank: int) -> None:
     if rank == 1:
-        parallel._choose_device = lambda device, place: torch.device("cuda", 0)  # type: ignore[assignment]
+        from lesam_dist.parallel import processes as module
+
+        module._choose_device = lambda device, place: torch.device("cuda", 0)  # type: ignore[assignment]
     with parallel.process_group(None, 60):
         raise AssertionError("joined")
 
