@@ -40,7 +40,7 @@ Result = dict[str, Any]
 
 
 def measure(
-    here: Distributed,
+    world: Distributed,
     strategy: Strategy,
     build: Callable[[], nn.Module],
     optimize: Callable[[nn.Module], LESAM | SAM],
@@ -57,10 +57,10 @@ def measure(
         image: shape of one input. The network gives at least two logits.
         units: class names of the modules that FSDP2 gathers at once.
     """
-    with meter(here.device) as counter:
-        module = wrap(build().to(here.device), here, strategy, wrap_classes=units)
+    with meter(world.device) as counter:
+        module = wrap(build().to(world.device), world, strategy, wrap_classes=units)
         optimizer = optimize(module)
-        images, labels = torch.randn(_BATCH, *image, device=here.device), torch.arange(_BATCH, device=here.device)
+        images, labels = torch.randn(_BATCH, *image, device=world.device), torch.arange(_BATCH, device=world.device)
 
         def backward() -> None:
             nn.functional.cross_entropy(module(images), labels).backward()
@@ -104,17 +104,17 @@ def run(args: argparse.Namespace) -> list[Result]:
     """All models, bases and strategies on the processes that were started, of which this is one."""
     results = []
     torch.manual_seed(args.seed)
-    with process_group(args.device) as here:
-        if here.world_size > 1:
+    with process_group(args.device) as world:
+        if world.world_size > 1:
             torch.set_num_threads(1)  # as torchrun does
-        strategies = [s for s in args.strategies if (s == "none") == (here.world_size == 1)]
+        strategies = [s for s in args.strategies if (s == "none") == (world.world_size == 1)]
         for model, base, strategy in itertools.product(args.models, args.base, strategies):
-            results.append(_compare(here, model, base, strategy, args.image_size))
+            results.append(_compare(world, model, base, strategy, args.image_size))
             gc.collect()  # FSDP2's modules are in cycles
     return results
 
 
-def _compare(here: Distributed, model: str, base: Base, strategy: Strategy, side: int) -> Result:
+def _compare(world: Distributed, model: str, base: Base, strategy: Strategy, side: int) -> Result:
     """Predicted and measured bytes of one run on this process."""
 
     def build() -> nn.Module:
@@ -126,9 +126,9 @@ def _compare(here: Distributed, model: str, base: Base, strategy: Strategy, side
     with torch.device("meta"):
         skeleton = build()
     units = [name for name in _UNITS if name in {type(m).__name__ for m in skeleton.modules()}]
-    predicted = predict(network_of(skeleton, units), strategy, base, here.world_size, here.rank)
-    measured = measure(here, strategy, build, optimize, (3, side, side), units)
-    result = {"model": model, "strategy": strategy, "base": base, "ranks": here.world_size, "rank": here.rank}
+    predicted = predict(network_of(skeleton, units), strategy, base, world.world_size, world.rank)
+    measured = measure(world, strategy, build, optimize, (3, side, side), units)
+    result = {"model": model, "strategy": strategy, "base": base, "ranks": world.world_size, "rank": world.rank}
     return {**result, "predicted": predicted._asdict(), "measured": measured._asdict()}
 
 

@@ -61,21 +61,21 @@ def make_vit(dropout: float) -> nn.Module:
     return net
 
 
-def fit(here: Distributed, net: nn.Module, seed: int, strategy: Strategy, **options: Any) -> dict[str, Any]:
+def fit(world: Distributed, net: nn.Module, seed: int, strategy: Strategy, **options: Any) -> dict[str, Any]:
     """A few LE-SAM steps on this rank's part of each batch, then an evaluation with uneven shares."""
-    model = wrap(net, here, strategy, **options)
+    model = wrap(net, world, strategy, **options)
     optimizer = LESAM(net.parameters(), torch.optim.SGD, sigma=0.05, rho_max=0.1, lr=0.05, momentum=0.9)
     torch.manual_seed(seed + 1)
     dtype = next(net.parameters()).dtype
     batches = [(torch.randn(BATCH, 3, 8, 8, dtype=dtype), torch.randint(0, CLASSES, (BATCH,))) for _ in range(STEPS)]
-    torch.manual_seed(seed + 2 + here.rank)
+    torch.manual_seed(seed + 2 + world.rank)
     losses = []
     for batch in batches:
-        x, y = (v.chunk(here.world_size)[here.rank] for v in batch)
+        x, y = (v.chunk(world.world_size)[world.rank] for v in batch)
         optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), x, y))
         losses += [optimizer.telemetry["loss"], optimizer.telemetry["perturbed_loss"]]
-    count = 2 if here.rank == 0 else 1  # another rank goes on with an empty batch
-    evaluation = evaluate(net, batches[:count], here, count=count)
+    count = 2 if world.rank == 0 else 1  # another rank goes on with an empty batch
+    evaluation = evaluate(net, batches[:count], world, count=count)
     state = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in net.state_dict().items()}
     return {"losses": torch.stack(losses), "state": state, "evaluation": evaluation}
 
@@ -83,7 +83,7 @@ def fit(here: Distributed, net: nn.Module, seed: int, strategy: Strategy, **opti
 # ---- recomputing -----------------------------------------------------------------------------------------------------
 
 
-def recomputed(here: Distributed, seed: int, strategy: Strategy) -> list[dict[str, Any]]:
+def recomputed(world: Distributed, seed: int, strategy: Strategy) -> list[dict[str, Any]]:
     results = []
     for recompute in (False, True):
         torch.manual_seed(seed)
@@ -92,7 +92,7 @@ def recomputed(here: Distributed, seed: int, strategy: Strategy) -> list[dict[st
             names = list(net.state_dict())
             recompute_in_backward(net)
             assert list(net.state_dict()) == names
-        results.append(fit(here, net, seed, strategy))
+        results.append(fit(world, net, seed, strategy))
     return results
 
 
@@ -151,14 +151,14 @@ def test_compiled_steps_equal_eager_ones(seed: int, fresh_compiler: None, whole:
     assert counter.frame_count == (3 if whole else 6), "more steps need no more graphs"
 
 
-def compiled(here: Distributed, seed: int, strategy: Strategy, gather_dtype: torch.dtype | None) -> list[Any]:
+def compiled(world: Distributed, seed: int, strategy: Strategy, gather_dtype: torch.dtype | None) -> list[Any]:
     counter = CompileCounterWithBackend("aot_eager")
     torch.manual_seed(seed)
     dtype = torch.float64 if gather_dtype is None else torch.float32  # bfloat16 mixes with float32 alone
     plain, net = Net().to(dtype), Net().to(dtype)
     net.load_state_dict(plain.state_dict())
     compile_in_place(net, whole=strategy == "ddp", backend=counter)
-    results = [fit(here, model, seed, strategy, gather_dtype=gather_dtype) for model in (plain, net)]
+    results = [fit(world, model, seed, strategy, gather_dtype=gather_dtype) for model in (plain, net)]
     return [*results, counter.frame_count]
 
 

@@ -34,8 +34,8 @@ def compare(argv: Sequence[str]) -> None:
         make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags), run_dir, arguments.seeds)
         for n, o in zip(names, optimizers, strict=True)
     ]
-    outcomes, here = run_all(settings)
-    if not here.is_main:
+    outcomes, world = run_all(settings)
+    if not world.is_main:
         return
     reference = _PREFERRED if _PREFERRED in names else names[0]
     rows, numbers = compared(outcomes, reference)

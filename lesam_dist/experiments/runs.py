@@ -143,33 +143,33 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
     acc1: dict[str, list[float]] = {setting.name: [] for setting in settings}
     seeds = len(settings[0].runs)
     parallel = settings[0].runs[0].parallel
-    with process_group(parallel.device, parallel.timeout_s) as here:
-        if here.is_main:
+    with process_group(parallel.device, parallel.timeout_s) as world:
+        if world.is_main:
             for line in [f"{setting.name}: {note}" for setting in settings for note in setting.notes]:
                 print(line, flush=True)
         for seed in range(seeds):
             for index, setting in enumerate(settings):
                 config = setting.runs[seed]
                 label = f"[{seed * len(settings) + index + 1}/{seeds * len(settings)}] {config.run_dir}"
-                evaluation = _finished(config, here)
-                if here.is_main:
+                evaluation = _finished(config, world)
+                if world.is_main:
                     print(f"{label}: finished before" if evaluation else label, flush=True)
                 try:
-                    acc1[setting.name].append((evaluation or train_here(config, here))["acc1"])
+                    acc1[setting.name].append((evaluation or train_here(config, world))["acc1"])
                 except DivergedError as error:
                     acc1[setting.name].append(math.nan)
-                    if here.is_main:
+                    if world.is_main:
                         print(f"{config.run_dir}: {error}", flush=True)
-    return [Outcome(s.name, acc1[s.name], cost) for s, cost in zip(settings, costs, strict=True)], here
+    return [Outcome(s.name, acc1[s.name], cost) for s, cost in zip(settings, costs, strict=True)], world
 
 
-def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
+def _finished(config: Config, world: Distributed) -> dict[str, float] | None:
     """The last evaluation of a run that has reached its last epoch, on every rank; None where it is yet to be made."""
     from lesam_dist.train.checkpoint import Checkpointer
 
     found: dict[str, float] | None = None
-    if here.is_main:
-        progress = Checkpointer(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, here).progress()
+    if world.is_main:
+        progress = Checkpointer(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, world).progress()
         if progress is not None:
             try:
                 check_same_run(config, progress["config"])
@@ -177,5 +177,5 @@ def _finished(config: Config, here: Distributed) -> dict[str, float] | None:
                 raise UserError(f"{config.run_dir}: {error}") from error
             if progress["epoch"] >= config.epochs and progress["finite"]:
                 found = progress["evaluation"]
-    shared: dict[str, float] | None = here.share(found)
+    shared: dict[str, float] | None = world.share(found)
     return shared

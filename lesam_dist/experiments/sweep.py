@@ -32,8 +32,8 @@ def sweep(argv: Sequence[str]) -> None:
     ]
     values = [get(setting.runs[0], field) for setting in settings]
     _check_distinct(field, values)
-    outcomes, here = run_all(settings)
-    if not here.is_main:
+    outcomes, world = run_all(settings)
+    if not world.is_main:
         return
     epochs = settings[0].runs[0].epochs
     title = f"{arguments.config}, {epochs} epochs, {arguments.seeds} seed{'s' * (arguments.seeds > 1)}"

@@ -88,9 +88,9 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
     """
     place = find_place(os.environ)
     target = _choose_device(device, place)
-    here = Distributed(place.rank, place.local_rank, place.world_size, target, place.local_world_size)
+    world = Distributed(place.rank, place.local_rank, place.world_size, target, place.local_world_size)
     if place.world_size == 1:
-        yield here
+        yield world
         return
     use_cuda = target.type == "cuda"
     store = _join(place, timeout_s)
@@ -108,7 +108,7 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
             device_id=target if use_cuda else None,
         )
         peers.start()
-        yield replace(here, move=peers.move)
+        yield replace(world, move=peers.move)
         dist.barrier()
         peers.stop()  # before rank 0, which may have the store, can leave
         dist.barrier()  # a rank that leaves early breaks the others' connections

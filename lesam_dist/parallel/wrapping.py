@@ -29,7 +29,7 @@ Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
 def wrap(
     model: nn.Module,
-    here: Distributed,
+    world: Distributed,
     strategy: Strategy,
     *,
     shard_size: int | None = None,
@@ -57,16 +57,16 @@ def wrap(
         UserError: a mesh that the processes do not fill, a class that the model does not have, or a parameter that
             FSDP2 cannot split.
     """
-    if strategy == "none" and here.world_size > 1:
-        raise UserError(f"parallel.strategy is none but {here.world_size} processes were started: choose ddp or fsdp.")
-    if here.world_size == 1:
+    if strategy == "none" and world.world_size > 1:
+        raise UserError(f"parallel.strategy is none but {world.world_size} processes were started: choose ddp or fsdp.")
+    if world.world_size == 1:
         return model
     if strategy == "ddp":
-        return _ddp(model, here)
+        return _ddp(model, world)
     if scope == "replica" and strategy != "hsdp":
         raise UserError(f"scope is replica but the strategy is {strategy}: only hsdp has replicas of shards.")
     _check_shardable(model)
-    mesh = _mesh(here, strategy, shard_size, replicate_size)
+    mesh = _mesh(world, strategy, shard_size, replicate_size)
     replicas = None
     if scope == "replica":
         mesh, replicas = mesh["shard"], mesh["replicate"]
@@ -90,33 +90,33 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def _ddp(model: nn.Module, here: Distributed) -> nn.Module:
+def _ddp(model: nn.Module, world: Distributed) -> nn.Module:
     """BatchNorm statistics stay local: with two forwards a step a broadcast would run twice and still leave the ranks
     apart. The trainer averages them where they are used."""
-    ids = [here.local_rank] if here.device.type == "cuda" else None
+    ids = [world.local_rank] if world.device.type == "cuda" else None
     # torch 2.14 renamed the switch and warns about the old name.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     switch: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **switch)
-    if here.device.type == "cpu" and here.world_size > 2:  # two addends have one order only
-        wrapped.register_comm_hook(here.world_size, average_each)
+    if world.device.type == "cpu" and world.world_size > 2:  # two addends have one order only
+        wrapped.register_comm_hook(world.world_size, average_each)
     return wrapped
 
 
-def _mesh(here: Distributed, strategy: Strategy, shard_size: int | None, replicate_size: int | None) -> DeviceMesh:
-    world = here.world_size
+def _mesh(world: Distributed, strategy: Strategy, shard_size: int | None, replicate_size: int | None) -> DeviceMesh:
+    processes = world.world_size
     if strategy == "fsdp":
-        return init_device_mesh(here.device.type, (world,), mesh_dim_names=("shard",))
-    shard = shard_size or (world // replicate_size if replicate_size else min(here.local_world_size, world))
-    replicate = replicate_size or world // shard
-    if shard * replicate != world:
+        return init_device_mesh(world.device.type, (processes,), mesh_dim_names=("shard",))
+    shard = shard_size or (processes // replicate_size if replicate_size else min(world.local_world_size, processes))
+    replicate = replicate_size or processes // shard
+    if shard * replicate != processes:
         sizes = {"shard_size": shard_size, "replicate_size": replicate_size}
         given = " and ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size is not None)
         raise UserError(
-            f"{given or f'one shard for the {shard} processes of a node'}: that does not fit {world} processes. Shards "
-            "times replicas must be their number; null takes what the other leaves."
+            f"{given or f'one shard for the {shard} processes of a node'}: that does not fit {processes} processes. "
+            "Shards times replicas must be their number; null takes what the other leaves."
         )
-    return init_device_mesh(here.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def _policy(gather_dtype: torch.dtype | None, output_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:

@@ -29,42 +29,42 @@ _PACKAGES = ("triton", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda12
 _LOOKS, _PAUSE = 4, 0.5  # how often, and after how many seconds, a process looks for a file on a slow file system
 
 
-def agree_on_setup(config: Config, here: Distributed) -> None:
+def agree_on_setup(config: Config, world: Distributed) -> None:
     """Compare versions, code and config.
 
     Raises:
         SharedError: naming the first difference, with the rank, its host and both values.
     """
-    if here.world_size > 1:
+    if world.world_size > 1:
         settings = {name: value for name, value in flatten(config).items() if name not in _FREE}
-        _compare({**_versions(), **settings}, here, "Start the same command, with the same files, on all nodes")
+        _compare({**_versions(), **settings}, world, "Start the same command, with the same files, on all nodes")
 
 
-def agree_on_data(splits: Mapping[str, Any], here: Distributed) -> None:
+def agree_on_data(splits: Mapping[str, Any], world: Distributed) -> None:
     """Compare the images of each split, which has a length and a ``digest``.
 
     Raises:
         SharedError: as `agree_on_setup`.
     """
-    if here.world_size > 1:
+    if world.world_size > 1:
         facts = {f"{name} data": f"{len(split)} images ({split.digest})" for name, split in splits.items()}
-        _compare(facts, here, "Copy the same images to all nodes")
+        _compare(facts, world, "Copy the same images to all nodes")
 
 
-def agree_on_run_dir(run_dir: Path, here: Distributed) -> None:
+def agree_on_run_dir(run_dir: Path, world: Distributed) -> None:
     """Refuse a folder that is not the same one for all: each process writes its part of a checkpoint there.
 
     Raises:
         SharedError: naming the first process that does not see what rank 0 wrote.
     """
-    if here.world_size == 1:
+    if world.world_size == 1:
         return
     token = run_dir / f".shared_{secrets.token_hex(8)}"  # a new name, which no file system can remember as missing
-    if here.is_main:
+    if world.is_main:
         token.touch()
-    seen = run_dir / here.share(token.name)
-    found = _gather(_sees(seen), here)
-    if here.is_main:
+    seen = run_dir / world.share(token.name)
+    found = _gather(_sees(seen), world)
+    if world.is_main:
         with suppress(OSError):
             token.unlink()
     for rank, (host, sees) in enumerate(found):
@@ -83,8 +83,8 @@ def _sees(path: Path) -> bool:
     return False
 
 
-def _compare(facts: dict[str, Any], here: Distributed, remedy: str) -> None:
-    found = _gather(facts, here)
+def _compare(facts: dict[str, Any], world: Distributed, remedy: str) -> None:
+    found = _gather(facts, world)
     host, first = found[0]
     for rank, (other_host, others) in enumerate(found):
         for name in first | others:
@@ -95,9 +95,9 @@ def _compare(facts: dict[str, Any], here: Distributed, remedy: str) -> None:
                 )
 
 
-def _gather(value: Any, here: Distributed) -> list[Any]:
+def _gather(value: Any, world: Distributed) -> list[Any]:
     """Every rank's host and value."""
-    return here.gather((socket.gethostname(), value))
+    return world.gather((socket.gethostname(), value))
 
 
 def _name(rank: int, host: str) -> str:

@@ -33,7 +33,7 @@ _DRY_CLASSES = {"digits": 10, "digits_noisy": 10, "cifar10": 10, "cifar100": 100
 Images = ImageFolder | CifarSplit
 
 
-def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
+def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
     """The training and validation images; writes a built-in data set first where it is missing.
 
     Raises:
@@ -54,18 +54,18 @@ def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
                 f"data.root '{root}' holds train/ and val/, but data.builtin is {builtin}, which does not read them: "
                 "choose another folder for it, or train on these images with a recipe of class folders."
             )
-        if here.is_main:
+        if world.is_main:
             prepare_cifar(builtin, root)
-        here.barrier()
+        world.barrier()
         return load_cifar(builtin, root)
     if builtin is not None:
         from lesam_dist.data.digits import holds_digits, prepare_digits
 
         noisy = builtin == "digits_noisy"
-        if here.is_main and not holds_digits(root, noisy=noisy):
+        if world.is_main and not holds_digits(root, noisy=noisy):
             prepare_digits(root, noisy=noisy)
             print(f"data.builtin {builtin}: wrote scikit-learn's digits to data.root '{root}'", flush=True)
-        here.barrier()
+        world.barrier()
     train = scan_split(root, "train")
     if len(train.classes) == 1:
         raise UserError(
@@ -73,19 +73,19 @@ def build_folders(config: Config, here: Distributed) -> tuple[Images, Images]:
             "the images of each class into a folder of their own."
         )
     val = scan_split(root, "val", train.classes)
-    if here.is_main:
+    if world.is_main:
         for remark in remarks(train, val):
             print(f"warning: {remark}", flush=True)
     return train, val
 
 
-def build_loaders(config: Config, folders: tuple[Images, Images], here: Distributed) -> tuple[Loader, Loader]:
+def build_loaders(config: Config, folders: tuple[Images, Images], world: Distributed) -> tuple[Loader, Loader]:
     """Loaders of the training and the validation images for this process."""
     data = config.data
-    common: dict[str, Any] = {"seed": config.seed, "rank": here.rank, "world_size": here.world_size}
-    loader = partial(_loader(data), **common, device=here.device)
+    common: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
+    loader = partial(_loader(data), **common, device=world.device)
     train = loader(folders[0], train=True, batch_size=data.batch_size)
-    share = data.batch_size // here.world_size
+    share = data.batch_size // world.world_size
     if share % data.micro_batches:
         raise UserError(
             f"data.micro_batches {data.micro_batches} does not divide the {share} images that each process takes of a "
@@ -108,7 +108,7 @@ def _loader(data: DataConfig) -> Callable[..., Loader]:
     return partial(build_loader, transform=Transform(**common, **own), **named("backend", "workers"))
 
 
-def build_synthetic_loaders(config: Config, num_classes: int, here: Distributed) -> tuple[Loader, Loader]:
+def build_synthetic_loaders(config: Config, num_classes: int, world: Distributed) -> tuple[Loader, Loader]:
     """Two batches of random images in the shapes of the config, for a dry run."""
 
     def loader(batch_size: int, seed: int) -> Loader:
@@ -118,11 +118,11 @@ def build_synthetic_loaders(config: Config, num_classes: int, here: Distributed)
             batch_size=batch_size,
             batches=_DRY_BATCHES,
             seed=seed,
-            rank=here.rank,
-            device=here.device,
+            rank=world.rank,
+            device=world.device,
         )
 
-    per_rank = max(1, config.data.batch_size // here.world_size)
+    per_rank = max(1, config.data.batch_size // world.world_size)
     return loader(per_rank, config.seed), loader(per_rank, config.seed + 1)
 
 
@@ -145,13 +145,13 @@ def resolve_num_classes(config: Config, classes: tuple[str, ...] | None) -> int:
     return wanted
 
 
-def build_network(config: Config, num_classes: int, here: Distributed) -> nn.Module:
+def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Module:
     """The model on this process's device, equal on every rank (seeded), and as it is computed; not wrapped yet."""
     pretrained = config.model.pretrained and not config.dry_run
     if pretrained:
-        if here.local_rank == 0:
+        if world.local_rank == 0:
             fetch_weights(config.model.name)
-        here.barrier()
+        world.barrier()
     torch.manual_seed(config.seed)
     model = build_model(
         config.model.name,
@@ -160,29 +160,29 @@ def build_network(config: Config, num_classes: int, here: Distributed) -> nn.Mod
         zero_init_residual=config.model.zero_init_residual,
         pretrained=pretrained,
     )
-    require_input(model, config.model.name, _smallest_part(config, here), config.data.image_size)
-    sharded = here.world_size > 1 and config.parallel.strategy in ("fsdp", "hsdp")  # which takes no other weights
+    require_input(model, config.model.name, _smallest_part(config, world), config.data.image_size)
+    sharded = world.world_size > 1 and config.parallel.strategy in ("fsdp", "hsdp")  # which takes no other weights
     last = config.precision.channels_last and not sharded
     memory_format = torch.channels_last if last else torch.preserve_format
-    model.to(here.device, memory_format=memory_format)  # type: ignore[call-overload]
+    model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.precision.weights == "bf16":
         _to_bfloat16(model)
     find_blocks(model, config.parallel.wrap_classes)  # an unknown class is refused on one process as on many
     if config.model.activation_checkpointing:
         recompute_in_backward(model, config.parallel.wrap_classes)
     if config.model.compile:
-        whole = here.world_size == 1 or config.parallel.strategy == "ddp"
+        whole = world.world_size == 1 or config.parallel.strategy == "ddp"
         compile_in_place(model, whole, config.parallel.wrap_classes)
     return model
 
 
-def _smallest_part(config: Config, here: Distributed) -> int:
+def _smallest_part(config: Config, world: Distributed) -> int:
     """Images of the smallest forward in training on a process."""
     optimizer = config.optimizer
     fraction = optimizer.ascent_fraction
     if optimizer.name == "esam":
         fraction = 0.5 if optimizer.gamma is None else optimizer.gamma
-    share = config.data.batch_size // here.world_size
+    share = config.data.batch_size // world.world_size
     return max(1, int(fraction * share) // config.data.micro_batches)
 
 

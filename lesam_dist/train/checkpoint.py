@@ -41,8 +41,8 @@ class Checkpointer:
         here: this process among all.
     """
 
-    def __init__(self, folder: Path, keep: int, here: Distributed) -> None:
-        self.folder, self.keep, self.here = folder, keep, here
+    def __init__(self, folder: Path, keep: int, world: Distributed) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
 
     def save(
         self,
@@ -69,25 +69,25 @@ class Checkpointer:
         aside = self.folder / f".{target.name}.partial"
         state = _state(model, optimizer, ema)
         try:
-            if self.here.is_main:
+            if self.world.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-            self.here.barrier()
+            self.world.barrier()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
                 save(state, checkpoint_id=aside)
             files = self._written(aside)
-            if self.here.is_main:
+            if self.world.is_main:
                 self._publish(aside, target, {"step": step, "finite": finite, **progress}, files)
         except (OSError, CheckpointException) as error:
-            if self.here.is_main:
+            if self.world.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             kind = SharedError if isinstance(error, CheckpointException) else UserError
             raise kind(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. Older "
                 "checkpoints are untouched: make room, then go on with --resume auto."
             ) from error
-        self.here.barrier()
+        self.world.barrier()
 
     def amend(self, step: int, progress: dict[str, Any]) -> None:
         """Change what a checkpoint says of the progress; call it on every rank.
@@ -96,7 +96,7 @@ class Checkpointer:
             OSError: where it cannot be written; the checkpoint is then as it was.
             UserError: where somebody else has changed it.
         """
-        if self.here.is_main:
+        if self.world.is_main:
             try:
                 content, files = manifest.read(self.folder / _name(step))
             except DamagedError as error:
@@ -115,7 +115,7 @@ class Checkpointer:
             UserError: where there are checkpoints but none is whole, or it is of another model.
         """
         damaged: list[str] = []
-        for name in self.here.share(self._candidates() if self.here.is_main else None):
+        for name in self.world.share(self._candidates() if self.world.is_main else None):
             progress, files, fault = self._verified(name)
             if fault is None:
                 self._load(self.folder / name, files, model, optimizer, ema)
@@ -151,22 +151,22 @@ class Checkpointer:
     def _verified(self, name: str) -> tuple[dict[str, Any], Files, str | None]:
         """Progress and files of a checkpoint, and what is wrong with it; each rank reads a share of the files."""
         found: tuple[dict[str, Any], Files, str | None] = {}, {}, None
-        if self.here.is_main:
+        if self.world.is_main:
             try:
                 found = *manifest.read(self.folder / name), None
             except DamagedError as error:
                 found = {}, {}, str(error)
-        progress, files, fault = self.here.share(found)
+        progress, files, fault = self.world.share(found)
         if fault is None:
-            faults = self.here.gather(self._fault_of_share(self.folder / name, files))
+            faults = self.world.gather(self._fault_of_share(self.folder / name, files))
             fault = next((text for text in faults if text is not None), None)
         return progress, files, fault
 
     def _fault_of_share(self, checkpoint: Path, files: Files) -> str | None:
-        names = sorted(files)[self.here.rank :: self.here.world_size]
+        names = sorted(files)[self.world.rank :: self.world.world_size]
         try:
             manifest.verify(checkpoint, {name: files[name] for name in names})
-            if self.here.is_main:
+            if self.world.is_main:
                 Reader(checkpoint, files).read_metadata()
         except DamagedError as error:
             return str(error)
@@ -193,15 +193,15 @@ class Checkpointer:
         own = [
             path.name
             for path in folder.iterdir()
-            if path.name.startswith(f"__{self.here.rank}_") or (self.here.is_main and not path.name.startswith("__"))
+            if path.name.startswith(f"__{self.world.rank}_") or (self.world.is_main and not path.name.startswith("__"))
         ]
         merged: Files = {}
-        for part in self.here.gather(manifest.checksums(folder, sorted(own))):
+        for part in self.world.gather(manifest.checksums(folder, sorted(own))):
             merged |= part
         return merged
 
     def _publish(self, aside: Path, target: Path, progress: dict[str, Any], files: Files) -> None:
-        versions = {"torch": torch.__version__, "world_size": self.here.world_size}
+        versions = {"torch": torch.__version__, "world_size": self.world.world_size}
         manifest.write(aside, {**progress, **versions, "files": files})
         replaced = self.folder / f".{target.name}.replaced"
         if target.exists():  # the same step again, after a resume from an older checkpoint

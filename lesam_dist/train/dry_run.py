@@ -10,7 +10,7 @@ from lesam_dist.parallel.processes import Distributed
 _IMAGES = 4  # of each process in a micro-batch on a CPU
 
 
-def shorten(config: Config, here: Distributed, given: Collection[str]) -> None:
+def shorten(config: Config, world: Distributed, given: Collection[str]) -> None:
     """Change a config in place.
 
     Args:
@@ -18,19 +18,19 @@ def shorten(config: Config, here: Distributed, given: Collection[str]) -> None:
         here: this process among all.
         given: fields that stay as they are on a CPU, by dotted path.
     """
-    if here.device.type == "cpu":
-        _make_small(config, here, given)
+    if world.device.type == "cpu":
+        _make_small(config, world, given)
     config.epochs = 1
     config.schedule.lr_warmup_epochs = config.schedule.sigma_warmup_epochs = 0
     config.schedule.anneal_start_epoch = None
     config.logging.every_steps = 1
 
 
-def _make_small(config: Config, here: Distributed, given: Collection[str]) -> None:
+def _make_small(config: Config, world: Distributed, given: Collection[str]) -> None:
     """A large recipe as a CPU can try it: in float32, which it is faster in, and a few images."""
     data, precision, changed = config.data, config.precision, []
     each = _IMAGES * data.micro_batches
-    batch, evaluated = min(data.batch_size, each * here.world_size), min(data.eval_batch_size, _IMAGES)
+    batch, evaluated = min(data.batch_size, each * world.world_size), min(data.eval_batch_size, _IMAGES)
     if "data.batch_size" not in given and batch < data.batch_size:
         changed.append(f"batch {batch} for {data.batch_size}")
         data.batch_size = batch
@@ -40,5 +40,5 @@ def _make_small(config: Config, here: Distributed, given: Collection[str]) -> No
     if "precision.compute" not in given and precision.compute != "fp32" and others == ("fp32", "fp32"):
         changed.append(f"fp32 for {precision.compute}")
         precision.compute = "fp32"
-    if changed and here.is_main:
+    if changed and world.is_main:
         print(f"dry run on a CPU: {', '.join(changed)}; flags such as --data.batch_size change that", flush=True)

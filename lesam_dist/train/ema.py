@@ -54,9 +54,9 @@ class WeightAverage:
             average.lerp_(source.to(average.dtype), weights[average.dtype])
         self._updates += made
 
-    def average_buffers(self, here: Distributed) -> None:
+    def average_buffers(self, world: Distributed) -> None:
         """Give every rank the mean of all ranks' averaged buffers, as the model's own are before they are used."""
-        average_over_ranks([average for name, average in self._averages.items() if name in self._buffers], here)
+        average_over_ranks([average for name, average in self._averages.items() if name in self._buffers], world)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    here: Distributed,
+    world: Distributed,
     autocast: torch.dtype | None = None,
     *,
     count: int | None = None,
@@ -47,10 +47,10 @@ def evaluate(
     if is_sharded(model):
         if count is None:
             raise ValueError("the forwards of a sharded model are collective: pass count, the number of batches")
-        batches = _in_step(batches, count, here)
+        batches = _in_step(batches, count, world)
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=here.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     counts = [0, 0]  # samples, and those with more than 5 classes: the same, but on a rank without any
     for images, labels in batches:
         with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
@@ -65,24 +65,24 @@ def evaluate(
         sums += torch.stack([loss.double(), correct.sum().double(), among_five.sum().double()])
     model.train(was_training)
     sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype).to(sums.device)])
-    if here.world_size > 1:
+    if world.world_size > 1:
         dist.all_reduce(sums)
     loss_sum, correct_sum, among_five_sum, samples, of_many = sums.tolist()
     top5 = {"acc5": 100 * among_five_sum / samples} if of_many else {}
     return {"acc1": 100 * correct_sum / samples, **top5, "loss": loss_sum / samples, "samples": samples}
 
 
-def _in_step(batches: Batches, count: int, here: Distributed) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_step(batches: Batches, count: int, world: Distributed) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, then empty ones until every rank has had as many as the one with the most."""
     source = iter(batches)
     first = list(islice(source, 1))
     # What an image looks like comes from a rank that has one: another may have none at all.
     ranks: list[tuple[int, list[tuple[torch.Size, torch.dtype]]]]
-    ranks = here.gather((count, [(images.shape[1:], images.dtype) for images, _ in first]))
+    ranks = world.gather((count, [(images.shape[1:], images.dtype) for images, _ in first]))
     most = max(count for count, _ in ranks)
     if most == 0:
         return
     shape, dtype = next(chain.from_iterable(images for _, images in ranks))
-    images = torch.empty(0, *shape, dtype=dtype, device=here.device)
+    images = torch.empty(0, *shape, dtype=dtype, device=world.device)
     empty = images, images.new_empty(0, dtype=torch.long)
     yield from islice(chain(first, source, repeat(empty)), most)

@@ -176,20 +176,20 @@ def batchnorms(model: nn.Module) -> Iterable[_BatchNorm]:
 
 
 @torch.no_grad()
-def average_batchnorm(model: nn.Module, here: Distributed) -> None:
+def average_batchnorm(model: nn.Module, world: Distributed) -> None:
     """Give every rank the mean of all ranks' running means and variances, in one collective."""
     buffers = [b for layer in batchnorms(model) for b in (layer.running_mean, layer.running_var) if b is not None]
-    average_over_ranks(buffers, here)
+    average_over_ranks(buffers, world)
 
 
 @torch.no_grad()
-def average_over_ranks(tensors: list[Tensor], here: Distributed) -> None:
+def average_over_ranks(tensors: list[Tensor], world: Distributed) -> None:
     """Give every rank the mean of all ranks' tensors, in place and in one collective."""
-    if here.world_size == 1 or not tensors:
+    if world.world_size == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
-    flat /= here.world_size
+    flat /= world.world_size
     for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(value.view(tensor.shape))
 

@@ -34,7 +34,7 @@ class RunDir:
             self._lock.close()
 
 
-def claim(config: Config, here: Distributed) -> RunDir:
+def claim(config: Config, world: Distributed) -> RunDir:
     """Make the run's folder and write config.yaml, on rank 0. A file that is there stays as it is.
 
     Raises:
@@ -42,17 +42,17 @@ def claim(config: Config, here: Distributed) -> RunDir:
             config.yaml in it says something else; or it cannot be written.
     """
     run_dir = RunDir(Path(config.run_dir))
-    if here.is_main:
+    if world.is_main:
         try:
-            run_dir = _claim(config, here, run_dir.path)
+            run_dir = _claim(config, world, run_dir.path)
         except OSError as error:
             raise UserError(f"run_dir '{run_dir.path}' cannot be written: {error.strerror or error}.") from error
-    here.barrier()
+    world.barrier()
     return run_dir
 
 
-def _claim(config: Config, here: Distributed, path: Path) -> RunDir:
-    checkpoints = Checkpointer(path / "checkpoints", config.checkpoint.keep, here)
+def _claim(config: Config, world: Distributed, path: Path) -> RunDir:
+    checkpoints = Checkpointer(path / "checkpoints", config.checkpoint.keep, world)
     if config.resume is None and ((path / METRICS).exists() or checkpoints.exist()):
         raise UserError(f"run_dir '{path}' already holds a run: go on with --resume auto, or choose another --run_dir.")
     path.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,14 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.methods import METHODS
 
 
-def describe_run(config: Config, here: Distributed, model: nn.Module, steps_per_epoch: int, epoch: int) -> str:
+def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per_epoch: int, epoch: int) -> str:
     """Model, method, precision, processes and length of a run that goes on from ``epoch``; and its plan."""
     params = sum(p.numel() for p in model.parameters())
     method = config.optimizer.name
     if method in METHODS:
         method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
-    processes = f"{here.world_size} x {here.device.type}"
-    if here.world_size > 1:
+    processes = f"{world.world_size} x {world.device.type}"
+    if world.world_size > 1:
         processes += f", {config.parallel.strategy}"
     start = f", from epoch {epoch}" if epoch else ""
     return (

@@ -52,17 +52,17 @@ def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
     Raises:
         UserError: for anything that the user can mend; raised before training where it can be known then.
     """
-    with process_group(config.parallel.device, config.parallel.timeout_s) as here:
-        return train_here(config, here, given)
+    with process_group(config.parallel.device, config.parallel.timeout_s) as world:
+        return train_here(config, world, given)
 
 
-def train_here(config: Config, here: Distributed, given: Collection[str] = ()) -> dict[str, float]:
+def train_here(config: Config, world: Distributed, given: Collection[str] = ()) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
-    agree_on_setup(config, here)
+    agree_on_setup(config, world)
     require_model(config.model.name)  # before a data set of millions of files is scanned
-    build.check_optimizer(config.optimizer, here.device)
+    build.check_optimizer(config.optimizer, world.device)
     _set_precision(config)
-    trainer = _dry_trainer(config, here, given) if config.dry_run else _trainer(config, here)
+    trainer = _dry_trainer(config, world, given) if config.dry_run else _trainer(config, world)
     try:
         return trainer.fit()
     except OSError as error:
@@ -76,22 +76,22 @@ def train_here(config: Config, here: Distributed, given: Collection[str] = ()) -
         trainer.close()
 
 
-def _trainer(config: Config, here: Distributed) -> Trainer:
-    folders = build.build_folders(config, here)
-    agree_on_data(dict(zip(("train", "val"), folders, strict=True)), here)
+def _trainer(config: Config, world: Distributed) -> Trainer:
+    folders = build.build_folders(config, world)
+    agree_on_data(dict(zip(("train", "val"), folders, strict=True)), world)
     num_classes = build.resolve_num_classes(config, folders[0].classes)
-    loaders = build.build_loaders(config, folders, here)
-    model = build.build_network(config, num_classes, here)
-    run_dir = claim(config, here)
-    agree_on_run_dir(run_dir.path, here)
-    return Trainer(config, here, model, loaders, run_dir, val_samples=len(folders[1]))
+    loaders = build.build_loaders(config, folders, world)
+    model = build.build_network(config, num_classes, world)
+    run_dir = claim(config, world)
+    agree_on_run_dir(run_dir.path, world)
+    return Trainer(config, world, model, loaders, run_dir, val_samples=len(folders[1]))
 
 
-def _dry_trainer(config: Config, here: Distributed, given: Collection[str]) -> Trainer:
-    shorten(config, here, given)
+def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:
+    shorten(config, world, given)
     num_classes = build.resolve_num_classes(config, None)
-    loaders = build.build_synthetic_loaders(config, num_classes, here)
-    return Trainer(config, here, build.build_network(config, num_classes, here), loaders, run_dir=None)
+    loaders = build.build_synthetic_loaders(config, num_classes, world)
+    return Trainer(config, world, build.build_network(config, num_classes, world), loaders, run_dir=None)
 
 
 class Trainer:
@@ -109,13 +109,13 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        here: Distributed,
+        world: Distributed,
         model: nn.Module,
         loaders: tuple[Loader, Loader],
         run_dir: RunDir | None,
         val_samples: int | None = None,
     ) -> None:
-        self.config, self.here, self._claim = config, here, run_dir
+        self.config, self.world, self._claim = config, world, run_dir
         self.run_dir = None if run_dir is None else run_dir.path
         self.train_loader, self.val_loader = loaders
         self.val_samples = val_samples
@@ -124,7 +124,7 @@ class Trainer:
         parallel = config.parallel
         self.wrapped = wrap(
             model,
-            here,
+            world,
             parallel.strategy,
             shard_size=parallel.shard_size,
             replicate_size=parallel.replicate_size,
@@ -135,7 +135,7 @@ class Trainer:
         )
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
         self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
-        self.scaler = GradScaler(here.device.type) if config.precision.compute == "fp16" else None
+        self.scaler = GradScaler(world.device.type) if config.precision.compute == "fp16" else None
         self.optimizer = build.build_optimizer(model, config.optimizer)
         self.optimizer.grad_scaler = self.scaler
         self.buffers = ModelBuffers(model)
@@ -145,9 +145,9 @@ class Trainer:
         self.epoch = self.step = 0
         self.warned = False
         self.last_evaluation: dict[str, float] | None = None  # of `step`, where a checkpoint can be of it
-        self.nonfinite = NonFiniteSteps(config, here.device)
+        self.nonfinite = NonFiniteSteps(config, world.device)
         self.checkpoints = (
-            None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", config.checkpoint.keep, here)
+            None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", config.checkpoint.keep, world)
         )
         self.log: RunLog | None = None
 
@@ -156,19 +156,19 @@ class Trainer:
         if self.config.resume is not None:
             self._resume()
         total, evaluated = self.config.epochs * self.steps_per_epoch, bool(self.last_evaluation or not self.step)
-        if self.here.is_main:
+        if self.world.is_main:
             board = self.config.logging.tensorboard
             self.log = RunLog(self.run_dir, total, self.step, board, evaluated=evaluated)
-            self.log.print(describe_run(self.config, self.here, self.model, self.steps_per_epoch, self.epoch))
+            self.log.print(describe_run(self.config, self.world, self.model, self.steps_per_epoch, self.epoch))
         if not evaluated:  # it was cut off after its checkpoint
             self._evaluate()
         if self.run_dir and self.epoch < self.config.epochs:
             self._try_evaluation()
         while self.epoch < self.config.epochs:
             self._train_epoch()
-            average_batchnorm(self.model, self.here)
+            average_batchnorm(self.model, self.world)
             if self.ema:
-                self.ema.average_buffers(self.here)
+                self.ema.average_buffers(self.world)
             self._save()
             self._evaluate()
         self._require_learning()
@@ -197,13 +197,13 @@ class Trainer:
     def _train_epoch(self) -> None:
         self.wrapped.train()
         # A function of (seed, epoch, rank), so that a resumed epoch draws what the uninterrupted one drew.
-        torch.manual_seed(((self.config.seed * 100_003 + self.epoch) * 100_003 + self.here.rank) % 2**63)
-        meter = Meter(self.config.data.batch_size, event_of(self.here.device))
+        torch.manual_seed(((self.config.seed * 100_003 + self.epoch) * 100_003 + self.world.rank) % 2**63)
+        meter = Meter(self.config.data.batch_size, event_of(self.world.device))
         batches = self.train_loader.epoch(self.epoch)
         for index in range(self.steps_per_epoch):
             with meter.waiting():
                 images, labels = next(batches)
-            self.here.move()
+            self.world.move()
             images = images.to(memory_format=self.memory_format)
             used = self._schedule_values()
             loss = self._step(images, labels)
@@ -213,7 +213,7 @@ class Trainer:
             if self.budget:
                 self.budget.step()
             self.step += 1
-            self.here.move()
+            self.world.move()
             self.nonfinite.count(loss, self.optimizer.telemetry["skipped"])
             if self.log:
                 self.log.advance()
@@ -266,7 +266,7 @@ class Trainer:
         longest = scalars["data_wait"].clone()  # of all ranks': one that starves holds up the others
         reduce_max(longest)
         rates["data_wait_max"] = float(longest)
-        means = dict(zip(scalars, self.here.mean(list(scalars.values())), strict=True))
+        means = dict(zip(scalars, self.world.mean(list(scalars.values())), strict=True))
         total, in_a_row = (means.pop(name) for name in counts)
         if self.log:
             self.log.write("train", self.step, epoch, {**means, **used, **rates})
@@ -284,7 +284,7 @@ class Trainer:
         """
         if self.run_dir is None:
             return
-        (in_a_row,) = self.here.mean([self.nonfinite.in_a_row])
+        (in_a_row,) = self.world.mean([self.nonfinite.in_a_row])
         if self.scaler is None and in_a_row >= max(1, self.steps_per_epoch / 2):
             raise self.nonfinite.diverged(self.step, in_a_row, self.checkpoints)
         if self.last_evaluation and not math.isfinite(self.last_evaluation["loss"]):
@@ -304,7 +304,7 @@ class Trainer:
         """Save where it is due: before the evaluation, which can fail without taking the epoch with it."""
         self.last_evaluation = None
         state = [*self.model.parameters(), *self.model.buffers()]
-        in_a_row, finite = self.here.mean([self.nonfinite.in_a_row, all_finite(state)])
+        in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(state)])
         self.nonfinite.require_few(self.step, in_a_row, self.checkpoints)
         if self._saves():
             assert self.checkpoints is not None
@@ -321,7 +321,7 @@ class Trainer:
         """One batch of it, which moves nothing: what is broken shows before an epoch has been spent."""
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             batches, count = islice(self._validation(), 1), min(1, len(self.val_loader))
-            evaluate(self.model, batches, self.here, self.autocast, count=count)
+            evaluate(self.model, batches, self.world, self.autocast, count=count)
 
     def _evaluate(self) -> None:
         result = self._evaluate_weights()
@@ -340,7 +340,7 @@ class Trainer:
 
     def _evaluate_weights(self) -> dict[str, float]:
         batches, count = self._validation(), len(self.val_loader)
-        result = evaluate(self.model, batches, self.here, self.autocast, count=count)
+        result = evaluate(self.model, batches, self.world, self.autocast, count=count)
         if self.val_samples is not None and result["samples"] != self.val_samples:
             raise RuntimeError(f"evaluation counted {result['samples']:.0f} of {self.val_samples} images")
         return result
@@ -366,7 +366,7 @@ class Trainer:
     def _resume(self) -> None:
         assert self.checkpoints is not None
         progress, damaged = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
-        if self.here.is_main:
+        if self.world.is_main:
             for fault in damaged:
                 print(f"warning: {fault}; going on from an older checkpoint", flush=True)
         if progress is None:
@@ -378,7 +378,7 @@ class Trainer:
         if self.scaler:
             self.scaler.load_state_dict(progress["scaler"])
         self.epoch, self.step = progress["epoch"], progress["step"]
-        self.nonfinite = NonFiniteSteps(self.config, self.here.device, progress["nonfinite_in_a_row"])
+        self.nonfinite = NonFiniteSteps(self.config, self.world.device, progress["nonfinite_in_a_row"])
         self.last_evaluation = progress["evaluation"]
 
 

@@ -69,18 +69,20 @@ def network(width: int, biases_perturbed: bool) -> Network:
     return Network(mark(stem), [mark(unit) for unit in units], mark(head))
 
 
-def lesam_bytes(here: Distributed, strategy: Strategy, base: Base, width: int, biases_perturbed: bool = True) -> Memory:
+def lesam_bytes(
+    world: Distributed, strategy: Strategy, base: Base, width: int, biases_perturbed: bool = True
+) -> Memory:
     def optimize(module: nn.Module) -> LESAM:
         params = groups(module, biases_perturbed)
         return LESAM(params, CLASSES[base], sigma=0.3, rho_max=0.2, **BASE_OPTIONS[base])
 
-    return measure(here, strategy, lambda: net(width), optimize, (5,), ["Unit"])
+    return measure(world, strategy, lambda: net(width), optimize, (5,), ["Unit"])
 
 
-def plain_bytes(here: Distributed, strategy: Strategy, base: Base, width: int) -> Memory:
+def plain_bytes(world: Distributed, strategy: Strategy, base: Base, width: int) -> Memory:
     """The base optimizer alone: the same network, the same batch, no copies."""
-    with meter(here.device) as counter:
-        module = wrap(net(width), here, strategy, wrap_classes=["Unit"])
+    with meter(world.device) as counter:
+        module = wrap(net(width), world, strategy, wrap_classes=["Unit"])
         optimizer = CLASSES[base](module.parameters(), **BASE_OPTIONS[base])
         images, labels = torch.randn(2, 5), torch.arange(2)
         for _ in range(2):
@@ -95,18 +97,18 @@ def plain_bytes(here: Distributed, strategy: Strategy, base: Base, width: int) -
     return Memory(*persistent, transient=peak - sum(persistent))
 
 
-def every_case(here: Distributed, width: int) -> dict[tuple[Strategy, Base, bool], Memory]:
+def every_case(world: Distributed, width: int) -> dict[tuple[Strategy, Base, bool], Memory]:
     """LE-SAM's bytes on this process, by strategy, base optimizer and whether biases are perturbed."""
-    strategies: tuple[Strategy, ...] = ("none",) if here.world_size == 1 else ("ddp", "fsdp")
+    strategies: tuple[Strategy, ...] = ("none",) if world.world_size == 1 else ("ddp", "fsdp")
     cases = itertools.product(strategies, BASES, (True, False))
-    return {case: lesam_bytes(here, *case[:2], width, case[2]) for case in cases}
+    return {case: lesam_bytes(world, *case[:2], width, case[2]) for case in cases}
 
 
-def against_plain(here: Distributed, width: int) -> dict[tuple[Strategy, Base], tuple[Memory, Memory]]:
+def against_plain(world: Distributed, width: int) -> dict[tuple[Strategy, Base], tuple[Memory, Memory]]:
     """LE-SAM's bytes and the base optimizer's."""
-    strategies: tuple[Strategy, ...] = ("none",) if here.world_size == 1 else ("ddp", "fsdp")
+    strategies: tuple[Strategy, ...] = ("none",) if world.world_size == 1 else ("ddp", "fsdp")
     cases = itertools.product(strategies, BASES)
-    return {case: (lesam_bytes(here, *case, width), plain_bytes(here, *case, width)) for case in cases}
+    return {case: (lesam_bytes(world, *case, width), plain_bytes(world, *case, width)) for case in cases}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

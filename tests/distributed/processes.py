@@ -29,7 +29,7 @@ PRELOAD = [
 
 
 def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """``function(here, *args)`` on every rank; its results by rank. The function must be a module's own."""
+    """``function(world, *args)`` on every rank; its results by rank. The function must be a module's own."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)  # before the first process starts; later calls change nothing
@@ -49,8 +49,8 @@ def free_port() -> int:
 def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    here = Distributed(rank, rank, world_size, torch.device("cpu"))
-    (folder / f"rank{rank}").write_bytes(pickle.dumps(function(here, *args)))
+    world = Distributed(rank, rank, world_size, torch.device("cpu"))
+    (folder / f"rank{rank}").write_bytes(pickle.dumps(function(world, *args)))
     dist.barrier()  # a rank that leaves early can break the others' connecting
     dist.destroy_process_group()
     # With FSDP2 on gloo, torch 2.14 aborts in one of ten exits ("terminate called without an active exception").

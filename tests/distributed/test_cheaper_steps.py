@@ -30,17 +30,17 @@ WRAPPED: dict[str, tuple[int, Any, dict[str, Any]]] = {
 }
 
 
-def make(here: Distributed, seed: int, how: str, **options: Any) -> tuple[nn.Module, nn.Module, LESAM]:
+def make(world: Distributed, seed: int, how: str, **options: Any) -> tuple[nn.Module, nn.Module, LESAM]:
     net = make_net().double()
     net.load_state_dict(make_problem(seed)[0])
-    model = wrap(net, here, WRAPPED[how][1], **WRAPPED[how][2])
+    model = wrap(net, world, WRAPPED[how][1], **WRAPPED[how][2])
     return net, model, LESAM(net.parameters(), SGD, sigma=SIGMA, rho_max=None, **options, **KWARGS)
 
 
-def passes_of(here: Distributed, model: nn.Module, seed: int, t: int, rows: slice = slice(None)) -> BatchPasses:
+def passes_of(world: Distributed, model: nn.Module, seed: int, t: int, rows: slice = slice(None)) -> BatchPasses:
     """``rows`` of this rank's part of batch t."""
     _, x, y = make_problem(seed)
-    part = part_of(here)
+    part = part_of(world)
     return BatchPasses(model, nn.CrossEntropyLoss(), x[t][part][rows].double(), y[t][part][rows])
 
 
@@ -49,21 +49,21 @@ def rows_of(world_size: int, rows: slice) -> list[int]:
     return [i for part in np.split(np.arange(BATCH), world_size) for i in part[rows]]
 
 
-def train(here: Distributed, seed: int, how: str) -> dict[str, Weights]:
+def train(world: Distributed, seed: int, how: str) -> dict[str, Weights]:
     results = {}
-    net, model, optimizer = make(here, seed, how)
+    net, model, optimizer = make(world, seed, how)
     for t in range(STEPS):
-        optimizer.step([passes_of(here, model, seed, t, slice(i, None, 3)) for i in range(3)])
+        optimizer.step([passes_of(world, model, seed, t, slice(i, None, 3)) for i in range(3)])
     results["micro"] = whole(net)
     for between in ("skip", "reuse"):
         options = {"ascent_interval": 3, "ascent_between": between, "ascent_fraction": 0.6}
-        net, model, optimizer = make(here, seed, how, **options)
+        net, model, optimizer = make(world, seed, how, **options)
         for t in range(STEPS):
-            optimizer.step(passes_of(here, model, seed, t))
+            optimizer.step(passes_of(world, model, seed, t))
         results[between] = whole(net)
-    net, model, optimizer = make(here, seed, how, max_grad_norm=CLIP)
+    net, model, optimizer = make(world, seed, how, max_grad_norm=CLIP)
     for t in range(STEPS):
-        optimizer.step(passes_of(here, model, seed, t))
+        optimizer.step(passes_of(world, model, seed, t))
     results["clip"] = whole(net)
     return results
 
@@ -122,7 +122,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 def remembering(
-    here: Distributed, seed: int, how: str, folder: Path, first: int, last: int
+    world: Distributed, seed: int, how: str, folder: Path, first: int, last: int
 ) -> dict[str, tuple[Weights, bool]]:
     """Steps ``first`` to ``last``, from the checkpoints in the folder unless from the start; leaves some there.
 
@@ -130,14 +130,14 @@ def remembering(
     """
     results = {}
     for name, (method, options, kept) in METHODS.items():
-        net, model, _ = make(here, seed, how)
+        net, model, _ = make(world, seed, how)
         optimizer = method(net.parameters(), SGD, **options, **KWARGS)
         if first > 0:
             weights, state = get_state_dict(model, optimizer)
             dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         for t in range(first, last):
-            optimizer.step(passes_of(here, model, seed, t))
+            optimizer.step(passes_of(world, model, seed, t))
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
         results[name] = whole(net), all(kept in own for own in state["state"].values())

@@ -19,7 +19,7 @@ from tests.distributed.processes import run
 from tests.distributed.test_optimizers import make_net
 
 
-def collectives(here: Distributed, strategy: Any, options: dict[str, Any], lesam: dict[str, Any]) -> Counter[str]:
+def collectives(world: Distributed, strategy: Any, options: dict[str, Any], lesam: dict[str, Any]) -> Counter[str]:
     """Collectives of one LE-SAM step less those of two plain passes, by name.
 
     A DDP's buckets are counted too.
@@ -27,7 +27,7 @@ def collectives(here: Distributed, strategy: Any, options: dict[str, Any], lesam
     net = make_net()
     buckets: list[int] = []
     with mock.patch("lesam_dist.parallel.wrapping.average_each", counting_average(buckets)):
-        model = wrap(net, here, strategy, **options)
+        model = wrap(net, world, strategy, **options)
     passes = BatchPasses(model, nn.CrossEntropyLoss(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
     optimizer = LESAM(net.parameters(), torch.optim.SGD, lr=0.1, **lesam)
     for _ in range(2):
@@ -53,16 +53,16 @@ SHARDED = {"wrap_classes": ["Linear"]}
 CHEAP = {"check_second": False}
 
 
-def all_collectives(here: Distributed) -> dict[str, Counter[str]]:
+def all_collectives(world: Distributed) -> dict[str, Counter[str]]:
     hsdp = {**SHARDED, "shard_size": 2}
     return {
-        "ddp": collectives(here, "ddp", {}, {}),
-        "ddp local": collectives(here, "ddp", {}, {"scope": "local"}),
-        "fsdp": collectives(here, "fsdp", SHARDED, CHEAP),
-        "fsdp kept": collectives(here, "fsdp", {**SHARDED, "reshard_after_forward": False}, CHEAP),
-        "fsdp checked": collectives(here, "fsdp", SHARDED, {}),
-        "hsdp": collectives(here, "hsdp", hsdp, CHEAP),
-        "hsdp replica": collectives(here, "hsdp", {**hsdp, "scope": "replica"}, {**CHEAP, "scope": "replica"}),
+        "ddp": collectives(world, "ddp", {}, {}),
+        "ddp local": collectives(world, "ddp", {}, {"scope": "local"}),
+        "fsdp": collectives(world, "fsdp", SHARDED, CHEAP),
+        "fsdp kept": collectives(world, "fsdp", {**SHARDED, "reshard_after_forward": False}, CHEAP),
+        "fsdp checked": collectives(world, "fsdp", SHARDED, {}),
+        "hsdp": collectives(world, "hsdp", hsdp, CHEAP),
+        "hsdp replica": collectives(world, "hsdp", {**hsdp, "scope": "replica"}, {**CHEAP, "scope": "replica"}),
     }
 
 

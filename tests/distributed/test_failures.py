@@ -86,44 +86,44 @@ def each_fails(rank: int) -> None:
 
 
 def second_fails(rank: int) -> None:
-    with parallel.process_group("cpu", 60) as here:
+    with parallel.process_group("cpu", 60) as world:
         if rank == 1:
             raise UserError("disk 1 is full")
-        here.barrier()
+        world.barrier()
 
 
 def first_fails(rank: int) -> None:
-    with parallel.process_group("cpu", 60) as here:
+    with parallel.process_group("cpu", 60) as world:
         if rank == 0:
             raise UserError("disk 0 is full")
-        here.barrier()
+        world.barrier()
 
 
 def second_has_a_bug(rank: int) -> None:
-    with parallel.process_group("cpu", 60) as here:
+    with parallel.process_group("cpu", 60) as world:
         if rank == 1:
             raise ValueError("a bug of our own")
-        here.barrier()
+        world.barrier()
 
 
 def second_is_killed(rank: int) -> None:
-    with parallel.process_group("cpu", 60) as here:
+    with parallel.process_group("cpu", 60) as world:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        here.barrier()
+        world.barrier()
 
 
 def hangs_and_stops(rank: int) -> None:
-    with parallel.process_group("cpu", 10) as here:
-        here.barrier()
+    with parallel.process_group("cpu", 10) as world:
+        world.barrier()
         while rank == 1 and "is behind" not in Path("/proc/self/fd/2").read_text():
             time.sleep(0.1)
-        here.move()
-        here.barrier()
-        here.move()
+        world.move()
+        world.barrier()
+        world.move()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        here.barrier()
+        world.barrier()
 
 
 def on_two_devices(rank: int) -> None:
@@ -217,13 +217,13 @@ def test_processes_end_with_their_launcher() -> None:
         assert "is gone: stopping" in process.stdout.read()  # which ends when the child has ended too
 
 
-def disagree(here: parallel.Distributed, root: str, folder: str) -> list[str]:
+def disagree(world: parallel.Distributed, root: str, folder: str) -> list[str]:
     """What each of these differences is refused with, each on rank 1 alone."""
     said: list[str] = []
 
     def note(function: Callable[..., None], *args: object) -> None:
         try:
-            function(*args, here)
+            function(*args, world)
         except UserError as error:
             said.append(str(error))
         else:
@@ -231,20 +231,20 @@ def disagree(here: parallel.Distributed, root: str, folder: str) -> list[str]:
 
     from lesam_dist.config.command_line import parse
 
-    config = parse(["--config", "digits", "--run_dir", f"{folder}/{here.rank}", "--data.root", f"/on/{here.rank}"])
+    config = parse(["--config", "digits", "--run_dir", f"{folder}/{world.rank}", "--data.root", f"/on/{world.rank}"])
     note(agreement.agree_on_setup, config)
-    config.optimizer.lr += 0.5 * here.rank
+    config.optimizer.lr += 0.5 * world.rank
     note(agreement.agree_on_setup, config)
     versions = agreement._versions()
-    agreement._versions = lambda: versions | {"the version of torch": f"9.{here.rank}"}
+    agreement._versions = lambda: versions | {"the version of torch": f"9.{world.rank}"}
     note(agreement.agree_on_setup, config)
-    splits = {"train": scan_split(Path(root), "train"), "val": scan_split(Path(f"{root}{here.rank}"), "val")}
+    splits = {"train": scan_split(Path(root), "train"), "val": scan_split(Path(f"{root}{world.rank}"), "val")}
     note(agreement.agree_on_data, splits | {"val": splits["train"]})
     note(agreement.agree_on_data, splits)
     (Path(folder) / "same").mkdir(exist_ok=True)
     note(agreement.agree_on_run_dir, Path(folder) / "same")
-    (Path(folder) / str(here.rank) / "own").mkdir(parents=True)
-    os.chdir(Path(folder) / str(here.rank))
+    (Path(folder) / str(world.rank) / "own").mkdir(parents=True)
+    os.chdir(Path(folder) / str(world.rank))
     note(agreement.agree_on_run_dir, Path("own"))
     return said
 

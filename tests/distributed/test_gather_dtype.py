@@ -51,26 +51,26 @@ def make_optimizer(net: nn.Module) -> LESAM:
     return LESAM(net.parameters(), torch.optim.SGD, sigma=0.05, rho_max=0.1, lr=0.02, momentum=0.9)
 
 
-def halves(here: Distributed, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+def halves(world: Distributed, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Two halves of a batch, each with its own BatchNorm statistics: both alone, this rank's on two processes."""
     both = list(zip(x.chunk(2), y.chunk(2), strict=True))
-    return both if here.world_size == 1 else [both[here.rank]]
+    return both if world.world_size == 1 else [both[world.rank]]
 
 
-def sharded(here: Distributed, seed: int) -> dict[str, dict[str, Any]]:
-    return {kind: {bits: train(here, kind, seed, bits) for bits in (16, 64)} for kind in KINDS}
+def sharded(world: Distributed, seed: int) -> dict[str, dict[str, Any]]:
+    return {kind: {bits: train(world, kind, seed, bits) for bits in (16, 64)} for kind in KINDS}
 
 
-def train(here: Distributed, kind: str, seed: int, bits: int) -> dict[str, Any]:
+def train(world: Distributed, kind: str, seed: int, bits: int) -> dict[str, Any]:
     """A few steps on this rank's half of each batch."""
     net, x, y = make(kind, seed, bits)
     seen: dict[str, set[torch.dtype]] = {}
-    model = wrap(net, here, "fsdp", gather_dtype=BF16 if bits == 16 else None)
+    model = wrap(net, world, "fsdp", gather_dtype=BF16 if bits == 16 else None)
     for name, module in net.named_modules():
         module.register_forward_pre_hook(_note_dtypes(seen.setdefault(name, set())))
     optimizer, losses, grads = make_optimizer(net), [], []
     for t in range(STEPS):
-        ((images, labels),) = halves(here, x[t], y[t])
+        ((images, labels),) = halves(world, x[t], y[t])
         passes = BatchPasses(model, nn.CrossEntropyLoss(), images, labels, autocast=BF16 if bits == 16 else None)
 
         def closure(passes: BatchPasses = passes) -> Tensor:

@@ -40,20 +40,20 @@ class Overflowing(nn.CrossEntropyLoss):
         return loss * torch.inf if next(self.calls) == self.bad else loss
 
 
-def train(here: Distributed, seed: int) -> dict[tuple[str, str, int], dict[str, Any]]:
+def train(world: Distributed, seed: int) -> dict[tuple[str, str, int], dict[str, Any]]:
     state, x, y = make_problem(seed)
-    part = part_of(here)
+    part = part_of(world)
     results = {}
     for how, backend, bad_pass in itertools.product(WRAPPED, ("reference", "triton"), (0, 1)):
         strategy, options, scope = WRAPPED[how]
         net = make_net()
         net.load_state_dict(state)
-        model = wrap(net, here, strategy, **options)
+        model = wrap(net, world, strategy, **options)
         optimizer: LESAM = LESAM(net.parameters(), torch.optim.SGD, scope=scope, backend=backend, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
         scaler = optimizer.grad_scaler = GradScaler("cpu", init_scale=1024.0)
         weights = []
         for t in range(3):  # the overflow is in the second step
-            criterion = Overflowing(bad_pass if t == 1 and here.rank == 1 else None)
+            criterion = Overflowing(bad_pass if t == 1 and world.rank == 1 else None)
             optimizer.step(BatchPasses(model, criterion, x[t][part], y[t][part], torch.float16, scaler))
             scaler.update()
             weights.append(whole(net))

@@ -33,16 +33,16 @@ AMPLIFIED = {"looksam": 10, "eigen": 10}
 
 
 def train(
-    here: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, torch.dtype]]
+    world: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, torch.dtype]]
 ) -> dict[tuple[str, Any], Weights]:
     state, x, y = make_problem(seed)
-    part = part_of(here)
+    part = part_of(world)
     results = {}
     for name, (backend, dtype) in itertools.product(CASES, settings):
         case = CASES[name]
         net = make_net().to(dtype)
         net.load_state_dict(state)
-        model = wrap(net, here, strategy, **options)
+        model = wrap(net, world, strategy, **options)
         optimizer: Any = case.method(  # type: ignore[call-arg]
             net.parameters(),  # type: ignore[arg-type]
             torch.optim.SGD,  # type: ignore[arg-type]
@@ -57,12 +57,12 @@ def train(
     return results
 
 
-def select(here: Distributed, seed: int, strategy: Any, options: dict[str, Any]) -> Weights:
+def select(world: Distributed, seed: int, strategy: Any, options: dict[str, Any]) -> Weights:
     """ESAM with every choice on; equal data on all ranks, so that all select the same samples."""
     state, x, y = make_problem(seed)
     net = make_net().double()
     net.load_state_dict(state)
-    model = wrap(net, here, strategy, **options)
+    model = wrap(net, world, strategy, **options)
     kwargs: dict[str, Any] = {"rho": 0.1, "beta": 0.5, "gamma": 0.5, "lr": 0.05}
     optimizer = optim.ESAM(net.parameters(), torch.optim.SGD, **kwargs)
     for t in range(STEPS):
@@ -71,9 +71,9 @@ def select(here: Distributed, seed: int, strategy: Any, options: dict[str, Any])
 
 
 def both(
-    here: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, torch.dtype]]
+    world: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, torch.dtype]]
 ) -> tuple[dict[tuple[str, Any], Weights], Weights]:
-    return train(here, seed, strategy, options, settings), select(here, seed, strategy, options)
+    return train(world, seed, strategy, options, settings), select(world, seed, strategy, options)
 
 
 @pytest.mark.parametrize("how", WRAPPED)

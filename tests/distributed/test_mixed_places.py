@@ -17,7 +17,7 @@ from tests.distributed.processes import run
 SHAPES = {"over 4": (5, 3), "over 2 of 2x2": (3, 2), "replicated": (4,), "plain": (2, 3)}
 
 
-def step_by_hand(here: Distributed, backend: Any) -> dict[str, Any]:
+def step_by_hand(world: Distributed, backend: Any) -> dict[str, Any]:
     """One LE-SAM step with given gradients."""
     torch.manual_seed(0)  # the same on every rank: a plain tensor is each rank's own
     weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}

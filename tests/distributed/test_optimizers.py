@@ -78,17 +78,17 @@ def make_optimizer(case: dict[str, Any], params: Any, backend: Any) -> LESAM | S
     return LESAM(params, case["cls"], sigma=SIGMA, rho_max=RHO_MAX, alpha=case.get("alpha", 0.0), **kwargs)
 
 
-def train(here: Distributed, seed: int, how: str) -> dict[tuple[str, tuple[str, str]], dict[str, Any]]:
+def train(world: Distributed, seed: int, how: str) -> dict[tuple[str, tuple[str, str]], dict[str, Any]]:
     """Every case on this rank's part of each batch; the final weights, whole, and the radii."""
     state, x, y = make_problem(seed)
-    part = slice(here.rank * BATCH // here.world_size, (here.rank + 1) * BATCH // here.world_size)
+    part = slice(world.rank * BATCH // world.world_size, (world.rank + 1) * BATCH // world.world_size)
     results = {}
     _, strategy, options = STRATEGIES[how]
     for name, (backend, precision) in itertools.product(CASES, SETTINGS):
         dtype = DTYPE[precision]
         net = make_net().to(dtype)
         net.load_state_dict(state)
-        model = wrap(net, here, strategy, **options)  # type: ignore[arg-type]
+        model = wrap(net, world, strategy, **options)  # type: ignore[arg-type]
         optimizer = make_optimizer(CASES[name], net.parameters(), backend)
         autocast = torch.bfloat16 if precision == "bf16" else None
         radii = []

@@ -50,16 +50,16 @@ def shift(params: list[Tensor], offset: int) -> None:
 class Leg:
     """What one start of the program builds, from the start or from what another left."""
 
-    def __init__(self, here: Distributed, seed: int, strategy: Strategy, method: str) -> None:
+    def __init__(self, world: Distributed, seed: int, strategy: Strategy, method: str) -> None:
         torch.manual_seed(seed)
-        self.here, self.seed, self.net = here, seed, make()
-        self.model = wrap(self.net, here, strategy)
+        self.world, self.seed, self.net = world, seed, make()
+        self.model = wrap(self.net, world, strategy)
         self.params: list[Tensor] = list(self.net.parameters())
         self.optimizer: SharpnessAware = METHODS[method](self.net.parameters(), lr=0.3, momentum=0.9)
 
     def train(self, steps: range, offset: int) -> None:
         for step in steps:
-            torch.manual_seed(self.seed + 1000 * step + self.here.rank)
+            torch.manual_seed(self.seed + 1000 * step + self.world.rank)
             passes = BatchPasses(self.model, nn.CrossEntropyLoss(), torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4,)))
 
             def closure(passes: BatchPasses = passes) -> Tensor:
@@ -94,18 +94,18 @@ def _tensors(state: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, dict[str
     }
 
 
-def whole_and_cut(here: Distributed, seed: int) -> dict[str, tuple[Any, Any]]:
+def whole_and_cut(world: Distributed, seed: int) -> dict[str, tuple[Any, Any]]:
     """The last state of each kind of run: without a stop, and with `CUTS`."""
     draw = random.Random(seed)
     results = {}
     cases: tuple[tuple[Strategy, str], ...] = (("ddp", "gsam"), ("fsdp", "lesam"))
     for strategy, method in cases:
-        whole = Leg(here, seed, strategy, method)
+        whole = Leg(world, seed, strategy, method)
         whole.train(range(STEPS), 0)
         bounds = [0, *sorted(draw.sample(range(1, STEPS), CUTS)), STEPS]
         state = None
         for start, stop in pairwise(bounds):
-            leg = Leg(here, seed, strategy, method)
+            leg = Leg(world, seed, strategy, method)
             if state is not None:
                 leg.load(state)
             leg.train(range(start, stop), draw.randrange(16))

@@ -26,20 +26,20 @@ from tests.methods import CASES
 from tests.oracles import SGD64, Weights, largest, norm_of
 
 
-def overflow_on_one_rank(here: Distributed, seed: int) -> list[tuple[bool, float]]:
-    return [step_with_overflow(here, seed, bad_pass) for bad_pass in (0, 1)]
+def overflow_on_one_rank(world: Distributed, seed: int) -> list[tuple[bool, float]]:
+    return [step_with_overflow(world, seed, bad_pass) for bad_pass in (0, 1)]
 
 
-def step_with_overflow(here: Distributed, seed: int, bad_pass: int) -> tuple[bool, float]:
+def step_with_overflow(world: Distributed, seed: int, bad_pass: int) -> tuple[bool, float]:
     state, x, y = make_problem(seed)
     net = make_net()
     net.load_state_dict(state)
-    model = wrap(net, here, "ddp")
+    model = wrap(net, world, "ddp")
     optimizer = LESAM(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
     calls = iter(range(2))
 
     def closure() -> Tensor:
-        scale = float("inf") if next(calls) == bad_pass and here.rank == 1 else 1.0
+        scale = float("inf") if next(calls) == bad_pass and world.rank == 1 else 1.0
         loss = nn.functional.cross_entropy(model(x[0]), y[0]) * scale
         loss.backward()
         return loss
@@ -53,22 +53,22 @@ def test_overflow_on_one_rank_skips_on_all(seed: int) -> None:
     assert run(overflow_on_one_rank, 2, seed) == 2 * [[(True, 1.0), (True, 1.0)]]
 
 
-def part_of(here: Distributed) -> slice:
-    return slice(here.rank * BATCH // here.world_size, (here.rank + 1) * BATCH // here.world_size)
+def part_of(world: Distributed) -> slice:
+    return slice(world.rank * BATCH // world.world_size, (world.rank + 1) * BATCH // world.world_size)
 
 
-def own_perturbations(here: Distributed, seed: int, scope: Any) -> dict[str, Any]:
+def own_perturbations(world: Distributed, seed: int, scope: Any) -> dict[str, Any]:
     """The weights and radii of a scope that is not global; also the reductions, and an overflow on the last rank."""
     state, x, y = make_problem(seed)
-    part = part_of(here)
+    part = part_of(world)
     net = make_net().double()
     net.load_state_dict(state)
     reductions: list[int] = []
     if scope == "local":
         with mock.patch("lesam_dist.parallel.wrapping.average_each", counting_average(reductions)):
-            model = wrap(net, here, "ddp")
+            model = wrap(net, world, "ddp")
     else:
-        model = wrap(net, here, "hsdp", shard_size=2, wrap_classes=["Linear"], scope="replica")
+        model = wrap(net, world, "hsdp", shard_size=2, wrap_classes=["Linear"], scope="replica")
     kwargs: dict[str, Any] = {"sigma": SIGMA, "rho_max": None, "lr": 0.1, "momentum": 0.9}
     optimizer = LESAM(net.parameters(), torch.optim.SGD, scope=scope, **kwargs)
     radii = []
@@ -76,7 +76,7 @@ def own_perturbations(here: Distributed, seed: int, scope: Any) -> dict[str, Any
         optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), x[t][part].double(), y[t][part]))
         radii.append(optimizer.telemetry["rho"].item())
     before = whole(net)
-    bad = x[0][part].double() * (float("nan") if here.rank == here.world_size - 1 else 1.0)
+    bad = x[0][part].double() * (float("nan") if world.rank == world.world_size - 1 else 1.0)
 
     def closure(sync: Sync = True) -> Tensor:
         images = x[0][part].double() if sync is True else bad
@@ -149,17 +149,17 @@ ONE_PASS = {"msam", "s2sam"}
 
 
 def after_many_steps(
-    here: Distributed, seed: int, strategy: Any, scope: Any, options: dict[str, Any]
+    world: Distributed, seed: int, strategy: Any, scope: Any, options: dict[str, Any]
 ) -> dict[tuple[str, str], Weights | str]:
     """The weights of every method in both scopes, or why it is refused."""
     state, x, y = make_problem(seed)
-    part, results = part_of(here), {}
+    part, results = part_of(world), {}
     cases = [*itertools.product(EVERYWHERE.items(), ["global"]), *itertools.product(OWN[scope].items(), [scope])]
     for (name, (method, kwargs)), chosen in cases:
         net = make_net()
         net.load_state_dict(state)
         own = {"scope": scope} if chosen == "replica" else {}
-        model = wrap(net, here, strategy, **options, **own)
+        model = wrap(net, world, strategy, **options, **own)
         try:
             optimizer = method(net.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, scope=chosen, **kwargs)
         except ValueError as error:
@@ -189,7 +189,7 @@ def test_replicas_stay_equal_bit_for_bit_or_the_scope_is_refused(seed: int, stra
                 assert np.array_equal(rank[name, chosen][n], value), f"{name} {chosen}: replicas drifted apart"
 
 
-def impossible(here: Distributed) -> list[str]:
+def impossible(world: Distributed) -> list[str]:
     """What is said of scopes that the wrapping does not allow."""
     x = torch.randn(2, 6)
     messages = []
@@ -209,12 +209,12 @@ def impossible(here: Distributed) -> list[str]:
 
         optimizer.step(closure)
 
-    attempt(RuntimeError, lambda: stepping(wrap(make_net(), here, "fsdp"), "local"))
-    attempt(RuntimeError, lambda: stepping(wrap(make_net(), here, "ddp"), "replica"))
+    attempt(RuntimeError, lambda: stepping(wrap(make_net(), world, "fsdp"), "local"))
+    attempt(RuntimeError, lambda: stepping(wrap(make_net(), world, "ddp"), "replica"))
     hsdp = {"shard_size": 1, "wrap_classes": ["Linear"]}
-    attempt(RuntimeError, lambda: stepping(wrap(make_net(), here, "hsdp", **hsdp), "replica"))  # type: ignore[arg-type]
-    attempt(UserError, lambda: wrap(make_net(), here, "fsdp", scope="replica"))
-    passes = BatchPasses(wrap(make_net(), here, "ddp"), nn.CrossEntropyLoss(), x, torch.zeros(2, dtype=torch.long))
+    attempt(RuntimeError, lambda: stepping(wrap(make_net(), world, "hsdp", **hsdp), "replica"))  # type: ignore[arg-type]
+    attempt(UserError, lambda: wrap(make_net(), world, "fsdp", scope="replica"))
+    passes = BatchPasses(wrap(make_net(), world, "ddp"), nn.CrossEntropyLoss(), x, torch.zeros(2, dtype=torch.long))
     attempt(RuntimeError, lambda: passes(sync="replica"))
     static = nn.parallel.DistributedDataParallel(make_net(), static_graph=True)
     passes = BatchPasses(static, nn.CrossEntropyLoss(), x, torch.zeros(2, dtype=torch.long))

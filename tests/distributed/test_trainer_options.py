@@ -31,15 +31,15 @@ LOSS = 2e-2
 Fitted = dict[str, tuple[dict[str, float], dict[str, Any]]]  # evaluation, and averaged weights, of each strategy
 
 
-def fit(here: Distributed, images: str, folder: str, resume: bool) -> Fitted:
+def fit(world: Distributed, images: str, folder: str, resume: bool) -> Fitted:
     results: Fitted = {}
     # The second process is the one that waits for its data.
-    Meter.rates = lambda _: {"images_per_s": 1.0, "data_wait": 0.25 + 0.5 * here.rank}  # type: ignore[method-assign]
+    Meter.rates = lambda _: {"images_per_s": 1.0, "data_wait": 0.25 + 0.5 * world.rank}  # type: ignore[method-assign]
     for strategy in ("ddp", *SHARDED):
         flags = [*FLAGS, "--data.root", images, "--run_dir", f"{folder}/{strategy}", "--parallel.strategy", strategy]
         if strategy in SHARDED:
             flags += ["--precision.gather_dtype", "bf16", *SHARDED[strategy]]
-        this = trainer._trainer(parse([*flags, *(["--resume", "auto"] if resume else [])]), here)
+        this = trainer._trainer(parse([*flags, *(["--resume", "auto"] if resume else [])]), world)
         _spoil_second_step(this)
         layouts: list[bool] = []
         for module in this.model.modules():
@@ -68,7 +68,7 @@ def _spoil_second_step(this: trainer.Trainer) -> None:
     original = this._step
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        bad = this.step == 1 and this.here.rank == this.here.world_size - 1
+        bad = this.step == 1 and this.world.rank == this.world.world_size - 1
         images = images.clone()
         images[0] *= float("nan") if bad else 1.0
         return original(images, labels)

@@ -28,7 +28,7 @@ RTOL, ATOL = 1e-3, 1e-4
 Fitted = dict[str, tuple[dict[str, float], dict[str, Any]]]  # evaluation and weights of each strategy
 
 
-def fit(here: Distributed, images: str, folder: str, resume: bool) -> Fitted:
+def fit(world: Distributed, images: str, folder: str, resume: bool) -> Fitted:
     """Three steps under each strategy; evaluation shares 21 images unevenly, in 2 and 3 batches."""
     results = {}
     for strategy in ("ddp", "fsdp", "hsdp"):
@@ -42,7 +42,7 @@ def fit(here: Distributed, images: str, folder: str, resume: bool) -> Fitted:
         config = parse([*flags, *(["--resume", "auto"] if resume else [])])
         if strategy == "hsdp":
             config.parallel.shard_size = 1
-        this = trainer._trainer(config, here)
+        this = trainer._trainer(config, world)
         evaluation = this.fit()
         this.close()
         whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in this.model.state_dict().items()}
@@ -80,7 +80,7 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.0))
 
 
-def refusals(here: Distributed) -> list[str]:
+def refusals(world: Distributed) -> list[str]:
     """The message of each refusal, and what the model is afterwards."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
     cases: list[tuple[nn.Module, str, dict[str, Any]]] = [
@@ -94,7 +94,7 @@ def refusals(here: Distributed) -> list[str]:
     messages = []
     for model, strategy, options in cases:
         with pytest.raises(UserError) as error:
-            wrap(model, here, strategy, **options)  # type: ignore[arg-type]
+            wrap(model, world, strategy, **options)  # type: ignore[arg-type]
         messages.append(str(error.value))
     return messages
 

@@ -59,11 +59,11 @@ def test_options_reach_the_loader(cifar: tuple[str, ...], tmp_path: Path) -> Non
     from lesam_dist.config.command_line import parse
     from lesam_dist.parallel.processes import Distributed
 
-    here = Distributed(1, 1, 2, torch.device("cpu"))
+    world = Distributed(1, 1, 2, torch.device("cpu"))
     flags = ("--data.mean", "[0.1,0.2,0.3]", "--data.horizontal_flip", "false", "--data.eval_batch_size", "10")
     config = parse([*cifar, *flags])
     splits = load_cifar("cifar100", tmp_path / "data")
-    train, val = build.build_loaders(config, splits, here)
+    train, val = build.build_loaders(config, splits, world)
     assert isinstance(train, build.CifarLoader)
     assert train._transform == build.CifarTransform(32, 2, False, 8, 0.5, mean=(0.1, 0.2, 0.3))
     assert (train._sampling.rank, train._sampling.world_size, train._sampling.batch_size) == (1, 2, 20)

@@ -42,11 +42,11 @@ def whole(tensors: Mapping[str, Tensor]) -> Weights:
 class Run:
     """A model in training with its average; every weight it had is kept."""
 
-    def __init__(self, here: Distributed, seed: int, strategy: Strategy, **options: Any) -> None:
+    def __init__(self, world: Distributed, seed: int, strategy: Strategy, **options: Any) -> None:
         torch.manual_seed(seed)
-        self.here, self.net = here, make()
+        self.world, self.net = world, make()
         self.x, self.y = torch.randn(STEPS, BATCH, 6), torch.randint(0, 3, (STEPS, BATCH))
-        self.model = wrap(self.net, here, strategy, **options)
+        self.model = wrap(self.net, world, strategy, **options)
         self.params = dict(self.net.named_parameters())  # kept: a gathered model names the gathered ones
         self.optimizer = LESAM(self.net.parameters(), torch.optim.SGD, sigma=0.05, rho_max=0.1, lr=0.5, momentum=0.9)
         self.ema = WeightAverage(self.net, DECAY)
@@ -62,7 +62,7 @@ class Run:
 
     def train(self, steps: range) -> None:
         for t in steps:
-            x, y = (v[t].chunk(self.here.world_size)[self.here.rank] for v in (self.x, self.y))
+            x, y = (v[t].chunk(self.world.world_size)[self.world.rank] for v in (self.x, self.y))
             self.optimizer.step(BatchPasses(self.model, nn.CrossEntropyLoss(), x, y))
             self.ema.update()
             self.history.append(self.weights())
@@ -154,11 +154,11 @@ def test_bfloat16_weights_have_a_float32_average(seed: int) -> None:
     torch.testing.assert_close(whole(dict(net.named_parameters())), before, rtol=0, atol=0)
 
 
-def sharded(here: Distributed, seed: int) -> list[dict[str, Any]]:
+def sharded(world: Distributed, seed: int) -> list[dict[str, Any]]:
     """Average, weights and outputs; with parameters that stay gathered after a forward, and that do not."""
     results = []
     for reshard in (False, True):
-        this = Run(here, seed, "fsdp", wrap_classes=["Linear"], reshard_after_forward=reshard)
+        this = Run(world, seed, "fsdp", wrap_classes=["Linear"], reshard_after_forward=reshard)
         this.train(range(STEPS))
         before, weights = this.logits(), this.weights()  # the forward leaves parameters gathered
         with this.ema.swapped():
@@ -214,19 +214,19 @@ def test_an_error_inside_gives_the_weights_back(seed: int) -> None:
     torch.testing.assert_close(this.average(), untouched.average(), rtol=0, atol=0)
 
 
-def save_then_finish(here: Distributed, seed: int, folder: Path) -> Weights:
-    this = Run(here, seed, "fsdp", wrap_classes=["Linear"])
+def save_then_finish(world: Distributed, seed: int, folder: Path) -> Weights:
+    this = Run(world, seed, "fsdp", wrap_classes=["Linear"])
     this.train(range(2))
-    checkpointer = Checkpointer(folder, 2, here)
+    checkpointer = Checkpointer(folder, 2, world)
     checkpointer.save(2, this.net, this.optimizer, {}, this.ema)
     this.train(range(2, STEPS))
     checkpointer.save(STEPS, this.net, this.optimizer, {}, this.ema)
     return this.average()
 
 
-def load_then_finish(here: Distributed, seed: int, folder: Path, strategy: Strategy) -> tuple[Weights, Weights]:
-    this = Run(here, seed, strategy, wrap_classes=["Linear"])
-    progress, damaged = Checkpointer(folder, 1, here).load_latest(this.net, this.optimizer, this.ema)
+def load_then_finish(world: Distributed, seed: int, folder: Path, strategy: Strategy) -> tuple[Weights, Weights]:
+    this = Run(world, seed, strategy, wrap_classes=["Linear"])
+    progress, damaged = Checkpointer(folder, 1, world).load_latest(this.net, this.optimizer, this.ema)
     assert (progress or {})["step"] == 2
     assert [f"{STEPS:08d}/__1_0.distcp is damaged" in fault for fault in damaged] == [True]
     this.before = 2

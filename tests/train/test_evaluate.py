@@ -29,18 +29,18 @@ RUNS = [("ddp", 5), ("ddp", 12), ("fsdp", 12)]  # strategies and numbers of clas
 Counted = tuple[dict[str, float], int, int]  # the evaluation, this rank's forwards, and its gathers of objects
 
 
-def share(here: Distributed, seed: int, owners: list[int]) -> list[Counted]:
+def share(world: Distributed, seed: int, owners: list[int]) -> list[Counted]:
     """Sample i belongs to rank owners[i]; batches of 3, the last one partial. Replicated, then sharded."""
     results = []
     for strategy, classes in RUNS:
         net, x, y = make(seed, classes)
-        wrap(net, here, strategy, wrap_classes=["Linear"])  # type: ignore[arg-type]
-        mine = torch.tensor([i for i, owner in enumerate(owners) if owner == here.rank], dtype=torch.long)
+        wrap(net, world, strategy, wrap_classes=["Linear"])  # type: ignore[arg-type]
+        mine = torch.tensor([i for i, owner in enumerate(owners) if owner == world.rank], dtype=torch.long)
         batches = [(x[part], y[part]) for part in mine.split(3) if len(part)]
         forwards: list[int] = []
         net.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))
         with patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as gather:
-            result = evaluate(net, iter(batches), here, count=len(batches))
+            result = evaluate(net, iter(batches), world, count=len(batches))
         assert net.training
         results.append((result, len(forwards), gather.call_count))
     return results
@@ -78,7 +78,7 @@ def test_every_sample_counts_once(seed: int, world_size: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_batch_waits_for_the_device(seed: int) -> None:
     net, x, y = (part.cuda() for part in make(seed, 12))
-    here = Distributed(0, 0, 1, torch.device("cuda", 0))
+    world = Distributed(0, 0, 1, torch.device("cuda", 0))
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         torch.cuda.set_sync_debug_mode("error")
@@ -86,16 +86,16 @@ def test_no_batch_waits_for_the_device(seed: int) -> None:
         torch.cuda.set_sync_debug_mode("default")  # the sums are read now
 
     try:
-        assert evaluate(net, batches(), here) == pytest.approx(expected(seed, 12), rel=1e-4)
+        assert evaluate(net, batches(), world) == pytest.approx(expected(seed, 12), rel=1e-4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def without_count(here: Distributed) -> str:
+def without_count(world: Distributed) -> str:
     net = nn.Sequential(nn.Linear(4, 3))
-    wrap(net, here, "fsdp")
+    wrap(net, world, "fsdp")
     with pytest.raises(ValueError, match="collective") as error:
-        evaluate(net, [], here)
+        evaluate(net, [], world)
     return str(error.value)
 
 

@@ -59,10 +59,10 @@ def test_recomputation_reaches_the_model(monkeypatch: pytest.MonkeyPatch, seed: 
         return VisionTransformer(8, 4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
 
     monkeypatch.setattr(build, "build_model", tiny)
-    here = Distributed(0, 0, 1, torch.device("cpu"))
+    world = Distributed(0, 0, 1, torch.device("cpu"))
     kept = []
     for flag in ("false", "true"):
-        net = build.build_network(parse(["--model.activation_checkpointing", flag, "--data.image_size", "8"]), 3, here)
+        net = build.build_network(parse(["--model.activation_checkpointing", flag, "--data.image_size", "8"]), 3, world)
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             net(torch.randn(2, 3, 8, 8))

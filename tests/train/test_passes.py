@@ -166,11 +166,11 @@ def test_optimizer_step_on_a_batch_equals_two_hand_made_passes(seed: int) -> Non
     assert w.shape == net[1].weight.shape
 
 
-def unsynced_and_averaged(here: Distributed, seed: int) -> tuple[bool, bool, torch.Tensor]:
+def unsynced_and_averaged(world: Distributed, seed: int) -> tuple[bool, bool, torch.Tensor]:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
-    model = wrap(net, here, "ddp")
-    torch.manual_seed(seed + here.rank)
+    model = wrap(net, world, "ddp")
+    torch.manual_seed(seed + world.rank)
     passes = make_passes(model)
     passes(sync=False)
     local = net[0].weight.grad.clone()  # type: ignore[union-attr]
@@ -183,7 +183,7 @@ def unsynced_and_averaged(here: Distributed, seed: int) -> tuple[bool, bool, tor
     torch.distributed.all_gather(both, local)
     gathered = [torch.empty_like(statistics) for _ in range(2)]
     torch.distributed.all_gather(gathered, net[1].running_mean)
-    average_batchnorm(net, here)
+    average_batchnorm(net, world)
     averaged = torch.allclose(net[1].running_mean, (gathered[0] + gathered[1]) / 2)
     return torch.allclose(mean, (both[0] + both[1]) / 2, atol=1e-7) and not torch.equal(*both), averaged, mean
 
@@ -217,18 +217,18 @@ def test_micro_batches_replay_their_random_numbers(seed: int) -> None:
         assert parts().item() == parts().item()
 
 
-def accumulate(here: Distributed, seed: int) -> dict[str, tuple[dict[str, torch.Tensor], int]]:
+def accumulate(world: Distributed, seed: int) -> dict[str, tuple[dict[str, torch.Tensor], int]]:
     """The final weights under each strategy in 1 and 3 parts, and the bytes-carrying collectives of a DDP step."""
     results = {}
     for strategy, micro_batches in ((s, n) for s in ("ddp", "fsdp") for n in (1, 3)):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 7), nn.Tanh(), nn.Linear(7, 5))
-        model = wrap(net, here, strategy)  # type: ignore[arg-type]
+        model = wrap(net, world, strategy)  # type: ignore[arg-type]
         reductions: list[int] = []
         if strategy == "ddp":
             model.register_comm_hook(reductions, counting_hook)  # type: ignore[operator]
         optimizer = LESAM(net.parameters(), torch.optim.SGD, sigma=0.1, rho_max=None, lr=0.1)
-        torch.manual_seed(seed + 1 + here.rank)
+        torch.manual_seed(seed + 1 + world.rank)
         x, y = torch.randn(6, 3, 8, 8), torch.randint(0, 5, (6,))
         optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), x, y, micro_batches=micro_batches))
         whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in net.state_dict().items()}

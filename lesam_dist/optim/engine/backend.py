@@ -81,7 +81,7 @@ def select(backend: Backend, rows: Rows) -> Ops:
         return ReferenceOps(rows)
     if rows.device.type != "cuda":
         require_interpreter(rows.device)
-    from lesam_dist.optim.engine.triton_backend import TritonOps  # here, so that triton is needed only where it is used
+    from lesam_dist.optim.engine.triton_backend import TritonOps  # so that triton is needed only where it is used
 
     return TritonOps(rows)
 
