@@ -32,11 +32,10 @@ def _power(base, exponent):
 
 @triton.jit
 def _load_scalars(scalars_ptr, group, step):
-    """What update number ``step`` multiplies with: in fp64 from the group's scalars, then rounded to fp32."""
-    ptr = scalars_ptr + 8 * group
-    lr, weight_decay = tl.load(ptr).to(tl.float64), tl.load(ptr + 4).to(tl.float64)
-    beta1, beta2 = tl.load(ptr + 1).to(tl.float64), tl.load(ptr + 2).to(tl.float64)
-    eps, a, b = tl.load(ptr + 3), tl.load(ptr + 5), tl.load(ptr + 6)
+    """What update number ``step`` multiplies with: in fp64, then rounded to fp32."""
+    ptr = scalars_ptr + 7 * group
+    lr, beta1, beta2, eps = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
+    weight_decay, a, b = tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
     step_size = lr / (1.0 - _power(beta1, step))
     root_factor = 1.0 / tl.sqrt(1.0 - _power(beta2, step))
     return (
@@ -181,19 +180,18 @@ def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor | None 
         table: columns "copy", "g" and "g_hat" must be set; "exp_avg", "exp_avg_sq" and "step" must have a tensor
             wherever "g_hat" has. No two rows share a step. "g_kept": a missing one counts as zero; b is ignored where
             it is not set.
-        scalars: float64 (G, 8), of each param group: lr, beta1, beta2, eps, weight_decay, a, b, and one that is not
-            read. To maximize, negate a and b. May be float32, which changes ``1 - beta2`` by about 1e-5 of itself.
+        scalars: float64 (G, 7), of each param group: lr, beta1, beta2, eps, weight_decay, a, b. To maximize, negate
+            a and b.
         found_inf: one float32 element; where it is not 0 rows are restored and nothing else is written.
 
     Raises:
         ValueError: a column that is read is not set or lacks a tensor; an argument of another shape or device.
-        TypeError: ``scalars`` is neither float64 nor float32, ``found_inf`` not float32.
+        TypeError: ``scalars`` is not float64, ``found_inf`` not float32.
     """
     w_ptrs, copy_ptrs, g_ptrs, g_hat_ptrs = (table.column(name) for name in ("w", "copy", "g", "g_hat"))
     for name in ("exp_avg", "exp_avg_sq", "step"):
         table.require(name, where="g_hat")
-    dtype = torch.float32 if scalars.dtype == torch.float32 else torch.float64
-    check_argument("scalars", scalars, dtype, (table.num_groups, 8), table.device)
+    check_argument("scalars", scalars, torch.float64, (table.num_groups, 7), table.device)
     if found_inf is not None:
         check_argument("found_inf", found_inf, torch.float32, (), table.device)
     with table.device_guard():

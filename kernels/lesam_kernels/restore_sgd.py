@@ -19,15 +19,13 @@ from lesam_kernels.tensor_table import TensorTable
 @triton.jit
 def _load_scalars(scalars_ptr, group, buf_address):
     """The group's scalars, with what a row without a buffer makes of them."""
-    ptr = scalars_ptr + 8 * group
+    ptr = scalars_ptr + 7 * group
     lr, momentum, dampening, weight_decay = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
-    nesterov, a, b, first = tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6), tl.load(ptr + 7)
+    nesterov, a, b = tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
     has_buf = buf_address != 0
-    # Integers, for ends of masks: a multiple of 16 times one of these is known to be a multiple of 16.
-    stored = has_buf.to(tl.int32)
-    loaded = (has_buf & (first == 0)).to(tl.int32)
     nesterov = has_buf & (nesterov != 0)
-    return lr, momentum, 1.0 - dampening, weight_decay, nesterov, a, b, loaded, stored
+    # An integer, for ends of masks: a multiple of 16 times it is known to be a multiple of 16.
+    return lr, momentum, 1.0 - dampening, weight_decay, nesterov, a, b, has_buf.to(tl.int32)
 
 
 @triton.jit
@@ -47,7 +45,7 @@ def _sgd_span(
 ):
     """The update of `_restore_sgd_kernel` for elements [first, last) from ``start``."""
     w_address, exact_address, buf_address, g_hat_address, g_kept_address = addresses
-    lr, momentum, undamped, weight_decay, nesterov, a, b, loaded, stored = scalars
+    lr, momentum, undamped, weight_decay, nesterov, a, b, has_buf = scalars
     w_ptr = pointer(w_address, W_DTYPE, ALIGNED) + start
     exact_ptr = pointer(exact_address, W_DTYPE, ALIGNED) + start
     buf_ptr = pointer(buf_address, W_DTYPE, ALIGNED) + start
@@ -63,9 +61,9 @@ def _sgd_span(
             d = tl.fma(tl.load(g_kept_ptr + off, mask=off < last * kept, other=0.0).to(tl.float32), b, d)
         d = tl.fma(w, weight_decay, d)
         if MOMENTUM:
-            buf = tl.load(buf_ptr + off, mask=off < last * loaded, other=0.0).to(tl.float32)
-            buf = tl.where(loaded != 0, tl.fma(buf, momentum, undamped * d), d)
-            tl.store(buf_ptr + off, buf.to(W_DTYPE), mask=off < last * stored)
+            buf = tl.load(buf_ptr + off, mask=off < last * has_buf, other=0.0).to(tl.float32)
+            buf = tl.where(has_buf != 0, tl.fma(buf, momentum, undamped * d), d)
+            tl.store(buf_ptr + off, buf.to(W_DTYPE), mask=off < last * has_buf)
             d = tl.where(nesterov, tl.fma(buf, momentum, d), buf)
         tl.store(w_ptr + off, tl.fma(d, -lr, w).to(W_DTYPE), mask=mask)
 
@@ -91,11 +89,11 @@ def _restore_sgd_kernel(
     """With w the copy where `perturb` moved the row:
 
         d = a*g_hat + b*g_kept + weight_decay*w
-        buf = first ? d : momentum*buf + (1 - dampening)*d
+        buf <- momentum*buf + (1 - dampening)*d
         w <- w - lr * (nesterov ? d + momentum*buf : buf)
 
-    Per element: reads copy, g_hat, buf (not where first) and g_kept where there is one, writes w and buf. Without a
-    buffer d takes its place. fp32, each line rounded as written with fused multiply-adds; what is stored is rounded
+    Per element: reads copy, g_hat, buf and g_kept where there is one, writes w and buf. Without a buffer d takes its
+    place. fp32, each line rounded as written with fused multiply-adds; what is stored is rounded
     to w's dtype. Without g_hat, or where found_inf is not 0: w <- copy alone, exact.
     """
     row, start, count = locate(rows_ptr, blocks_ptr, first_block + tl.program_id(0), CHUNK)
@@ -132,8 +130,9 @@ def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor | None = 
     Args:
         table: columns "copy", "g" and "g_hat" must be set. "momentum_buffer": no momentum for rows without one, or
             where it is not set. "g_kept": a missing one counts as zero; b is ignored where it is not set.
-        scalars: float32 (G, 8), of each param group: lr, momentum, dampening, weight_decay, nesterov (0 or 1), a, b,
-            first (1 where the buffers hold nothing yet: they are not read). To maximize, negate a and b.
+        scalars: float32 (G, 7), of each param group: lr, momentum, dampening, weight_decay, nesterov (0 or 1), a, b.
+            To maximize, negate a and b. Buffers begin as zeros: torch's first step, but for dampening, which torch
+            leaves out of it.
         found_inf: one float32 element; where it is not 0 rows are restored and nothing else is written.
 
     Raises:
@@ -141,7 +140,7 @@ def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor | None = 
         TypeError: an argument is not float32.
     """
     w_ptrs, copy_ptrs, g_ptrs, g_hat_ptrs = (table.column(name) for name in ("w", "copy", "g", "g_hat"))
-    check_argument("scalars", scalars, torch.float32, (table.num_groups, 8), table.device)
+    check_argument("scalars", scalars, torch.float32, (table.num_groups, 7), table.device)
     if found_inf is not None:
         check_argument("found_inf", found_inf, torch.float32, (), table.device)
     with table.device_guard():

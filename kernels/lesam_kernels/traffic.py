@@ -47,12 +47,9 @@ def restore(w: torch.dtype) -> Traffic:
     return Traffic("restore", w.itemsize, w.itemsize)
 
 
-def restore_sgd(
-    w: torch.dtype, g: torch.dtype, *, momentum: bool = True, first: bool = False, kept: bool = False
-) -> Traffic:
-    """Reads the copy, g_hat, the buffer (not where it is the first) and g_kept; writes w and the buffer."""
-    reads = w.itemsize * (1 + (momentum and not first)) + g.itemsize * (1 + kept)
-    return Traffic("restore_sgd", reads, w.itemsize * (1 + momentum))
+def restore_sgd(w: torch.dtype, g: torch.dtype, *, momentum: bool = True, kept: bool = False) -> Traffic:
+    """Reads the copy, g_hat, the buffer and g_kept; writes w and the buffer."""
+    return Traffic("restore_sgd", w.itemsize * (1 + momentum) + g.itemsize * (1 + kept), w.itemsize * (1 + momentum))
 
 
 def restore_adamw(w: torch.dtype, g: torch.dtype, *, kept: bool = False) -> Traffic:

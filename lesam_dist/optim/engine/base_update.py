@@ -25,7 +25,7 @@ class BaseUpdate:
     Attributes:
         kernel: ``restore_sgd`` or ``restore_adamw``.
         columns: names of the state tensors in ``optimizer.state[p]``, torch's.
-        scalars: for each param group the row of 8 numbers that the kernel documents.
+        scalars: for each param group the row of 7 numbers that the kernel documents.
         dtype: of the scalars on the device.
         stateful: whether the parameters of each group have state (SGD's only with momentum).
         state: the base optimizer's.
@@ -82,8 +82,8 @@ def base_update(base: Optimizer, mixtures: Sequence[Mixture]) -> BaseUpdate | No
 
 def _sgd(group: Group, a: float, b: float) -> tuple[float, ...]:
     nesterov = float(group["nesterov"])
-    return (group["lr"], group["momentum"], group["dampening"], group["weight_decay"], nesterov, a, b, 0.0)
+    return (group["lr"], group["momentum"], group["dampening"], group["weight_decay"], nesterov, a, b)
 
 
 def _adamw(group: Group, a: float, b: float) -> tuple[float, ...]:
-    return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], a, b, 0.0)
+    return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], a, b)
