@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+Command = Callable[..., tuple[int, str, str]]
 CLASSES = ("0", "1", "2")
 TRAIN, VAL = 20, 7  # images per class of the fixture `images`
 
@@ -38,3 +41,37 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for path in sorted((full / split / name).iterdir())[:count]:
                 shutil.copy(path, root / split / name)
     return root
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``command("--flag", "value")`` runs `lesam-dist train` here; returns exit status, stdout and stderr."""
+
+    from lesam_dist.cli import run
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lesam-dist", *map(str, argv)])
+        with pytest.raises(SystemExit) as stopped:
+            run("train")
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def small(images: Path) -> tuple[str, ...]:
+    """Flags of a run of 3 epochs of 3 steps on `images`."""
+    return (
+        *(
+            "--config",
+            "digits",
+            "--data.root",
+            str(images),
+            "--data.batch_size",
+            "20",
+            "--data.builtin",
+            "null",
+        ),
+        *("--epochs", "3", "--schedule.lr_warmup_epochs", "1", "--logging.every_steps", "1"),
+    )

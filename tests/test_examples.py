@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.func import functional_call
 
-from tests.distributed.processes import PRELOAD, free_port
+from tests.parallel.processes import PRELOAD, free_port
 from tests.oracles import SGD64, Weights, algorithm_1
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

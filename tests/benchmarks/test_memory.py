@@ -22,7 +22,7 @@ from traffic import BASES, Base
 from lesam_dist import LESAM
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 ROOT = Path(__file__).parents[2]
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lesam_dist.train.telemetry import read_metrics
-from tests.train.conftest import Command
+from tests.conftest import Command
 
 FLAGS = ("--precision.weights", "bf16", "--precision.compute", "bf16", "--optimizer.name", "sam")
 

@@ -12,7 +12,7 @@ from lesam_dist.data.cifar import load_cifar
 from lesam_dist.train import build
 from lesam_dist.train.telemetry import read_metrics
 from tests.cifar_files import write_cifar
-from tests.train.conftest import Command
+from tests.conftest import Command
 from tests.train.test_trainer import assert_same_state, final_state, timeless
 
 CIFAR = """

@@ -20,7 +20,7 @@ from lesam_dist.train import trainer
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.passes import BatchPasses, batchnorms
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 STEPS, BATCH, DECAY = 5, 12, 0.22  # reached by the warm-up after two updates

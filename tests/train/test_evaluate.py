@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.evaluate import evaluate
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 SAMPLES = 11
 

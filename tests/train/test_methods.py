@@ -19,7 +19,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.train.build import build_optimizer
 from lesam_dist.train.methods import METHODS, method_arguments
 from lesam_dist.train.telemetry import read_metrics
-from tests.train.conftest import Command
+from tests.conftest import Command
 
 
 def test_every_method_of_the_library_has_a_name() -> None:

@@ -15,7 +15,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import build
 from lesam_dist.train.telemetry import read_metrics
-from tests.train.conftest import Command
+from tests.conftest import Command
 
 
 def val_lines(run_dir: Path) -> list[dict[str, float]]:

@@ -17,8 +17,8 @@ from lesam_dist import LESAM, optim
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses, average_batchnorm, frozen_batchnorm
-from tests.distributed.hooks import counting_hook
-from tests.distributed.processes import run
+from tests.parallel.hooks import counting_hook
+from tests.parallel.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 

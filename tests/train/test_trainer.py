@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lesam_dist.train import trainer as module
 from lesam_dist.train.telemetry import read_metrics
-from tests.conftest import CLASSES, VAL
-from tests.train.conftest import Command
+from tests.conftest import CLASSES, VAL, Command
 
 REPOSITORY = Path(__file__).parents[2]
 

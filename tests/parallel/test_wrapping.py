@@ -16,7 +16,7 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import trainer
 from lesam_dist.train.telemetry import read_metrics
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 

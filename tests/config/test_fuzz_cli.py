@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.train.fuzz_cli import fuzz
+from tests.config.fuzz_cli import fuzz
 
 
 def test_every_command_line_ends_well(seed: int) -> None:

@@ -14,9 +14,9 @@ from lesam_dist import LESAM
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.hooks import counting_average
-from tests.distributed.processes import run
-from tests.distributed.test_optimizers import make_net
+from tests.parallel.hooks import counting_average
+from tests.parallel.processes import run
+from tests.parallel.test_optimizers import make_net
 
 
 def collectives(world: Distributed, strategy: Any, options: dict[str, Any], lesam: dict[str, Any]) -> Counter[str]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM
-from tests.distributed.test_optimizers import BATCH, CASES, RHO_MAX, SIGMA, STEPS, make_net, make_problem
+from tests.parallel.test_optimizers import BATCH, CASES, RHO_MAX, SIGMA, STEPS, make_net, make_problem
 
 
 def main(seed: int, folder: Path) -> None:

@@ -18,7 +18,7 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.parallel.wrapping import Strategy, wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 STEPS, CUTS = 30, 20
 METHODS: dict[str, Any] = {"lesam": lambda params, **base: LESAM(params, torch.optim.SGD, sigma=0.05, **base)}

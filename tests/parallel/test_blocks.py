@@ -21,7 +21,7 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import Strategy, wrap
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 STEPS, BATCH, CLASSES = 3, 12, 5

@@ -1,6 +1,6 @@
 """Random command lines and YAML files: each must end with status 0, or with status 2 and one line.
 
-    PYTHONPATH=. python tests/train/fuzz_cli.py --cases 5000 --dry_runs 200 --seed 7
+    PYTHONPATH=. python tests/config/fuzz_cli.py --cases 5000 --dry_runs 200 --seed 7
 
 Everything runs in this process. A case is parsed and checked as a run is before it reads data; a dry run then trains
 two steps of a tiny network. As a script, a case that takes 20 seconds is a fault.
@@ -33,7 +33,8 @@ from lesam_dist.config.explain import sections
 from lesam_dist.config.method_fields import METHOD_FIELDS, PLAIN
 from lesam_dist.config.recipes import bases, compose, methods, recipes
 from lesam_dist.config.schema import Config, default_values
-from lesam_dist.train import build, compare, sweep, trainer
+from lesam_dist.experiments import compare, sweep
+from lesam_dist.train import build, trainer
 
 _SECONDS = 20
 _NASTY = (

@@ -16,8 +16,8 @@ from lesam_dist import LESAM, SAM
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.processes import run
 from tests.oracles import SGD64, AdamW64, Weights, algorithm_1, norm_of
+from tests.parallel.processes import run
 
 STEPS, BATCH = 4, 12  # divisible by 2, 3 and 4: every rank then weighs the same
 SIGMA, RHO_MAX = 0.2, 0.2  # large, so that the perturbation changes the weights by far more than bfloat16's rounding

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lesam_dist.config.command_line import parse
-from tests.train.conftest import Command
+from tests.conftest import Command
 
 FLAGS = [
     (["--config", "digit"], "unknown recipe 'digit': did you mean 'digits'?"),

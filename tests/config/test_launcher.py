@@ -12,7 +12,7 @@ import pytest
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.launcher import accelerate_flags
 from lesam_dist.errors import UserError
-from tests.distributed.processes import free_port
+from tests.parallel.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -14,9 +14,9 @@ from lesam_dist import LESAM
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.processes import run
-from tests.distributed.test_optimizers import make_net, make_problem
-from tests.distributed.test_scopes import part_of, whole
+from tests.parallel.processes import run
+from tests.parallel.test_optimizers import make_net, make_problem
+from tests.parallel.test_scopes import part_of, whole
 
 SHARDED = {"wrap_classes": ["Linear"]}
 WRAPPED: dict[str, tuple[Any, dict[str, Any], Any]] = {

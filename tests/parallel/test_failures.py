@@ -20,7 +20,7 @@ from lesam_dist import cli, parallel
 from lesam_dist.data import epoch_order, rank_batches, scan_split
 from lesam_dist.errors import UserError
 from lesam_dist.train import agreement
-from tests.distributed import processes
+from tests.parallel import processes
 
 Environ = dict[str, str]
 Command = Callable[[int], None]  # what a rank runs

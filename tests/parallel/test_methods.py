@@ -14,11 +14,11 @@ from lesam_dist import optim
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.processes import run
-from tests.distributed.test_optimizers import BATCH, STEPS, make_net, make_problem
-from tests.distributed.test_scopes import part_of, whole
 from tests.methods import CASES
 from tests.oracles import Weights, largest
+from tests.parallel.processes import run
+from tests.parallel.test_optimizers import BATCH, STEPS, make_net, make_problem
+from tests.parallel.test_scopes import part_of, whole
 
 WRAPPED: dict[str, tuple[int, Any, dict[str, Any]]] = {
     "ddp2": (2, "ddp", {}),

@@ -16,10 +16,10 @@ from lesam_dist import LESAM, S2SAM, FriendlySAM, LookSAM
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.processes import run
-from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
-from tests.distributed.test_scopes import part_of, whole
 from tests.oracles import SGD64, Weights, algorithm_1, largest, m_sharpness, norm_of
+from tests.parallel.processes import run
+from tests.parallel.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
+from tests.parallel.test_scopes import part_of, whole
 
 KWARGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 CLIP = 0.1  # below the gradient's norm, or clipping would not show

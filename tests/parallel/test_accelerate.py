@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import free_port
-from tests.distributed.test_optimizers import assert_on_path
+from tests.parallel.processes import free_port
+from tests.parallel.test_optimizers import assert_on_path
 
 ROOT = Path(__file__).parents[2]
 

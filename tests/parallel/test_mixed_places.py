@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lesam_dist import LESAM
 from lesam_dist.parallel.processes import Distributed
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 SHAPES = {"over 4": (5, 3), "over 2 of 2x2": (3, 2), "replicated": (4,), "plain": (2, 3)}
 

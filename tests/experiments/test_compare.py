@@ -22,7 +22,7 @@ from lesam_dist.experiments.report import markdown
 from lesam_dist.experiments.runs import Outcome, paired_difference
 from lesam_dist.train import trainer
 from lesam_dist.train.telemetry import read_metrics
-from tests.train.conftest import Command
+from tests.conftest import Command
 from tests.train.test_trainer import timeless
 
 Run = Callable[..., tuple[int, str, str]]

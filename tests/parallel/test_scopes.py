@@ -19,11 +19,11 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.replicas import Sync
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.hooks import counting_average
-from tests.distributed.processes import run
-from tests.distributed.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
 from tests.methods import CASES
 from tests.oracles import SGD64, Weights, largest, norm_of
+from tests.parallel.hooks import counting_average
+from tests.parallel.processes import run
+from tests.parallel.test_optimizers import BATCH, SIGMA, STEPS, gradient_of, make_net, make_problem
 
 
 def overflow_on_one_rank(world: Distributed, seed: int) -> list[tuple[bool, float]]:

@@ -16,7 +16,7 @@ from lesam_dist.models import build_model
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 STEPS, BATCH, CLASSES = 4, 16, 5
 BF16 = torch.bfloat16

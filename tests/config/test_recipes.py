@@ -16,7 +16,7 @@ from lesam_dist.config.schema import Config, OptimizerConfig, flatten
 from lesam_dist.models import build_model
 from lesam_dist.train.build import build_optimizer
 from lesam_dist.train.methods import METHODS
-from tests.train.conftest import Command
+from tests.conftest import Command
 
 TABLE_1 = ("sgd", "eigensam", "asam", "esam", "fsam", "sam", "lesam")
 CIFAR_MODELS = ("resnet18", "wrn28_10", "pyramidnet110")

@@ -14,7 +14,7 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import trainer
 from lesam_dist.train.meter import Meter
 from lesam_dist.train.telemetry import read_metrics
-from tests.distributed.processes import run
+from tests.parallel.processes import run
 
 FLAGS = [
     *("--config", "digits", "--data.builtin", "null", "--data.batch_size", "20", "--data.eval_batch_size", "5"),
