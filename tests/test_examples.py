@@ -19,8 +19,8 @@ import torch
 import torch.multiprocessing as mp
 from torch.func import functional_call
 
-from tests.parallel.processes import PRELOAD, free_port
 from tests.oracles import SGD64, Weights, algorithm_1
+from tests.parallel.processes import PRELOAD, free_port
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SEVERAL = ("ddp.py", "fsdp2.py", "accelerate_loop.py")
