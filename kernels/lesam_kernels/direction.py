@@ -1,6 +1,6 @@
 """The direction of a perturbation, shared by its norm (`sum_sq`) and its application (`perturb`).
 
-    v = inv_scale * g - ema_scale * ema          T = p*|w| + q
+    v = g - ema_scale*ema          T = p*|w| + q
 
 `sum_sq` sums ``(T*v)^2``, `perturb` moves along ``T^2 * v``; what is not given is left out (T is then 1).
 """
@@ -17,24 +17,19 @@ from lesam_kernels.tensor_table import TensorTable
 
 
 @triton.jit
-def load_direction(metric_ptr, ema_scale_ptr, inv_scale_ptr, group):
-    """p, q, ema_scale, inv_scale of a param group; neutral values for what is None."""
+def load_direction(metric_ptr, ema_scale_ptr, group):
+    """p, q, ema_scale of a param group; neutral values for what is None."""
     if metric_ptr is None:
         p, q = 0.0, 1.0
     else:
         p, q = tl.load(metric_ptr + 2 * group), tl.load(metric_ptr + 2 * group + 1)
     ema_scale = 0.0 if ema_scale_ptr is None else tl.load(ema_scale_ptr + group)
-    inv_scale = 1.0 if inv_scale_ptr is None else tl.load(inv_scale_ptr)
-    return p, q, ema_scale, inv_scale
+    return p, q, ema_scale
 
 
-def check_direction(
-    table: TensorTable, metric: Tensor | None, ema_scale: Tensor | None, inv_scale: Tensor | None
-) -> None:
+def check_direction(table: TensorTable, metric: Tensor | None, ema_scale: Tensor | None) -> None:
     """Check the optional arguments of `sum_sq` and `perturb`; `arguments.check_argument` says how."""
     if metric is not None:
         check_argument("metric", metric, torch.float32, (table.num_groups, 2), table.device)
     if ema_scale is not None:
         check_argument("ema_scale", ema_scale, torch.float32, (table.num_groups,), table.device)
-    if inv_scale is not None:
-        check_argument("inv_scale", inv_scale, torch.float32, (), table.device)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lesam_kernels.alignment import pointer, vectorised
-from lesam_kernels.launch_config import NUM_WARPS, TRITON_DTYPES, launch_config
+from lesam_kernels.launch_config import NUM_WARPS
 from lesam_kernels.program import is_last, locate, segment_of
 from lesam_kernels.tensor_table import GRAD_COLUMNS, TensorTable
 
@@ -17,13 +17,12 @@ _FINISH_BLOCK = 1024
 
 
 @triton.jit
-def _dots_span(sums, addresses, start, first, last, TYPES: tl.constexpr, ALIGNED: tl.constexpr):
+def _dots_span(sums, addresses, start, first, last, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """The three sums + those of elements [first, last) from ``start``."""
     ab, aa, bb = sums
     a_address, b_address = addresses
-    BLOCK: tl.constexpr = TYPES[1]
-    a_ptr = pointer(a_address, TYPES[0], ALIGNED) + start
-    b_ptr = pointer(b_address, TYPES[0], ALIGNED) + start
+    a_ptr = pointer(a_address, DTYPE, ALIGNED) + start
+    b_ptr = pointer(b_address, DTYPE, ALIGNED) + start
     # Element i goes to lane i % BLOCK in every span, so that the bits do not depend on the alignment.
     for o in range(first // BLOCK * BLOCK, last, BLOCK):
         off = o + tl.arange(0, BLOCK)
@@ -61,7 +60,7 @@ def _dots_kernel(
 ):
     """sums = (sum of a*b, of a^2, of b^2) over the rows that have both.
 
-    TYPES has (dtype of the gradients, BLOCK) of each segment. Per element: reads a and b. Products and sums in fp32
+    TYPES has (dtype, BLOCK) of each segment. Per element: reads a and b. Products and sums in fp32
     within a chunk, in a fixed order, beyond in fp64.
     """
     block = tl.program_id(0)
@@ -74,9 +73,11 @@ def _dots_kernel(
     ab, aa, bb = 0.0, 0.0, 0.0
     for i in tl.static_range(len(TYPES)):
         if segment == i:
-            zeros = tl.zeros([TYPES[i][1]], tl.float32)
-            sums = _dots_span((zeros, zeros, zeros), addresses, start, 0, vector_count, TYPES[i], True)
-            sums = _dots_span(sums, addresses, start, vector_count, count, TYPES[i], False)
+            DTYPE: tl.constexpr = TYPES[i][0]
+            BLOCK: tl.constexpr = TYPES[i][1]
+            zeros = tl.zeros([BLOCK], tl.float32)
+            sums = _dots_span((zeros, zeros, zeros), addresses, start, 0, vector_count, DTYPE, BLOCK, True)
+            sums = _dots_span(sums, addresses, start, vector_count, count, DTYPE, BLOCK, False)
             ab, aa, bb = tl.sum(sums[0]), tl.sum(sums[1]), tl.sum(sums[2])
     tl.store(partials_ptr + 3 * block, ab)
     tl.store(partials_ptr + 3 * block + 1, aa)
@@ -85,11 +86,6 @@ def _dots_kernel(
         for i in tl.static_range(3):
             _finish_sum(partials_ptr + i, sum_ptr + i, tl.num_programs(0), FINISH_BLOCK)
         tl.store(ticket_ptr, 0)
-
-
-def types_of(g: torch.dtype) -> tuple[tl.dtype, int]:
-    """A segment's entry in TYPES: 16 bytes of each gradient per thread, or three sums of them would spill."""
-    return TRITON_DTYPES[g], launch_config(g).block
 
 
 def dots(table: TensorTable, a: str, b: str) -> Tensor:
@@ -124,7 +120,7 @@ def dots(table: TensorTable, a: str, b: str) -> Tensor:
             torch.empty(3 * table.num_blocks, dtype=torch.float32, device=table.device),
             table.ticket,
             result,
-            TYPES=tuple(types_of(segment.g_dtype) for segment in table.segments),
+            TYPES=table.types,
             CHUNK=table.chunk,
             FINISH_BLOCK=_FINISH_BLOCK,
             num_warps=NUM_WARPS,

@@ -6,8 +6,6 @@ apply its update once per candidate.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton.language as tl
 
@@ -27,23 +25,10 @@ the assembler spills on its own to get below 48 (two thirds of the threads).
 _VECTOR_BYTES = 16
 
 
-class LaunchConfig(NamedTuple):
-    """Elements per loop iteration of a program, and the warps that share them."""
-
-    block: int
-    num_warps: int
+def block_of(dtype: torch.dtype) -> int:
+    """Elements of one tensor that a program takes at a time: 16 bytes per thread."""
+    return _VECTOR_BYTES // dtype.itemsize * 32 * NUM_WARPS
 
 
-def launch_config(*dtypes: torch.dtype, vectors: int = 1) -> LaunchConfig:
-    """The launch for a kernel that touches one element of each of ``dtypes`` at a time.
-
-    A thread gets 16 bytes of the widest dtype, ``vectors`` times: a kernel that only reads needs more loads under way
-    to cover the memory's latency. With fp32 next to bf16 that is 4 elements: with 8,
-    Triton would convert layouts through shared memory.
-    """
-    elements_per_thread = vectors * _VECTOR_BYTES // max(dtype.itemsize for dtype in dtypes)
-    return LaunchConfig(elements_per_thread * 32 * NUM_WARPS, NUM_WARPS)
-
-
-MAX_BLOCK = launch_config(torch.bfloat16).block
+MAX_BLOCK = block_of(torch.bfloat16)
 """A chunk is a whole number of these, the largest block of a kernel that writes."""

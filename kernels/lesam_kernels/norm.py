@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lesam_kernels.alignment import pointer, vectorised
-from lesam_kernels.arguments import check_argument
 from lesam_kernels.direction import check_direction, load_direction
 from lesam_kernels.launch_config import NUM_WARPS
 from lesam_kernels.program import group_of, is_last, load_address, locate, segment_of
@@ -26,23 +25,23 @@ def _sum_sq_span(
     first,
     last,
     scalars,
-    TYPES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
     METRIC: tl.constexpr,
     EMA: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """acc + the squares of elements [first, last) from ``start``."""
     w_address, g_address, ema_address = addresses
-    p, q, ema_scale, inv_scale = scalars
-    BLOCK: tl.constexpr = TYPES[2]
-    g_ptr = pointer(g_address, TYPES[1], ALIGNED) + start
-    w_ptr = pointer(w_address, TYPES[0], ALIGNED) + start
-    ema_ptr = pointer(ema_address, TYPES[1], ALIGNED) + start
+    p, q, ema_scale = scalars
+    g_ptr = pointer(g_address, DTYPE, ALIGNED) + start
+    w_ptr = pointer(w_address, DTYPE, ALIGNED) + start
+    ema_ptr = pointer(ema_address, DTYPE, ALIGNED) + start
     # Element i goes to lane i % BLOCK in every span, so that the bits do not depend on the alignment.
     for o in range(first // BLOCK * BLOCK, last, BLOCK):
         off = o + tl.arange(0, BLOCK)
         mask = off < last if ALIGNED else (off >= first) & (off < last)
-        v = tl.load(g_ptr + off, mask=mask, other=0.0).to(tl.float32) * inv_scale
+        v = tl.load(g_ptr + off, mask=mask, other=0.0).to(tl.float32)
         if EMA:
             v = tl.fma(tl.load(ema_ptr + off, mask=mask, other=0.0).to(tl.float32), -ema_scale, v)
         if METRIC:
@@ -52,8 +51,8 @@ def _sum_sq_span(
 
 
 @triton.jit
-def _finish(partials_ptr, ticket_ptr, sum_sq_ptr, found_inf_ptr, BLOCK: tl.constexpr):
-    """sum_sq = sum of partials, in fp64 and in a fixed order; found_inf = 1 where that is not finite."""
+def _finish(partials_ptr, ticket_ptr, sum_sq_ptr, BLOCK: tl.constexpr):
+    """sum_sq = sum of partials, in fp64 and in a fixed order."""
     num_blocks = tl.num_programs(0)
     acc = tl.zeros([BLOCK], tl.float64)
     for o in range(0, num_blocks, BLOCK):
@@ -61,17 +60,11 @@ def _finish(partials_ptr, ticket_ptr, sum_sq_ptr, found_inf_ptr, BLOCK: tl.const
         # .cg: from the cache that all programs share, where the others' partials are.
         partial = tl.load(partials_ptr + off, mask=off < num_blocks, other=0.0, cache_modifier=".cg")
         acc += partial.to(tl.float64)
-    total = tl.sum(acc)
-    tl.store(sum_sq_ptr, total)
-    if found_inf_ptr is not None:
-        finite = total < float("inf")
-        tl.store(found_inf_ptr, 1.0, mask=finite == 0)
+    tl.store(sum_sq_ptr, tl.sum(acc))
     tl.store(ticket_ptr, 0)
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=["metric_ptr", "ema_scale_ptr", "inv_scale_ptr", "sum_sq_ptr", "found_inf_ptr"]
-)
+@triton.jit(do_not_specialize_on_alignment=["metric_ptr", "ema_scale_ptr", "sum_sq_ptr"])
 def _sum_sq_kernel(
     g_ptrs,
     w_ptrs,
@@ -81,24 +74,22 @@ def _sum_sq_kernel(
     blocks_ptr,
     metric_ptr,
     ema_scale_ptr,
-    inv_scale_ptr,
     partials_ptr,
     ticket_ptr,
     sum_sq_ptr,
-    found_inf_ptr,
     TYPES: tl.constexpr,
     CHUNK: tl.constexpr,
     FINISH_BLOCK: tl.constexpr,
 ):
     """sum_sq = sum of (T*v)^2, with v and T as in `direction`.
 
-    TYPES has (dtype of w, dtype of g, BLOCK) of each segment. Per element: reads g; with a metric also w, with an
-    average also ema. Squares and sums in fp32 within a chunk, in a fixed order; only the rounding of sums is inexact.
+    TYPES has (dtype, BLOCK) of each segment. Per element: reads g; with a metric also w, with an average also ema.
+    Squares and sums in fp32 within a chunk, in a fixed order; only the rounding of sums is inexact.
     """
     block = tl.program_id(0)
     row, start, count = locate(rows_ptr, blocks_ptr, block, CHUNK)
     segment = segment_of(rows_ptr, row)
-    scalars = load_direction(metric_ptr, ema_scale_ptr, inv_scale_ptr, group_of(rows_ptr, row))
+    scalars = load_direction(metric_ptr, ema_scale_ptr, group_of(rows_ptr, row))
     g_address = tl.load(g_ptrs + row)
     METRIC: tl.constexpr = metric_ptr is not None
     EMA: tl.constexpr = ema_scale_ptr is not None
@@ -113,13 +104,17 @@ def _sum_sq_kernel(
     partial = 0.0
     for i in tl.static_range(len(TYPES)):
         if segment == i:
-            acc = tl.zeros([TYPES[i][2]], tl.float32)
-            acc = _sum_sq_span(acc, addresses, start, 0, vector_count, scalars, TYPES[i], METRIC, EMA, True)
-            acc = _sum_sq_span(acc, addresses, start, vector_count, count, scalars, TYPES[i], METRIC, EMA, False)
+            DTYPE: tl.constexpr = TYPES[i][0]
+            # Two vectors per thread and tensor: a kernel that only reads needs more loads under way to cover the
+            # memory's latency.
+            BLOCK: tl.constexpr = 2 * TYPES[i][1]
+            acc = tl.zeros([BLOCK], tl.float32)
+            acc = _sum_sq_span(acc, addresses, start, 0, vector_count, scalars, DTYPE, BLOCK, METRIC, EMA, True)
+            acc = _sum_sq_span(acc, addresses, start, vector_count, count, scalars, DTYPE, BLOCK, METRIC, EMA, False)
             partial = tl.sum(acc)
     tl.store(partials_ptr + block, partial)
     if is_last(ticket_ptr):
-        _finish(partials_ptr, ticket_ptr, sum_sq_ptr, found_inf_ptr, FINISH_BLOCK)
+        _finish(partials_ptr, ticket_ptr, sum_sq_ptr, FINISH_BLOCK)
 
 
 def sum_sq(
@@ -128,11 +123,9 @@ def sum_sq(
     *,
     metric: Tensor | None = None,
     ema_scale: Tensor | None = None,
-    inv_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
     perturbed_only: bool = False,
 ) -> Tensor:
-    """Sum over all rows of ``(T*v)^2`` with ``v = inv_scale*g - ema_scale*ema``, ``T = p*|w| + q``: a squared norm.
+    """Sum over all rows of ``(T*v)^2`` with ``v = g - ema_scale*ema``, ``T = p*|w| + q``: a squared norm.
 
     Without the optional tensors it is the sum of squares of a column. Accumulated in float32 per chunk and in float64
     beyond, in an order that depends on the table alone: equal values give equal bits. One launch whatever the dtypes,
@@ -143,8 +136,6 @@ def sum_sq(
         column: g, one of `GRAD_COLUMNS`.
         metric: float32 (G, 2), p and q of each param group: (1, eta) is ASAM's. Reads column "w".
         ema_scale: float32 (G,). Reads column "ema", which must have a tensor wherever ``column`` has.
-        inv_scale: one float32 element, as torch.amp's scaler has it: multiplies g before all else.
-        found_inf: one float32 element: set to 1.0 where the result is not finite, else left as it is.
         perturbed_only: rows without a tensor in column "copy" count nothing either.
 
     Returns:
@@ -159,11 +150,9 @@ def sum_sq(
     if column not in GRAD_COLUMNS:
         raise ValueError(f"sum_sq takes a column of gradients, one of {GRAD_COLUMNS}; got {column!r}.")
     g_ptrs = table.column(column)
-    check_direction(table, metric, ema_scale, inv_scale)
+    check_direction(table, metric, ema_scale)
     if ema_scale is not None:
         table.require("ema", where=column)
-    if found_inf is not None:
-        check_argument("found_inf", found_inf, torch.float32, (), table.device)
     if not table.num_blocks:
         return torch.zeros((), dtype=torch.float64, device=table.device)
     result = torch.empty((), dtype=torch.float64, device=table.device)
@@ -177,11 +166,9 @@ def sum_sq(
             table.blocks,
             metric,
             ema_scale,
-            inv_scale,
             table.partials,
             table.ticket,
             result,
-            found_inf,
             TYPES=table.types,
             CHUNK=table.chunk,
             FINISH_BLOCK=_FINISH_BLOCK,

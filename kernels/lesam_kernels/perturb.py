@@ -52,8 +52,7 @@ def _perturb_span(
     last,
     scale,
     scalars,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
     METRIC: tl.constexpr,
     EMA: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -62,29 +61,29 @@ def _perturb_span(
 ):
     """copy <- w, w <- w + scale * T^2*v for elements [first, last) from ``start``."""
     w_address, g_address, ema_address, copy_address = addresses
-    p, q, ema_scale, inv_scale = scalars
-    w_ptr = pointer(w_address, W_DTYPE, ALIGNED) + start
-    g_ptr = pointer(g_address, G_DTYPE, G_ALIGNED) + start
-    ema_ptr = pointer(ema_address, G_DTYPE, G_ALIGNED) + start
-    copy_ptr = pointer(copy_address, W_DTYPE, ALIGNED) + start
+    p, q, ema_scale = scalars
+    w_ptr = pointer(w_address, DTYPE, ALIGNED) + start
+    g_ptr = pointer(g_address, DTYPE, G_ALIGNED) + start
+    ema_ptr = pointer(ema_address, DTYPE, G_ALIGNED) + start
+    copy_ptr = pointer(copy_address, DTYPE, ALIGNED) + start
     for o in range(first, last, BLOCK):
         off = o + tl.arange(0, BLOCK)
         mask = off < last
         saved = tl.load(w_ptr + off, mask=mask)
         w = saved.to(tl.float32)
-        v = tl.load(g_ptr + off, mask=mask).to(tl.float32) * inv_scale
+        v = tl.load(g_ptr + off, mask=mask).to(tl.float32)
         if EMA:
             v = tl.fma(tl.load(ema_ptr + off, mask=mask).to(tl.float32), -ema_scale, v)
         if METRIC:
             metric = tl.fma(tl.abs(w), p, q)
             v *= metric * metric
         tl.store(copy_ptr + off, saved, mask=mask)
-        tl.store(w_ptr + off, tl.fma(v, scale, w).to(W_DTYPE), mask=mask)
+        tl.store(w_ptr + off, tl.fma(v, scale, w).to(DTYPE), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=["first_block"],
-    do_not_specialize_on_alignment=["sum_sq_ptr", "radius_ptr", "metric_ptr", "ema_scale_ptr", "inv_scale_ptr"],
+    do_not_specialize_on_alignment=["sum_sq_ptr", "radius_ptr", "metric_ptr", "ema_scale_ptr"],
 )
 def _perturb_kernel(
     w_ptrs,
@@ -97,11 +96,9 @@ def _perturb_kernel(
     radius_ptr,
     metric_ptr,
     ema_scale_ptr,
-    inv_scale_ptr,
     stats_ptr,
     first_block,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -116,7 +113,7 @@ def _perturb_kernel(
     norm, rho, scale, finite = _load_radius(sum_sq_ptr, radius_ptr, group)
     if block == 0:
         _store_stats(stats_ptr, norm, rho, finite)
-    scalars = load_direction(metric_ptr, ema_scale_ptr, inv_scale_ptr, group)
+    scalars = load_direction(metric_ptr, ema_scale_ptr, group)
     METRIC: tl.constexpr = metric_ptr is not None
     EMA: tl.constexpr = ema_scale_ptr is not None
     w_address = tl.load(w_ptrs + row)
@@ -131,9 +128,7 @@ def _perturb_kernel(
         vector_count = vectorised(w_address | copy_address, count)
         # Gradients are often views at any offset (FSDP2): weights and copies stay vectorised next to them.
         all_count = vector_count * is_aligned(g_address | ema_address)
-        _perturb_span(
-            addresses, start, 0, all_count, scale_32, scalars, W_DTYPE, G_DTYPE, METRIC, EMA, True, True, BLOCK
-        )
+        _perturb_span(addresses, start, 0, all_count, scale_32, scalars, DTYPE, METRIC, EMA, True, True, BLOCK)
         _perturb_span(
             addresses,
             start,
@@ -141,8 +136,7 @@ def _perturb_kernel(
             vector_count,
             scale_32,
             scalars,
-            W_DTYPE,
-            G_DTYPE,
+            DTYPE,
             METRIC,
             EMA,
             True,
@@ -156,8 +150,7 @@ def _perturb_kernel(
             count,
             scale_32,
             scalars,
-            W_DTYPE,
-            G_DTYPE,
+            DTYPE,
             METRIC,
             EMA,
             False,
@@ -165,7 +158,7 @@ def _perturb_kernel(
             BLOCK // 2,
         )
     else:
-        copy_chunk(copy_address, w_address, start, count, W_DTYPE, BLOCK)
+        copy_chunk(copy_address, w_address, start, count, DTYPE, BLOCK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["sum_sq_ptr", "radius_ptr"])
@@ -182,24 +175,23 @@ def perturb(
     *,
     metric: Tensor | None = None,
     ema_scale: Tensor | None = None,
-    inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Save the weights and climb: ``copy <- w``, ``w <- w + rho * T^2*v/norm``.
 
-    ``v = inv_scale*g - ema_scale*ema`` and ``T = p*|w| + q`` are those of `sum_sq`, which see; without them the
+    ``v = g - ema_scale*ema`` and ``T = p*|w| + q`` are those of `sum_sq`, which see; without them the
     direction is ``g/norm``. With ``norm = sqrt(sum_sq)`` and ``rho = min(sigma/(norm + eps), rho_max)``, computed on
     the device in float64. A norm of zero or that is not finite makes rho 0. Where rho is 0 every ``w`` keeps its bits.
     ``copy`` is written in every case, so that `restore` is always right. A row without a tensor in column "g" or
     "copy" is left alone, its copy too.
 
-    One launch per pair of dtypes of w and g, no host sync. The parameters' autograd version counters go up.
+    One launch per dtype, no host sync. The parameters' autograd version counters go up.
 
     Args:
         table: columns "g" and "copy" must be set.
         sum_sq: one float64 element: the squared norm of the whole direction, of which the table may hold a part.
         radius: float64 (G, 3): sigma, rho_max, eps of each param group. One of sigma and rho_max may be +inf: an
             infinite sigma gives the fixed radius rho_max. A negative sigma moves against the direction.
-        metric, ema_scale, inv_scale: as `sum_sq` had them.
+        metric, ema_scale: as `sum_sq` had them.
 
     Returns:
         New float64 tensor (3,): norm, rho, and 1.0 where the norm is not finite, else 0.0; rho is that of the param
@@ -212,7 +204,7 @@ def perturb(
     g_ptrs, copy_ptrs = table.column("g"), table.column("copy")
     check_argument("sum_sq", sum_sq, torch.float64, (), table.device)
     check_argument("radius", radius, torch.float64, (table.num_groups, 3), table.device)
-    check_direction(table, metric, ema_scale, inv_scale)
+    check_direction(table, metric, ema_scale)
     if ema_scale is not None:
         table.require("ema", where="g")
     stats = torch.empty(3, dtype=torch.float64, device=table.device)
@@ -229,7 +221,6 @@ def perturb(
                 radius,
                 metric,
                 ema_scale,
-                inv_scale,
                 stats,
                 segment.first_block,
                 **segment.constants,

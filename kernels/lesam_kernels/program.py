@@ -39,8 +39,8 @@ def load_address(ptrs, row):
 
 @triton.jit
 def is_allowed(found_inf_ptr):
-    """Whether an update is to be made: found_inf is 0 or None."""
-    return tl.full([], 1, tl.int1) if found_inf_ptr is None else tl.load(found_inf_ptr) == 0
+    """Whether an update is to be made: found_inf is 0."""
+    return tl.load(found_inf_ptr) == 0
 
 
 @triton.jit

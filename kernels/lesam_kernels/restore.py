@@ -8,7 +8,6 @@ import triton.language as tl
 from torch.autograd.graph import increment_version
 
 from lesam_kernels.alignment import pointer, vectorised
-from lesam_kernels.launch_config import TRITON_DTYPES, launch_config
 from lesam_kernels.program import locate
 from lesam_kernels.tensor_table import TensorTable
 
@@ -76,7 +75,7 @@ def _restore_kernel(
 def restore(table: TensorTable) -> None:
     """Write the copies back into the parameters that `perturb` moved, bit for bit: ``w <- copy``.
 
-    These are the rows with a tensor in both columns "copy" and "g". One launch per pair of dtypes, no host sync. The
+    These are the rows with a tensor in both columns "copy" and "g". One launch per dtype, no host sync. The
     parameters' autograd version counters go up.
 
     Args:
@@ -88,7 +87,6 @@ def restore(table: TensorTable) -> None:
     copy_ptrs, g_ptrs = table.column("copy"), table.column("g")
     with table.device_guard():
         for segment in table.segments:
-            config = launch_config(segment.w_dtype)
             _restore_kernel[(segment.num_blocks,)](
                 table.column("w"),
                 copy_ptrs,
@@ -96,9 +94,6 @@ def restore(table: TensorTable) -> None:
                 table.rows,
                 table.blocks,
                 segment.first_block,
-                DTYPE=TRITON_DTYPES[segment.w_dtype],
-                CHUNK=table.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
+                **segment.constants,
             )
     increment_version(table.written)

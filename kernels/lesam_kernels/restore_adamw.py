@@ -58,8 +58,7 @@ def _adamw_span(
     first,
     last,
     scalars,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
     KEPT: tl.constexpr,
     ALIGNED: tl.constexpr,
     G_ALIGNED: tl.constexpr,
@@ -68,12 +67,12 @@ def _adamw_span(
     """The update of `_restore_adamw_kernel` for elements [first, last) from ``start``."""
     w_address, exact_address, m_address, v_address, g_hat_address, g_kept_address = addresses
     step_size, root_factor, eps, decay, one_minus_beta1, beta2, one_minus_beta2, a, b = scalars
-    w_ptr = pointer(w_address, W_DTYPE, ALIGNED) + start
-    exact_ptr = pointer(exact_address, W_DTYPE, ALIGNED) + start
-    m_ptr = pointer(m_address, W_DTYPE, ALIGNED) + start
-    v_ptr = pointer(v_address, W_DTYPE, ALIGNED) + start
-    g_hat_ptr = pointer(g_hat_address, G_DTYPE, G_ALIGNED) + start
-    g_kept_ptr = pointer(g_kept_address, G_DTYPE, G_ALIGNED) + start
+    w_ptr = pointer(w_address, DTYPE, ALIGNED) + start
+    exact_ptr = pointer(exact_address, DTYPE, ALIGNED) + start
+    m_ptr = pointer(m_address, DTYPE, ALIGNED) + start
+    v_ptr = pointer(v_address, DTYPE, ALIGNED) + start
+    g_hat_ptr = pointer(g_hat_address, DTYPE, G_ALIGNED) + start
+    g_kept_ptr = pointer(g_kept_address, DTYPE, G_ALIGNED) + start
     kept = (g_kept_address != 0).to(tl.int32)
     for o in range(first, last, BLOCK):
         off = o + tl.arange(0, BLOCK)
@@ -86,10 +85,10 @@ def _adamw_span(
             d = tl.fma(tl.load(g_kept_ptr + off, mask=off < last * kept, other=0.0).to(tl.float32), b, d)
         m = tl.fma(d - m, one_minus_beta1, m)
         v = tl.fma(one_minus_beta2 * d, d, beta2 * v)
-        tl.store(m_ptr + off, m.to(W_DTYPE), mask=mask)
-        tl.store(v_ptr + off, v.to(W_DTYPE), mask=mask)
+        tl.store(m_ptr + off, m.to(DTYPE), mask=mask)
+        tl.store(v_ptr + off, v.to(DTYPE), mask=mask)
         ratio = tl.div_rn(m, tl.fma(tl.sqrt_rn(v), root_factor, eps))
-        tl.store(w_ptr + off, tl.fma(ratio, -step_size, decay * w).to(W_DTYPE), mask=mask)
+        tl.store(w_ptr + off, tl.fma(ratio, -step_size, decay * w).to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -125,8 +124,7 @@ def _restore_adamw_kernel(
     first_block,
     first_row,
     num_rows,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS_BLOCK: tl.constexpr,
@@ -155,23 +153,23 @@ def _restore_adamw_kernel(
         vector_count = vectorised(w_address | exact_address | m_address | v_address, count)
         # Gradients are often views at any offset (FSDP2): weights and state stay vectorised next to them.
         all_count = vector_count * is_aligned(g_hat_address | g_kept_address)
-        _adamw_span(addresses, start, 0, all_count, scalars, W_DTYPE, G_DTYPE, KEPT, True, True, BLOCK)
-        _adamw_span(addresses, start, all_count, vector_count, scalars, W_DTYPE, G_DTYPE, KEPT, True, False, BLOCK)
-        _adamw_span(addresses, start, vector_count, count, scalars, W_DTYPE, G_DTYPE, KEPT, False, False, BLOCK // 2)
+        _adamw_span(addresses, start, 0, all_count, scalars, DTYPE, KEPT, True, True, BLOCK)
+        _adamw_span(addresses, start, all_count, vector_count, scalars, DTYPE, KEPT, True, False, BLOCK)
+        _adamw_span(addresses, start, vector_count, count, scalars, DTYPE, KEPT, False, False, BLOCK // 2)
     else:
-        copy_chunk(w_address, exact_address, start, tl.where(perturbed, count, 0), W_DTYPE, BLOCK)
+        copy_chunk(w_address, exact_address, start, tl.where(perturbed, count, 0), DTYPE, BLOCK)
     if is_last(ticket_ptr):
         if allowed:
             _count_steps(g_hat_ptrs, step_ptrs, first_row, num_rows, STEPS_BLOCK)
         tl.store(ticket_ptr, 0)
 
 
-def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor | None = None) -> None:
+def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> None:
     """Restore the exact weights and step as torch.optim.AdamW (no amsgrad) with the gradient ``a*g_hat + b*g_kept``.
 
     Every row with a tensor in column "g_hat" is updated from its exact weights: the copy where `perturb` moved it
     (tensors in columns "copy" and "g"), else w. Its update is number ``step + 1``, which is then stored as its step.
-    Rows that were perturbed and have no "g_hat" are restored. One launch per pair of dtypes, no host sync. The
+    Rows that were perturbed and have no "g_hat" are restored. One launch per dtype, no host sync. The
     parameters' autograd version counters go up.
 
     A parameter without elements has no row: its step is not counted.
@@ -192,8 +190,7 @@ def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor | None 
     for name in ("exp_avg", "exp_avg_sq", "step"):
         table.require(name, where="g_hat")
     check_argument("scalars", scalars, torch.float64, (table.num_groups, 7), table.device)
-    if found_inf is not None:
-        check_argument("found_inf", found_inf, torch.float32, (), table.device)
+    check_argument("found_inf", found_inf, torch.float32, (), table.device)
     with table.device_guard():
         for segment in table.segments:
             _restore_adamw_kernel[(segment.num_blocks,)](

@@ -35,8 +35,7 @@ def _sgd_span(
     first,
     last,
     scalars,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
     KEPT: tl.constexpr,
     MOMENTUM: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -46,11 +45,11 @@ def _sgd_span(
     """The update of `_restore_sgd_kernel` for elements [first, last) from ``start``."""
     w_address, exact_address, buf_address, g_hat_address, g_kept_address = addresses
     lr, momentum, undamped, weight_decay, nesterov, a, b, has_buf = scalars
-    w_ptr = pointer(w_address, W_DTYPE, ALIGNED) + start
-    exact_ptr = pointer(exact_address, W_DTYPE, ALIGNED) + start
-    buf_ptr = pointer(buf_address, W_DTYPE, ALIGNED) + start
-    g_hat_ptr = pointer(g_hat_address, G_DTYPE, G_ALIGNED) + start
-    g_kept_ptr = pointer(g_kept_address, G_DTYPE, G_ALIGNED) + start
+    w_ptr = pointer(w_address, DTYPE, ALIGNED) + start
+    exact_ptr = pointer(exact_address, DTYPE, ALIGNED) + start
+    buf_ptr = pointer(buf_address, DTYPE, ALIGNED) + start
+    g_hat_ptr = pointer(g_hat_address, DTYPE, G_ALIGNED) + start
+    g_kept_ptr = pointer(g_kept_address, DTYPE, G_ALIGNED) + start
     kept = (g_kept_address != 0).to(tl.int32)
     for o in range(first, last, BLOCK):
         off = o + tl.arange(0, BLOCK)
@@ -63,9 +62,9 @@ def _sgd_span(
         if MOMENTUM:
             buf = tl.load(buf_ptr + off, mask=off < last * has_buf, other=0.0).to(tl.float32)
             buf = tl.where(has_buf != 0, tl.fma(buf, momentum, undamped * d), d)
-            tl.store(buf_ptr + off, buf.to(W_DTYPE), mask=off < last * has_buf)
+            tl.store(buf_ptr + off, buf.to(DTYPE), mask=off < last * has_buf)
             d = tl.where(nesterov, tl.fma(buf, momentum, d), buf)
-        tl.store(w_ptr + off, tl.fma(d, -lr, w).to(W_DTYPE), mask=mask)
+        tl.store(w_ptr + off, tl.fma(d, -lr, w).to(DTYPE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_block"], do_not_specialize_on_alignment=["scalars_ptr", "found_inf_ptr"])
@@ -81,8 +80,7 @@ def _restore_sgd_kernel(
     scalars_ptr,
     found_inf_ptr,
     first_block,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -109,23 +107,19 @@ def _restore_sgd_kernel(
         vector_count = vectorised(w_address | exact_address | buf_address, count)
         # Gradients are often views at any offset (FSDP2): weights and state stay vectorised next to them.
         all_count = vector_count * is_aligned(g_hat_address | g_kept_address)
-        _sgd_span(addresses, start, 0, all_count, scalars, W_DTYPE, G_DTYPE, KEPT, MOMENTUM, True, True, BLOCK)
-        _sgd_span(
-            addresses, start, all_count, vector_count, scalars, W_DTYPE, G_DTYPE, KEPT, MOMENTUM, True, False, BLOCK
-        )
-        _sgd_span(
-            addresses, start, vector_count, count, scalars, W_DTYPE, G_DTYPE, KEPT, MOMENTUM, False, False, BLOCK // 2
-        )
+        _sgd_span(addresses, start, 0, all_count, scalars, DTYPE, KEPT, MOMENTUM, True, True, BLOCK)
+        _sgd_span(addresses, start, all_count, vector_count, scalars, DTYPE, KEPT, MOMENTUM, True, False, BLOCK)
+        _sgd_span(addresses, start, vector_count, count, scalars, DTYPE, KEPT, MOMENTUM, False, False, BLOCK // 2)
     else:
-        copy_chunk(w_address, exact_address, start, tl.where(perturbed, count, 0), W_DTYPE, BLOCK)
+        copy_chunk(w_address, exact_address, start, tl.where(perturbed, count, 0), DTYPE, BLOCK)
 
 
-def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor | None = None) -> None:
+def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> None:
     """Restore the exact weights and step as torch.optim.SGD does with the gradient ``a*g_hat + b*g_kept``.
 
     Every row with a tensor in column "g_hat" is updated from its exact weights: the copy where `perturb` moved it
     (tensors in columns "copy" and "g"), else w. Rows that were perturbed and have no "g_hat" are restored. One launch
-    per pair of dtypes, no host sync. The parameters' autograd version counters go up.
+    per dtype, no host sync. The parameters' autograd version counters go up.
 
     Args:
         table: columns "copy", "g" and "g_hat" must be set. "momentum_buffer": no momentum for rows without one, or
@@ -141,8 +135,7 @@ def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor | None = 
     """
     w_ptrs, copy_ptrs, g_ptrs, g_hat_ptrs = (table.column(name) for name in ("w", "copy", "g", "g_hat"))
     check_argument("scalars", scalars, torch.float32, (table.num_groups, 7), table.device)
-    if found_inf is not None:
-        check_argument("found_inf", found_inf, torch.float32, (), table.device)
+    check_argument("found_inf", found_inf, torch.float32, (), table.device)
     with table.device_guard():
         for segment in table.segments:
             _restore_sgd_kernel[(segment.num_blocks,)](

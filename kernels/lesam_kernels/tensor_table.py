@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesam_kernels.launch_config import CHUNK, MAX_BLOCK, TRITON_DTYPES, launch_config
+from lesam_kernels.launch_config import CHUNK, MAX_BLOCK, NUM_WARPS, TRITON_DTYPES, block_of
 from lesam_kernels.layout import (
     Layout,
     check_dense,
@@ -21,23 +21,22 @@ from lesam_kernels.layout import (
 )
 
 PARAM_COLUMNS = ("w", "copy", "momentum_buffer", "exp_avg", "exp_avg_sq")
-"""Columns of the parameter's dtype."""
+"""The parameter and what is kept of it."""
 
 GRAD_COLUMNS = ("g", "g_hat", "g_kept", "ema")
-"""Columns of the gradient's dtype: first pass, second pass, a saved first one, its moving average."""
+"""Gradients: first pass, second pass, a saved first one, its moving average."""
 
 STEP_COLUMN = "step"
 """The column of 0-d float32 step counts, as in torch.optim's state."""
 
 
 class Segment(NamedTuple):
-    """A run of rows that share their dtypes: one launch of an elementwise kernel.
+    """A run of rows of one dtype: one launch of an elementwise kernel.
 
     ``constants`` is what such a launch passes by name, prepared once.
     """
 
-    w_dtype: torch.dtype
-    g_dtype: torch.dtype
+    dtype: torch.dtype
     first_row: int
     num_rows: int
     first_block: int
@@ -61,8 +60,8 @@ class TensorTable:
     Attributes:
         rows: int64 (n, 3): elements, param group and segment of each row.
         blocks: int32 (num_blocks, 2): the row that a program works on, and which chunk of ``chunk`` elements of it.
-        segments: the rows by pair of dtypes (w, gradient), pairs in order of first appearance.
-        types: (w dtype, gradient dtype, block) of each segment, for a launch over all of them that only reads.
+        segments: the rows by dtype, in order of first appearance.
+        types: (dtype, block) of each segment, for a launch over all of them.
         num_groups: rows that per-group scalar tensors must have; at least 1.
         written: the parameters, whose autograd versions the launches increment.
         partials, ticket: workspace of reductions; the ticket is 0 between launches.
@@ -88,17 +87,14 @@ class TensorTable:
     def num_blocks(self) -> int:
         return len(self.blocks)
 
-    def build(
-        self, params: Sequence[Tensor], groups: Sequence[int], grad_dtypes: Sequence[torch.dtype] | None = None
-    ) -> None:
+    def build(self, params: Sequence[Tensor], groups: Sequence[int]) -> None:
         """Make a row of each parameter with elements; forgets all columns but "w", which it sets.
 
-        To be called again when a parameter's shape, strides or dtype, its group or its gradient's dtype changed.
+        To be called again when a parameter's shape, strides or dtype or its group changed.
 
         Args:
             params: dense tensors on the table's device, of any shapes and alignment; float32, bfloat16, float16.
             groups: for each, the index of its param group: its row in the scalar tensors that launches take.
-            grad_dtypes: for each, the dtype of its gradients; None where it is the parameter's.
 
         Raises:
             TypeError: a dtype is not supported.
@@ -106,32 +102,24 @@ class TensorTable:
                 memory, or without memory of its own. The table is unchanged.
             RuntimeError: a CUDA graph is captured.
         """
-        if grad_dtypes is None:
-            grad_dtypes = [p.dtype for p in params]
-        if not len(params) == len(groups) == len(grad_dtypes):
-            raise ValueError(
-                f"there are {len(params)} params, {len(groups)} groups and {len(grad_dtypes)} grad_dtypes; each "
-                "parameter has one of each."
-            )
+        if len(params) != len(groups):
+            raise ValueError(f"there are {len(params)} params and {len(groups)} groups; each parameter has one.")
         if min(groups, default=0) < 0:
             raise ValueError(f"groups has {min(groups)}; a group is an index >= 0.")
         layouts = [Layout.of(p) for p in params]
-        for index, (p, layout, g_dtype) in enumerate(zip(params, layouts, grad_dtypes, strict=True)):
+        for index, (p, layout) in enumerate(zip(params, layouts, strict=True)):
             name = f"parameter {index}"
             check_dtype(name, p.dtype)
-            check_dtype(f"the gradient of {name}", g_dtype)
             check_device(name, p.device, self.device)
             if p.numel():
                 check_dense(name, layout)
                 check_memory(name, p)
         self._refuse_capture()
 
-        self._layouts, self._grad_dtypes = layouts, list(grad_dtypes)
-        self._param_dtypes = [p.dtype for p in params]
-        pairs = list(zip(self._param_dtypes, self._grad_dtypes, strict=True))
-        self._order = _order_of_rows(pairs, [p.numel() for p in params])
+        self._layouts, self._dtypes = layouts, [p.dtype for p in params]
+        self._order = _order_of_rows(self._dtypes, [p.numel() for p in params])
         self.num_groups = max(groups, default=0) + 1
-        self._lay_out([pairs[i] for i in self._order], [params[i].numel() for i in self._order], list(groups))
+        self._lay_out([self._dtypes[i] for i in self._order], [params[i].numel() for i in self._order], list(groups))
         self.partials = torch.empty(self.num_blocks, dtype=torch.float32, device=self.device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._columns: dict[str, _Column] = {}
@@ -146,12 +134,12 @@ class TensorTable:
 
         Args:
             column: one of `PARAM_COLUMNS`, `GRAD_COLUMNS` or `STEP_COLUMN`.
-            tensors: one per parameter given to `build`, None where there is none; of the column's dtype, and with the
-                elements in the parameter's order in memory. Steps are single float32 elements.
+            tensors: one per parameter given to `build`, None where there is none; of the parameter's dtype, and with
+                its order of elements in memory. Steps are single float32 elements.
 
         Raises:
             KeyError: no such column.
-            TypeError: a tensor has another dtype than its column.
+            TypeError: a tensor has another dtype than its parameter.
             ValueError: another number of tensors than of parameters; a tensor on another device, not dense in memory,
                 unlike its parameter in elements or their order, or without memory of its own. The table is unchanged.
             RuntimeError: addresses changed while a CUDA graph is captured.
@@ -209,7 +197,7 @@ class TensorTable:
         """Makes the table's device current: Triton launches on the current one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _lay_out(self, pairs: list[tuple[torch.dtype, torch.dtype]], numels: list[int], groups: list[int]) -> None:
+    def _lay_out(self, dtypes: list[torch.dtype], numels: list[int], groups: list[int]) -> None:
         """Fill rows, blocks and segments."""
         chunks_of = torch.tensor([-(-numel // self.chunk) for numel in numels], dtype=torch.int64)
         row_of_block = torch.repeat_interleave(chunks_of)
@@ -220,32 +208,22 @@ class TensorTable:
         segments: list[Segment] = []
         rows: list[tuple[int, int, int]] = []
         first_block = 0
-        for pair, run in groupby(range(len(pairs)), key=pairs.__getitem__):
+        for dtype, run in groupby(range(len(dtypes)), key=dtypes.__getitem__):
             members = list(run)
             rows += [(numels[row], groups[self._order[row]], len(segments)) for row in members]
             num_blocks = int(chunks_of[members].sum())
-            segments.append(self._segment(*pair, members, first_block, num_blocks))
+            constants = {
+                "DTYPE": TRITON_DTYPES[dtype],
+                "CHUNK": self.chunk,
+                "BLOCK": block_of(dtype),
+                "num_warps": NUM_WARPS,
+            }
+            segments.append(Segment(dtype, members[0], len(members), first_block, num_blocks, constants))
             first_block += num_blocks
         self.segments = tuple(segments)
-        self.types = tuple(
-            (TRITON_DTYPES[s.w_dtype], TRITON_DTYPES[s.g_dtype], launch_config(s.w_dtype, s.g_dtype, vectors=2).block)
-            for s in segments
-        )
+        self.types = tuple((s.constants["DTYPE"], s.constants["BLOCK"]) for s in segments)
         self.rows = self._pin(torch.tensor(rows, dtype=torch.int64).view(-1, 3)).to(self.device, non_blocking=True)
         self.blocks = self._pin(blocks).to(self.device, non_blocking=True)
-
-    def _segment(
-        self, w_dtype: torch.dtype, g_dtype: torch.dtype, members: list[int], first_block: int, num_blocks: int
-    ) -> Segment:
-        config = launch_config(w_dtype, g_dtype)
-        constants = {
-            "W_DTYPE": TRITON_DTYPES[w_dtype],
-            "G_DTYPE": TRITON_DTYPES[g_dtype],
-            "CHUNK": self.chunk,
-            "BLOCK": config.block,
-            "num_warps": config.num_warps,
-        }
-        return Segment(w_dtype, g_dtype, members[0], len(members), first_block, num_blocks, constants)
 
     def _check_column(
         self,
@@ -262,7 +240,6 @@ class TensorTable:
                 f"column '{column}' got {len(tensors)} tensors for {len(self._layouts)} parameters; give None where a "
                 "parameter has none."
             )
-        dtypes = self._grad_dtypes if column in GRAD_COLUMNS else self._param_dtypes
         comparable = len(known) == len(addresses) == len(tensors)
         for index, tensor in enumerate(tensors):
             if comparable and addresses[index] == known[index]:
@@ -274,16 +251,16 @@ class TensorTable:
             shape, strides, device = self._layouts[index]
             # First what is nearly always so, and quick: gradients get new addresses in every step.
             if column == STEP_COLUMN or not (
-                tensor.dtype == dtypes[index]
+                tensor.dtype == self._dtypes[index]
                 and tensor.shape == shape
                 and tensor.device == device
                 and tensor.layout == torch.strided
                 and tensor.stride() == strides
                 and addresses[index]
             ):
-                self._check_tensor(column, index, tensor, dtypes[index])
+                self._check_tensor(column, index, tensor)
 
-    def _check_tensor(self, column: str, index: int, tensor: Tensor, dtype: torch.dtype) -> None:
+    def _check_tensor(self, column: str, index: int, tensor: Tensor) -> None:
         name, param = f"column '{column}', parameter {index}: the tensor", self._layouts[index]
         if param.shape.numel() == 0:
             return
@@ -294,8 +271,9 @@ class TensorTable:
                 )
             check_device(name, tensor.device, self.device)
             return
-        if tensor.dtype != dtype:
-            raise TypeError(_dtype_message(name, column, tensor.dtype, dtype))
+        if tensor.dtype != self._dtypes[index]:
+            remedy = "build the table again" if column == "w" else "convert it"
+            raise TypeError(f"{name} is {tensor.dtype}, but the parameter {self._dtypes[index]}; {remedy}.")
         layout = Layout.of(tensor)
         check_device(name, layout.device, self.device)
         check_parallel(name, layout, param)
@@ -313,19 +291,8 @@ class TensorTable:
             )
 
 
-def _order_of_rows(pairs: list[tuple[torch.dtype, torch.dtype]], numels: list[int]) -> list[int]:
-    """Indices of the non-empty parameters, those of equal dtypes together."""
+def _order_of_rows(dtypes: list[torch.dtype], numels: list[int]) -> list[int]:
+    """Indices of the non-empty parameters, those of one dtype together."""
     filled = [index for index, numel in enumerate(numels) if numel]
-    first_seen = {pairs[index]: index for index in reversed(filled)}
-    return sorted(filled, key=lambda index: first_seen[pairs[index]])
-
-
-def _dtype_message(name: str, column: str, dtype: torch.dtype, expected: torch.dtype) -> str:
-    if column in GRAD_COLUMNS:
-        return (
-            f"{name} is {dtype}, but the table was built for gradients of {expected}; build it again with the "
-            "grad_dtypes of these gradients."
-        )
-    if column == "w":
-        return f"{name} is {dtype}, but the table was built for {expected}; build it again."
-    return f"{name} is {dtype} but its parameter {expected}; give it the parameter's dtype."
+    first_seen = {dtypes[index]: index for index in reversed(filled)}
+    return sorted(filled, key=lambda index: first_seen[dtypes[index]])

@@ -1,11 +1,13 @@
-"""How many bytes a step has to move: the model that measured times are held against.
+"""How much memory a step has to move: the model that measured times are held against.
 
 All kernels are limited by memory, so bytes over bandwidth is the time that none of them can beat. Addresses and
-scalars, a few bytes per chunk, are not counted.
+scalars, a few bytes per chunk, are not counted. A pass is one read or one write of every element; all tensors of a
+parameter have its dtype, so passes times the bytes of an element are the bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,54 +16,51 @@ Update = Literal["sgd", "adamw"]
 
 
 class Traffic(NamedTuple):
-    """Bytes per element that a kernel reads and writes."""
+    """Passes that a kernel makes: tensors that it reads, tensors that it writes."""
 
     kernel: str
     reads: int
     writes: int
 
     @property
-    def bytes(self) -> int:
+    def passes(self) -> int:
         return self.reads + self.writes
 
 
-def sum_sq(w: torch.dtype, g: torch.dtype, *, metric: bool = False, ema: bool = False) -> Traffic:
+def sum_sq(*, metric: bool = False, ema: bool = False) -> Traffic:
     """Reads g; with a metric also w, with a moving average also that."""
-    return Traffic("sum_sq", g.itemsize * (1 + ema) + w.itemsize * metric, 0)
+    return Traffic("sum_sq", 1 + metric + ema, 0)
 
 
-def dots(g: torch.dtype) -> Traffic:
+def dots() -> Traffic:
     """Reads both gradients."""
-    return Traffic("dots", 2 * g.itemsize, 0)
+    return Traffic("dots", 2, 0)
 
 
-def perturb(w: torch.dtype, g: torch.dtype, *, ema: bool = False, moved: bool = True) -> Traffic:
+def perturb(*, ema: bool = False, moved: bool = True) -> Traffic:
     """Reads w and g (and the moving average), writes the copy and w; where rho is 0 (not moved), copies w alone."""
-    if not moved:
-        return Traffic("perturb", w.itemsize, w.itemsize)
-    return Traffic("perturb", w.itemsize + g.itemsize * (1 + ema), 2 * w.itemsize)
+    return Traffic("perturb", 2 + ema, 2) if moved else Traffic("perturb", 1, 1)
 
 
-def restore(w: torch.dtype) -> Traffic:
+def restore() -> Traffic:
     """Reads the copy, writes w."""
-    return Traffic("restore", w.itemsize, w.itemsize)
+    return Traffic("restore", 1, 1)
 
 
-def restore_sgd(w: torch.dtype, g: torch.dtype, *, momentum: bool = True, kept: bool = False) -> Traffic:
+def restore_sgd(*, momentum: bool = True, kept: bool = False) -> Traffic:
     """Reads the copy, g_hat, the buffer and g_kept; writes w and the buffer."""
-    return Traffic("restore_sgd", w.itemsize * (1 + momentum) + g.itemsize * (1 + kept), w.itemsize * (1 + momentum))
+    return Traffic("restore_sgd", 2 + momentum + kept, 1 + momentum)
 
 
-def restore_adamw(w: torch.dtype, g: torch.dtype, *, kept: bool = False) -> Traffic:
+def restore_adamw(*, kept: bool = False) -> Traffic:
     """Reads the copy, g_hat, both averages and g_kept; writes w and both averages."""
-    return Traffic("restore_adamw", 3 * w.itemsize + g.itemsize * (1 + kept), 3 * w.itemsize)
+    return Traffic("restore_adamw", 4 + kept, 3)
 
 
 def step(
     update: Update,
-    w: torch.dtype = torch.float32,
-    g: torch.dtype | None = None,
     *,
+    check_second: bool = True,
     metric: bool = False,
     ema: bool = False,
     momentum: bool = True,
@@ -71,32 +70,20 @@ def step(
 
     Args:
         update: the base optimizer.
-        w, g: dtypes of parameters and gradients; None where they are the same.
+        check_second: whether the second gradient's norm is taken, to see whether it is finite.
         metric, ema: what the direction needs, see `lesam_kernels.sum_sq`.
         momentum: whether SGD has buffers.
         kept: whether the update mixes in the first gradient. Saving it is a copy of the caller's, and not counted.
     """
-    g = g or w
-    last = restore_sgd(w, g, momentum=momentum, kept=kept) if update == "sgd" else restore_adamw(w, g, kept=kept)
-    return [sum_sq(w, g, metric=metric, ema=ema), perturb(w, g, ema=ema), sum_sq(w, g), last]
+    last = restore_sgd(momentum=momentum, kept=kept) if update == "sgd" else restore_adamw(kept=kept)
+    return [sum_sq(metric=metric, ema=ema), perturb(ema=ema), *[sum_sq()] * check_second, last]
 
 
-def step_bytes(
-    numel: int,
-    update: Update,
-    w: torch.dtype = torch.float32,
-    g: torch.dtype | None = None,
-    *,
-    metric: bool = False,
-    ema: bool = False,
-    momentum: bool = True,
-    kept: bool = False,
-) -> int:
-    """Bytes that one step moves for ``numel`` elements on this device; the arguments are those of `step`."""
-    kernels = step(update, w, g, metric=metric, ema=ema, momentum=momentum, kept=kept)
-    return numel * sum(traffic.bytes for traffic in kernels)
+def passes(kernels: Sequence[Traffic]) -> int:
+    """Passes of all these kernels."""
+    return sum(kernel.passes for kernel in kernels)
 
 
-def predicted_seconds(num_bytes: int, bandwidth: float) -> float:
-    """The least time for ``num_bytes`` at ``bandwidth`` bytes per second."""
-    return num_bytes / bandwidth
+def seconds(kernels: Sequence[Traffic], numel: int, dtype: torch.dtype, bandwidth: float) -> float:
+    """The least time for ``numel`` elements, at ``bandwidth`` bytes read and written per second."""
+    return passes(kernels) * numel * dtype.itemsize / bandwidth

@@ -18,67 +18,48 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lesam_kernels.dots import _dots_kernel, types_of
-from lesam_kernels.launch_config import CHUNK, MAX_REGISTERS, NUM_WARPS, TRITON_DTYPES, launch_config
+from lesam_kernels.dots import _dots_kernel
+from lesam_kernels.launch_config import CHUNK, MAX_REGISTERS, NUM_WARPS, TRITON_DTYPES, block_of
 from lesam_kernels.norm import _FINISH_BLOCK, _sum_sq_kernel
 from lesam_kernels.perturb import _perturb_kernel, _stats_kernel
 from lesam_kernels.restore import _restore_kernel
 from lesam_kernels.restore_adamw import _STEPS_BLOCK, _restore_adamw_kernel
 from lesam_kernels.restore_sgd import _restore_sgd_kernel
 
-Pair = tuple[torch.dtype, torch.dtype]
 Spec = tuple[str, Any, dict[str, Any], set[str]]  # name, kernel, constexprs, arguments that are None
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-COMMON: tuple[Pair, ...] = ((F32, F32), (BF16, BF16), (F32, BF16))
-ALL: tuple[Pair, ...] = (*COMMON, (BF16, F32), (F16, F16), (F16, F32), (F16, BF16))
 
 DOUBLES = {"sum_sq_ptr", "sum_ptr", "radius_ptr", "stats_ptr"}
 INTS = {"blocks_ptr", "ticket_ptr"}
 NO_METRIC, NO_EMA = {"metric_ptr", "w_ptrs"}, {"ema_scale_ptr", "ema_ptrs"}
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(TRITON_DTYPES[dtype])
-
-
 def specs() -> Iterator[Spec]:
-    """Kernels as the launchers launch them: for every pair of dtypes that is used, with options for the common ones."""
-    yield sum_sq_spec("", ALL, NO_METRIC | NO_EMA | {"inv_scale_ptr"})
-    types = tuple(types_of(g) for _, g in ALL)
-    yield "dots", _dots_kernel, {"TYPES": types, "CHUNK": CHUNK, "FINISH_BLOCK": _FINISH_BLOCK}, set()
+    """Kernels as the launchers launch them: with every option, and sums without them also over all dtypes at once."""
+    yield "dots", _dots_kernel, over(*TRITON_DTYPES), set()
+    yield "sum_sq", _sum_sq_kernel, over(*TRITON_DTYPES), NO_METRIC | NO_EMA
     yield "stats", _stats_kernel, {}, set()
-    for dtype in (F32, BF16, F16):
-        constants = {"DTYPE": TRITON_DTYPES[dtype], "CHUNK": CHUNK, "BLOCK": launch_config(dtype).block}
-        yield f"restore-{name_of(dtype)}", _restore_kernel, constants, set()
-    for pair in ALL:
-        name, constants = f"{name_of(pair[0])}-{name_of(pair[1])}", elementwise(pair)
+    for dtype, triton_dtype in TRITON_DTYPES.items():
+        constants = {"DTYPE": triton_dtype, "CHUNK": CHUNK, "BLOCK": block_of(dtype)}
         steps = {**constants, "STEPS_BLOCK": _STEPS_BLOCK}
-        yield f"perturb-{name}", _perturb_kernel, constants, NO_EMA | {"metric_ptr", "inv_scale_ptr"}
-        yield f"restore_sgd-{name}", _restore_sgd_kernel, constants, {"g_kept_ptrs"}
-        yield f"restore_adamw-{name}", _restore_adamw_kernel, steps, {"g_kept_ptrs"}
-    for pair in COMMON:
-        name, constants = f"{name_of(pair[0])}-{name_of(pair[1])}", elementwise(pair)
-        steps = {**constants, "STEPS_BLOCK": _STEPS_BLOCK}
-        yield sum_sq_spec(f"-metric-{name}", [pair], NO_EMA)
-        yield sum_sq_spec(f"-ema-{name}", [pair], NO_METRIC)
-        yield f"perturb-metric-{name}", _perturb_kernel, constants, NO_EMA
-        yield f"perturb-ema-{name}", _perturb_kernel, constants, {"metric_ptr"}
-        yield f"restore_sgd-kept-{name}", _restore_sgd_kernel, constants, set()
-        yield f"restore_adamw-kept-{name}", _restore_adamw_kernel, steps, set()
-    yield "restore_sgd-plain", _restore_sgd_kernel, elementwise(COMMON[0]), {"g_kept_ptrs", "buf_ptrs"}
+        yield f"restore-{triton_dtype}", _restore_kernel, constants, set()
+        yield f"perturb-{triton_dtype}", _perturb_kernel, constants, NO_EMA | {"metric_ptr"}
+        yield f"perturb-metric-{triton_dtype}", _perturb_kernel, constants, NO_EMA
+        yield f"perturb-ema-{triton_dtype}", _perturb_kernel, constants, {"metric_ptr"}
+        yield f"restore_sgd-{triton_dtype}", _restore_sgd_kernel, constants, {"g_kept_ptrs"}
+        yield f"restore_sgd-kept-{triton_dtype}", _restore_sgd_kernel, constants, set()
+        yield f"restore_sgd-plain-{triton_dtype}", _restore_sgd_kernel, constants, {"g_kept_ptrs", "buf_ptrs"}
+        yield f"restore_adamw-{triton_dtype}", _restore_adamw_kernel, steps, {"g_kept_ptrs"}
+        yield f"restore_adamw-kept-{triton_dtype}", _restore_adamw_kernel, steps, set()
+        yield f"dots-{triton_dtype}", _dots_kernel, over(dtype), set()
+        yield f"sum_sq-{triton_dtype}", _sum_sq_kernel, over(dtype), NO_METRIC | NO_EMA
+        yield f"sum_sq-metric-{triton_dtype}", _sum_sq_kernel, over(dtype), NO_EMA
+        yield f"sum_sq-ema-{triton_dtype}", _sum_sq_kernel, over(dtype), NO_METRIC
 
 
-def sum_sq_spec(name: str, pairs: Any, absent: set[str]) -> Spec:
-    types = tuple((TRITON_DTYPES[w], TRITON_DTYPES[g], launch_config(w, g, vectors=2).block) for w, g in pairs)
-    constants = {"TYPES": types, "CHUNK": CHUNK, "FINISH_BLOCK": _FINISH_BLOCK}
-    return f"sum_sq{name}", _sum_sq_kernel, constants, absent
-
-
-def elementwise(pair: Pair) -> dict[str, Any]:
-    w, g = pair
-    block = launch_config(w, g).block
-    return {"W_DTYPE": TRITON_DTYPES[w], "G_DTYPE": TRITON_DTYPES[g], "CHUNK": CHUNK, "BLOCK": block}
+def over(*dtypes: torch.dtype) -> dict[str, Any]:
+    """Constants of a launch that reads segments of these dtypes."""
+    types = tuple((TRITON_DTYPES[dtype], block_of(dtype)) for dtype in dtypes)
+    return {"TYPES": types, "CHUNK": CHUNK, "FINISH_BLOCK": _FINISH_BLOCK}
 
 
 def type_of(argument: str, kernel: Any) -> str:

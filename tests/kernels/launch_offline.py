@@ -34,7 +34,7 @@ class Driver:
 def step(table: TensorTable, scalars: Tensor) -> None:
     """All launchers, with scalars that are views at any offset, as a caller may have them."""
     found_inf, metric, row = scalars[0], scalars[1:3].view(1, 2), scalars[3:10].view(1, 7)
-    squared = sum_sq(table, "g", found_inf=found_inf)
+    squared = sum_sq(table, "g")
     dots(table, "g", "g_hat")
     radius = torch.rand(4, dtype=torch.float64)[1:].view(1, 3)
     perturb(table, squared, radius)

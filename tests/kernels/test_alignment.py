@@ -35,8 +35,8 @@ LAUNCHES: dict[str, Callable[[TensorTable], Any]] = {
     "perturb-metric-ema": lambda table: perturb(table, *radius(0.3), metric=one(1, 2), ema_scale=one(1)),
     "perturb-unmoved": lambda table: perturb(table, *radius(0.0)),
     "restore": restore,
-    "restore_sgd": lambda table: restore_sgd(table, one(1, 7) / 2),
-    "restore_adamw": lambda table: restore_adamw(table, one(1, 7, dtype=torch.float64) / 2),
+    "restore_sgd": lambda table: restore_sgd(table, one(1, 7) / 2, torch.zeros(())),
+    "restore_adamw": lambda table: restore_adamw(table, one(1, 7, dtype=torch.float64) / 2, torch.zeros(())),
 }
 
 

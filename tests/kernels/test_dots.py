@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lesam_kernels import dots
 from lesam_kernels.launch_config import CHUNK
-from tests.kernels.cases import DTYPES, F32, SIZES, SMALL_CHUNK, USED_PAIRS, Make, Tensors, pair_id, table_of
+from tests.kernels.cases import DTYPES, EACH_DTYPE, F32, SIZES, SMALL_CHUNK, Make, Tensors, table_of
 
 # As in test_sum_sq; of the sum of the products' sizes, since they may cancel.
 REL = 2e-6
@@ -30,12 +30,11 @@ def check(actual: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         assert value == pytest.approx(wanted, rel=0, abs=REL * scale)
 
 
-@pytest.mark.parametrize("pair", USED_PAIRS, ids=pair_id)
+@EACH_DTYPE
 @pytest.mark.parametrize("layouts", [("contiguous", "contiguous"), ("contiguous", "offset1"), ("offset1", "offset1")])
-def test_many_tensors(layouts: tuple[str, str], pair: tuple[torch.dtype, torch.dtype], make: Make) -> None:
-    w = [make(n, pair[0]) for n in SIZES]
-    a, b = ([make(n, pair[1], layout) for n in SIZES] for layout in layouts)
-    check(dots(table_of(w, g=a, g_hat=b), "g", "g_hat"), a, b)
+def test_many_tensors(layouts: tuple[str, str], dtype: torch.dtype, make: Make) -> None:
+    a, b = ([make(n, dtype, layout) for n in SIZES] for layout in layouts)
+    check(dots(table_of(a, g=a, g_hat=b), "g", "g_hat"), a, b)
 
 
 @pytest.mark.parametrize("numel", [CHUNK - 1, CHUNK, CHUNK + 1], ids=["CHUNK-1", "CHUNK", "CHUNK+1"])

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lesam_kernels import perturb, restore
-from lesam_kernels.launch_config import CHUNK, TRITON_DTYPES, launch_config
+from lesam_kernels.launch_config import CHUNK
 from lesam_kernels.restore import _restore_kernel
 from tests.kernels.cases import (
     DTYPES,
+    EACH_DTYPE,
     F32,
     SIZES,
     Make,
@@ -23,8 +24,6 @@ from tests.kernels.cases import (
     scalar,
     table_of,
 )
-
-EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def random_bits(numel: int, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -69,8 +68,7 @@ def test_default_chunk(numel: int, dtype: torch.dtype, make: Make) -> None:
 @pytest.mark.parametrize("sum_sq", [4.0, 0.0, math.inf, math.nan])
 def test_undoes_perturb(sum_sq: float, make: Make, device: torch.device, rng: torch.Generator) -> None:
     sizes = torch.randint(0, 2500, (30,), generator=rng).tolist()
-    w = [make(n, DTYPES[i % 3]) for i, n in enumerate(sizes)]
-    g = [make(n, DTYPES[i % 2]) for i, n in enumerate(sizes)]
+    w, g = ([make(n, DTYPES[i % 3]) for i, n in enumerate(sizes)] for _ in range(2))
     before, copies = clones(w), nan_like(w)
     table = table_of(w, g=[None if i % 7 == 0 else t for i, t in enumerate(g)], copy=copies)
     perturb(table, scalar(sum_sq, w[0]), torch.tensor([[0.3, 0.2, 1e-12]], dtype=torch.float64, device=device))
@@ -120,17 +118,13 @@ def test_elements_beyond_two_to_the_31(device: torch.device) -> None:
     w[-CHUNK:] = 1.0
     copy[-5:] = 2.0
     table = table_of([w], copy=[copy], g=[w], chunk=CHUNK)
-    config = launch_config(torch.float16)
     with table.device_guard():
         _restore_kernel[(1,)](
             *(table.column(name) for name in ("w", "copy", "g")),
             table.rows,
             table.blocks,
             table.num_blocks - 1,
-            DTYPE=TRITON_DTYPES[torch.float16],
-            CHUNK=table.chunk,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
+            **table.segments[0].constants,
         )
     assert (w[-5:] == 2.0).all()
     assert (w[-CHUNK:-5] == 1.0).all()

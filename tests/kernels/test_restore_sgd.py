@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from lesam_kernels import perturb, restore_sgd
+from lesam_kernels import TensorTable, perturb, restore_sgd
 from lesam_kernels.launch_config import CHUNK
 from tests.kernels.cases import (
+    DTYPES,
+    EACH_DTYPE,
     F32,
     SIZES,
-    USED_PAIRS,
     Make,
     clones,
     nan_like,
-    pair_id,
     same_bits,
     scalar,
     table_of,
@@ -60,6 +60,10 @@ def row(
 
 def device_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=F32, device=like.device)
+
+
+def update(table: TensorTable, scalars: Tensor, found_inf: float = 0.0) -> None:
+    restore_sgd(table, scalars, torch.tensor(found_inf, device=table.device))
 
 
 class Run:
@@ -108,7 +112,7 @@ class Run:
         self.table.set("g_hat", g_hat)
         if more.get("b"):
             self.table.set("g_kept", g)
-        restore_sgd(self.table, self.rows(**more))
+        update(self.table, self.rows(**more))
         for p, grad, hat in zip(self.oracles, g, g_hat, strict=True):
             p.grad = more.get("a", 1.0) * hat.double() + more.get("b", 0.0) * grad.double()
         self.optimizer.step()
@@ -154,12 +158,12 @@ def test_no_kept_gradient_counts_as_zero(make: Make) -> None:
     g_hat, kept = ([make(n, F32) for n in (2049, 5)] for _ in range(2))
     before = clones(w)
     table = table_of(w, g=[None, None], copy=[None, None], g_hat=g_hat, g_kept=[None, kept[1]])
-    restore_sgd(table, device_rows([row(a=1.0, b=2.0)], w[0]))
+    update(table, device_rows([row(a=1.0, b=2.0)], w[0]))
     torch.testing.assert_close(w[0], before[0] - 0.1 * g_hat[0])
     torch.testing.assert_close(w[1], before[1] - 0.1 * (g_hat[1] + 2 * kept[1]))
     table.clear("g_kept")
     before = clones(w)
-    restore_sgd(table, device_rows([row(a=1.0, b=math.nan)], w[0]))
+    update(table, device_rows([row(a=1.0, b=math.nan)], w[0]))
     torch.testing.assert_close(w, [x - 0.1 * g for x, g in zip(before, g_hat, strict=True)])
 
 
@@ -169,7 +173,7 @@ def test_rows_without_a_buffer_have_no_momentum(make: Make) -> None:
     settings = {"momentum": 0.5, "dampening": 0.5, "nesterov": True}
     expected = [w[0] - 0.1 * g_hat[0], w[1] - 0.1 * (g_hat[1] + 0.5 * (0.5 * bufs[1] + 0.5 * g_hat[1]))]
     table = table_of(w, g=[None, None], copy=[None, None], g_hat=g_hat, momentum_buffer=[None, bufs[1]])
-    restore_sgd(table, device_rows([row(**settings)], w[0]))
+    update(table, device_rows([row(**settings)], w[0]))
     torch.testing.assert_close(w, expected)
 
 
@@ -181,20 +185,12 @@ def test_found_inf_only_restores(found: float, make: Make) -> None:
     run.climb(run.gradients())
     bad = [torch.full_like(w, math.nan) for w in run.w]
     run.table.set("g_hat", bad)
-    restore_sgd(run.table, run.rows(), scalar(found, run.w[0], F32))
+    update(run.table, run.rows(), found)
     assert same_bits(run.w, before)
     assert same_bits(run.bufs, bufs)
     for _ in range(2):
         run.step()
         run.check()
-
-
-def test_found_inf_of_zero_updates(make: Make) -> None:
-    w, g_hat = [make(2049, F32)], [make(2049, F32)]
-    expected = w[0] - 0.1 * g_hat[0]
-    table = table_of(w, g=[None], copy=[None], g_hat=g_hat)
-    restore_sgd(table, device_rows([row()], w[0]), scalar(0.0, w[0], F32))
-    torch.testing.assert_close(w[0], expected)
 
 
 def test_rows_without_a_gradient(make: Make) -> None:
@@ -208,7 +204,7 @@ def test_rows_without_a_gradient(make: Make) -> None:
         assert not same_bits(run.w[:1], before[:1])
         updated = [None, g_hat[1], None, g_hat[3]]
         run.table.set("g_hat", updated)
-        restore_sgd(run.table, run.rows())
+        update(run.table, run.rows())
         for p, grad in zip(run.oracles, updated, strict=True):
             p.grad = None if grad is None else grad.double()
         run.optimizer.step()
@@ -217,16 +213,14 @@ def test_rows_without_a_gradient(make: Make) -> None:
         run.check()
 
 
-@pytest.mark.parametrize("pair", USED_PAIRS, ids=pair_id)
+@EACH_DTYPE
 @pytest.mark.parametrize("layouts", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=["aligned", "g-off", "w-off", "all-off"])
 @pytest.mark.parametrize("kept", [False, True], ids=["plain", "kept"])
-def test_every_dtype_pair(
-    kept: bool, layouts: tuple[int, int], pair: tuple[torch.dtype, torch.dtype], make: Make
-) -> None:
+def test_every_dtype(kept: bool, layouts: tuple[int, int], dtype: torch.dtype, make: Make) -> None:
     """One step from given buffers, to one unit in the last place of the parameter's dtype."""
     w_layout, g_layout = (("contiguous", "offset1")[i] for i in layouts)
-    w, copies, bufs = ([make(n, pair[0], w_layout) for n in FEW_SIZES] for _ in range(3))
-    g_hat, g_kept = ([make(n, pair[1], g_layout) for n in FEW_SIZES] for _ in range(2))
+    w, copies, bufs = ([make(n, dtype, w_layout) for n in FEW_SIZES] for _ in range(3))
+    g_hat, g_kept = ([make(n, dtype, g_layout) for n in FEW_SIZES] for _ in range(2))
     table = table_of(w, copy=copies, g=g_hat, g_hat=g_hat, momentum_buffer=bufs)
     if kept:
         table.set("g_kept", g_kept)
@@ -237,7 +231,7 @@ def test_every_dtype_pair(
     for p, hat, first, buf in zip(oracles, g_hat, g_kept, bufs, strict=True):
         p.grad = a * hat.double() + b * first.double()
         optimizer.state[p]["momentum_buffer"] = buf.double()
-    restore_sgd(table, device_rows([row(**settings, a=a, b=b)], w[0]))
+    update(table, device_rows([row(**settings, a=a, b=b)], w[0]))
     optimizer.step()
     for actual, buf, p in zip(w, bufs, oracles, strict=True):
         assert_ulps(buf, optimizer.state[p]["momentum_buffer"])
@@ -254,20 +248,19 @@ def assert_ulps(actual: Tensor, expected: Tensor) -> None:
 def test_default_chunk(numel: int, make: Make) -> None:
     w, copies, g_hat = ([make(numel, F32)] for _ in range(3))
     table = table_of(w, copy=copies, g=g_hat, g_hat=g_hat, chunk=CHUNK)
-    restore_sgd(table, device_rows([row()], w[0]))
+    update(table, device_rows([row()], w[0]))
     torch.testing.assert_close(w[0], copies[0] - 0.1 * g_hat[0])
 
 
 def test_long_list_of_mixed_dtypes(make: Make, rng: torch.Generator) -> None:
     """Also channels_last and empty tensors; every row is updated once."""
     sizes = torch.randint(0, 2500, (60,), generator=rng).tolist()
-    pairs = [USED_PAIRS[i % len(USED_PAIRS)] for i in range(60)]
-    w = [make(n, pair[0]) for n, pair in zip(sizes, pairs, strict=True)] + [make((2, 3, 4, 5), F32, "channels_last")]
-    g_hat = [make(n, pair[1]) for n, pair in zip(sizes, pairs, strict=True)]
-    g_hat.append(make((2, 3, 4, 5), F32, "channels_last"))
+    w, g_hat = ([make(n, DTYPES[i % 3]) for i, n in enumerate(sizes)] for _ in range(2))
+    for tensors in (w, g_hat):
+        tensors.append(make((2, 3, 4, 5), F32, "channels_last"))
     before = clones(w)
-    table = table_of(w, copy=[None] * 61, g=[None] * 61, g_hat=g_hat, grad_dtypes=[g.dtype for g in g_hat])
-    restore_sgd(table, device_rows([row(lr=0.5)], w[0]))
+    table = table_of(w, copy=[None] * 61, g=[None] * 61, g_hat=g_hat)
+    update(table, device_rows([row(lr=0.5)], w[0]))
     for actual, old, g in zip(w, before, g_hat, strict=True):
         assert_ulps(actual, old.double() - 0.5 * g.double())
 
@@ -283,7 +276,7 @@ def test_torch_in_float32_agrees(fused: bool, make: Make) -> None:
     for _ in range(3):
         g_hat = [make(2069, F32)]
         table.set("g_hat", g_hat)
-        restore_sgd(table, device_rows([row(**settings)], w[0]))
+        update(table, device_rows([row(**settings)], w[0]))
         theirs[0].grad = g_hat[0]
         optimizer.step()
         torch.testing.assert_close(w[0], theirs[0].detach(), rtol=1e-6, atol=1e-6)
@@ -296,7 +289,7 @@ def test_same_bits_every_time(make: Make) -> None:
         own = [torch.cat([t[:1], t])[1:] if layout == "offset1" and t.numel() else t.clone() for t in w]
         own_bufs = clones(bufs)
         table = table_of(own, copy=copies, g=g_hat, g_hat=g_hat, momentum_buffer=own_bufs)
-        restore_sgd(table, device_rows([row(momentum=0.9, weight_decay=0.1)], w[0]))
+        update(table, device_rows([row(momentum=0.9, weight_decay=0.1)], w[0]))
         results.append((own, own_bufs))
     for own, own_bufs in results[1:]:
         assert same_bits(own, results[0][0])
@@ -307,14 +300,14 @@ def test_same_bits_every_time(make: Make) -> None:
 def test_nothing_to_update(count: int, device: torch.device) -> None:
     empty = [torch.zeros(0, device=device) for _ in range(count)]
     table = table_of(empty, copy=empty, g=empty, g_hat=empty, device=device)
-    restore_sgd(table, torch.zeros(1, 7, device=device))
+    update(table, torch.zeros(1, 7, device=device))
 
 
 def test_autograd_notices_the_write(device: torch.device) -> None:
     w = torch.nn.Parameter(torch.ones(3, device=device))
     loss = (w * w).sum()  # saves w
     g_hat = [torch.zeros(3, device=device)]
-    restore_sgd(table_of([w], copy=[None], g=[None], g_hat=g_hat), device_rows([row()], w))
+    update(table_of([w], copy=[None], g=[None], g_hat=g_hat), device_rows([row()], w))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -325,7 +318,7 @@ def test_needs_the_columns_that_it_reads(column: str, device: torch.device) -> N
     table = table_of(w, copy=w, g=w, g_hat=w)
     table.clear(column)
     with pytest.raises(ValueError, match=f"no column '{column}'"):
-        restore_sgd(table, device_rows([row()], w[0]))
+        update(table, device_rows([row()], w[0]))
 
 
 def test_checks_the_scalars(device: torch.device) -> None:
@@ -333,8 +326,8 @@ def test_checks_the_scalars(device: torch.device) -> None:
     table = table_of(w, groups=[1], copy=w, g=w, g_hat=w)
     rows = device_rows([row(), row()], w[0])
     with pytest.raises(ValueError, match=r"scalars has shape \(1, 7\) .* of shape \(2, 7\)"):
-        restore_sgd(table, rows[:1])
+        update(table, rows[:1])
     with pytest.raises(TypeError, match=r"scalars is torch\.float64"):
-        restore_sgd(table, rows.double())
+        update(table, rows.double())
     with pytest.raises(TypeError, match=r"found_inf is torch\.bool"):
         restore_sgd(table, rows, torch.tensor(True, device=device))

@@ -13,22 +13,18 @@ from torch import Tensor
 from lesam_kernels import sum_sq
 from lesam_kernels.launch_config import CHUNK
 from tests.kernels.cases import (
-    ALL_PAIRS,
     DTYPES,
+    EACH_DTYPE,
     F32,
     SMALL_CHUNK,
-    USED_PAIRS,
     Make,
     Tensors,
-    pair_id,
-    scalar,
     table_of,
 )
 
 # The inputs are exact in float32 whatever their dtype. On its way an element passes at most 16 additions (a
 # chunk in blocks of 1024) and 12 (the tree over a block) in float32, each of 2**-24 relative: 1.7e-6.
 REL = 2e-6
-EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def oracle(tensors: Sequence[Tensor]) -> float:
@@ -137,14 +133,13 @@ def test_consecutive_sums(device: torch.device) -> None:
 class Options:
     """Random tensors for the options of two param groups, and what they mean in float64."""
 
-    def __init__(self, make: Make, pair: tuple[torch.dtype, torch.dtype], layout: str = "contiguous") -> None:
+    def __init__(self, make: Make, dtype: torch.dtype, layout: str = "contiguous") -> None:
         self.sizes, self.groups = (5, 2049, 0, 33, 2048), [0, 1, 0, 1, 0]
-        self.w = [make(n, pair[0]) for n in self.sizes]
-        self.g, self.ema = ([make(n, pair[1], layout) for n in self.sizes] for _ in range(2))
+        self.w = [make(n, dtype) for n in self.sizes]
+        self.g, self.ema = ([make(n, dtype, layout) for n in self.sizes] for _ in range(2))
         like = self.w[0]
         self.metric = torch.tensor([[1.0, 0.01], [0.5, 2.0]], device=like.device)
         self.ema_scale = torch.tensor([0.9, -0.3], device=like.device)
-        self.inv_scale = scalar(1 / 1024, like, F32)
 
     def given(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in names}
@@ -154,8 +149,6 @@ class Options:
         result = []
         for w, g, ema, group in zip(self.w, self.g, self.ema, self.groups, strict=True):
             v = g.double()
-            if "inv_scale" in names:
-                v = v * self.inv_scale.double()
             if "ema_scale" in names:
                 v = v - self.ema_scale[group].double() * ema.double()
             if "metric" in names:
@@ -165,24 +158,20 @@ class Options:
         return result
 
 
-@pytest.mark.parametrize("pair", USED_PAIRS, ids=pair_id)
+@EACH_DTYPE
 @pytest.mark.parametrize("layout", ["contiguous", "offset1"])
-@pytest.mark.parametrize(
-    "names",
-    [("metric",), ("ema_scale",), ("inv_scale",), ("metric", "ema_scale", "inv_scale")],
-    ids="-".join,
-)
-def test_options(names: Sequence[str], layout: str, pair: tuple[torch.dtype, torch.dtype], make: Make) -> None:
-    o = Options(make, pair, layout)
+@pytest.mark.parametrize("names", [("metric",), ("ema_scale",), ("metric", "ema_scale")], ids="-".join)
+def test_options(names: Sequence[str], layout: str, dtype: torch.dtype, make: Make) -> None:
+    o = Options(make, dtype, layout)
     table = table_of(o.w, groups=o.groups, g=o.g, ema=o.ema)
     # The options' arithmetic rounds a few times more.
     assert sum_sq(table, "g", **o.given(names)).item() == pytest.approx(oracle(o.expected(names)), rel=2 * REL)
 
 
 def test_options_over_mixed_dtypes(make: Make) -> None:
-    """One launch reads each row in its own dtypes."""
-    names = ("metric", "ema_scale", "inv_scale")
-    parts = [Options(make, pair) for pair in ALL_PAIRS]
+    """One launch reads each row in its own dtype."""
+    names = ("metric", "ema_scale")
+    parts = [Options(make, dtype) for dtype in DTYPES]
     w, g, ema = ([t for o in parts for t in getattr(o, name)] for name in ("w", "g", "ema"))
     table = table_of(w, groups=[i for o in parts for i in o.groups], g=g, ema=ema)
     expected = sum(oracle(o.expected(names)) for o in parts)
@@ -196,7 +185,6 @@ def test_neutral_options_change_nothing(make: Make, device: torch.device) -> Non
     neutral = {
         "metric": torch.tensor([[0.0, 1.0]], device=device),
         "ema_scale": torch.zeros(1, device=device),
-        "inv_scale": torch.ones((), device=device),
     }
     for name, value in neutral.items():
         arguments: dict[str, Any] = {name: value}
@@ -210,21 +198,6 @@ def test_perturbed_only(device: torch.device) -> None:
     table = table_of(w, g=g, copy=[w[0], None, w[2]])
     assert sum_sq(table, "g").item() == 4002.0
     assert sum_sq(table, "g", perturbed_only=True).item() == 2.0
-
-
-@pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
-@pytest.mark.parametrize("before", [0.0, 1.0])
-def test_found_inf_is_set_and_never_reset(before: float, value: float, device: torch.device) -> None:
-    g = [torch.full((4099,), value, device=device)]
-    found_inf = scalar(before, g[0], F32)
-    sum_sq(table_of(g, g=g), "g", found_inf=found_inf)
-    assert found_inf.item() == max(before, float(value != 1.0))
-
-
-def test_an_empty_table_finds_nothing(device: torch.device) -> None:
-    found_inf = torch.full((1,), 0.0, device=device)
-    assert sum_sq(table_of([], g=[], device=device), "g", found_inf=found_inf).item() == 0.0
-    assert found_inf.item() == 0.0
 
 
 # ---- what it refuses ---------------------------------------------------------------------------------------------
@@ -256,10 +229,8 @@ def test_checks_the_options(device: torch.device) -> None:
         sum_sq(table, "g", metric=one)
     with pytest.raises(TypeError, match=r"ema_scale is torch\.float64; it must be torch\.float32"):
         sum_sq(table, "g", ema_scale=one.double())
-    with pytest.raises(ValueError, match=r"inv_scale .* 'meta'"):
-        sum_sq(table, "g", inv_scale=torch.ones((), device="meta"))
-    with pytest.raises(ValueError, match="found_inf"):
-        sum_sq(table, "g", found_inf=one)
+    with pytest.raises(ValueError, match=r"ema_scale .* 'meta'"):
+        sum_sq(table, "g", ema_scale=torch.ones(2, device="meta"))
 
 
 def test_five_thousand_tensors(make: Make) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lesam_kernels import TensorTable, sum_sq
 from lesam_kernels.launch_config import CHUNK
 from lesam_kernels.tensor_table import GRAD_COLUMNS, PARAM_COLUMNS
-from tests.kernels.cases import BF16, F32, Make, Tensors, table_of
+from tests.kernels.cases import BF16, F16, F32, Make, Tensors, table_of
 
 
 def ones(numel: int, device: torch.device, dtype: torch.dtype = F32) -> Tensor:
@@ -38,18 +38,18 @@ def total(table: TensorTable, grads: Tensors) -> float:
 
 def test_layout(device: torch.device) -> None:
     """Rows are ordered by dtypes, in order of first appearance; empty parameters have none."""
-    numels, dtypes, groups = [0, 5000, 7, 2048, 2], [BF16, F32, BF16, F32, F32], [0, 2, 1, 0, 3]
+    numels, dtypes, groups = [0, 5000, 7, 2048, 2], [BF16, F32, BF16, F32, F16], [0, 2, 1, 0, 3]
     w = [ones(n, device, dtype) for n, dtype in zip(numels, dtypes, strict=True)]
     table = TensorTable(device, chunk=2048)
-    table.build(w, groups, [F32, F32, F32, F32, BF16])
+    table.build(w, groups)
     table.set("copy", [None, w[1], None, w[3], w[4]])
     order = [1, 3, 2, 4]
     assert table.rows.tolist() == [[5000, 2, 0], [2048, 0, 0], [7, 1, 1], [2, 3, 2]]
     assert table.blocks.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0], [3, 0]]
-    assert [tuple(segment)[:6] for segment in table.segments] == [
-        (F32, F32, 0, 2, 0, 4),
-        (BF16, F32, 2, 1, 4, 1),
-        (F32, BF16, 3, 1, 5, 1),
+    assert [tuple(segment)[:5] for segment in table.segments] == [
+        (F32, 0, 2, 0, 4),
+        (BF16, 2, 1, 4, 1),
+        (F16, 3, 1, 5, 1),
     ]
     assert table.num_groups == 4
     assert table.column("w").tolist() == [w[i].data_ptr() for i in order]
@@ -192,12 +192,10 @@ def test_unsupported_dtype(dtype: torch.dtype, device: torch.device) -> None:
     good, bad = ones(3, device), torch.zeros(3, dtype=dtype, device=device)
     with pytest.raises(TypeError, match=rf"parameter 1 is {dtype}; supported dtypes are float32, bfloat16, float16\."):
         table_of([good, bad])
-    with pytest.raises(TypeError, match="gradient of parameter 0 is"):
-        table_of([good], grad_dtypes=[dtype])
 
 
 def test_lengths_differ(table: TensorTable, params: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match="4 params, 1 groups and 4 grad_dtypes"):
+    with pytest.raises(ValueError, match="4 params and 1 groups"):
         table.build(params, [0])
     with pytest.raises(ValueError, match="column 'g' got 3 tensors for 4 parameters"):
         table.set("g", params[:3])
@@ -214,14 +212,15 @@ def test_unknown_column(table: TensorTable, params: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("column", [*PARAM_COLUMNS, *GRAD_COLUMNS])
-def test_a_column_has_its_dtype(column: str, device: torch.device) -> None:
-    """Gradients have the dtype that the table was built for, all else the parameter's."""
-    w = [ones(3, device), ones(4, device)]
-    table = table_of(w, grad_dtypes=[F32, BF16])
-    good = [ones(3, device), ones(4, device, BF16 if column in GRAD_COLUMNS else F32)]
+def test_a_column_has_the_parameters_dtypes(column: str, device: torch.device) -> None:
+    w = [ones(3, device), ones(4, device, BF16)]
+    table = table_of(w)
+    good = [ones(3, device), ones(4, device, BF16)]
     table.set(column, good)
-    hint = "build it again" if column in ("w", *GRAD_COLUMNS) else "give it the parameter's dtype"
-    with pytest.raises(TypeError, match=f"column '{column}', parameter 1.* is torch.float16.*{hint}"):
+    hint = "build the table again" if column == "w" else "convert it"
+    with pytest.raises(
+        TypeError, match=rf"column '{column}', parameter 1.* is torch\.float16.* torch\.bfloat16; {hint}"
+    ):
         table.set(column, [good[0], ones(4, device, torch.float16)])
     assert table.column(column).tolist() == [t.data_ptr() for t in good]
 
