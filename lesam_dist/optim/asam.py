@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.reference import Direction
@@ -25,7 +26,7 @@ from lesam_dist.optim.engine.weights import Aim
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class ASAM(FixedRadius):
+class ASAM(FixedRadius, name="asam", along="g in units of the weights' size"):
     """ASAM around any torch optimizer: ``ASAM(adaptive_groups(model), torch.optim.SGD, rho=0.5, lr=0.1)``.
 
     Args:
@@ -40,7 +41,13 @@ class ASAM(FixedRadius):
     """
 
     def __init__(
-        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.5, eta: float = 0.01, **kwargs: Any
+        self,
+        params: ParamsT,
+        base_optimizer: BaseOptimizer,
+        *,
+        rho: NonNegative = 0.5,
+        eta: NonNegative = 0.01,
+        **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho, "eta": eta, "adaptive": True}, **kwargs)
 

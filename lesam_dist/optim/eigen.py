@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import Count, NonNegative, Positive
 from lesam_dist.optim.engine.base import Closure
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.options import require_nonnegative
@@ -37,7 +38,13 @@ from lesam_dist.optim.engine.wrapper import BaseOptimizer
 _VECTOR = "eigenvector"
 
 
-class EigenSAM(FixedRadius):
+class EigenSAM(
+    FixedRadius,
+    name="eigensam",
+    along="g and the Hessian's first eigenvector",
+    passes="2, and 10 more every 100 steps",
+    keeps="the vector",
+):
     """Eigen-SAM around any torch optimizer: ``EigenSAM(params, torch.optim.SGD, rho=0.05, alpha=0.2, lr=0.1)``.
 
     Args:
@@ -61,11 +68,11 @@ class EigenSAM(FixedRadius):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        rho: float = 0.05,
-        alpha: float = 0.2,
-        interval: int = 100,
-        power_steps: int = 5,
-        probe: float = 1e-2,
+        rho: NonNegative = 0.05,
+        alpha: NonNegative = 0.2,
+        interval: Count = 100,
+        power_steps: Count = 5,
+        probe: Positive = 1e-2,
         **kwargs: Any,
     ) -> None:
         if interval < 1 or power_steps < 1 or not probe > 0:

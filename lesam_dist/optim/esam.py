@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative, PositiveShare
 from lesam_dist.optim.engine.base import Closure
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.reference import Radius
@@ -31,7 +32,12 @@ from lesam_dist.optim.engine.weights import Aim
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class ESAM(FixedRadius):
+class ESAM(
+    FixedRadius,
+    name="esam",
+    along="g of some tensors; the second pass takes some samples",
+    passes="1.8 (1, a forward, 0.5)",
+):
     """ESAM around any torch optimizer: ``ESAM(params, torch.optim.SGD, rho=0.05, beta=0.6, gamma=0.5, lr=0.05)``.
 
     Args:
@@ -52,9 +58,9 @@ class ESAM(FixedRadius):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        rho: float = 0.05,
-        beta: float = 0.6,
-        gamma: float = 0.5,
+        rho: NonNegative = 0.05,
+        beta: PositiveShare = 0.6,
+        gamma: PositiveShare = 0.5,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:

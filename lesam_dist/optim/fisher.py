@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.rows import Gradients
@@ -24,7 +25,7 @@ from lesam_dist.optim.engine.weights import Aim
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class FisherSAM(FixedRadius):
+class FisherSAM(FixedRadius, name="fishersam", along="g, less where the Fisher information is large"):
     """Fisher SAM around any torch optimizer: ``FisherSAM(params, torch.optim.SGD, rho=0.1, eta=1.0, lr=0.1)``.
 
     Args:
@@ -39,7 +40,13 @@ class FisherSAM(FixedRadius):
     """
 
     def __init__(
-        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.1, eta: float = 1.0, **kwargs: Any
+        self,
+        params: ParamsT,
+        base_optimizer: BaseOptimizer,
+        *,
+        rho: NonNegative = 0.1,
+        eta: NonNegative = 1.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho, "fisher_eta": eta}, **kwargs)
 

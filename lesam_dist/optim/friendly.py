@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative, Share
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.reference import Direction
@@ -27,7 +28,12 @@ from lesam_dist.optim.engine.wrapper import BaseOptimizer
 _AVERAGE = "friendly_ema"
 
 
-class FriendlySAM(FixedRadius):
+class FriendlySAM(
+    FixedRadius,
+    name="fsam",
+    along="g less its moving average",
+    keeps="the average; in the second pass also its next value",
+):
     """F-SAM around any torch optimizer: ``FriendlySAM(params, torch.optim.SGD, rho=0.2, lam=0.6, lr=0.05)``.
 
     Args:
@@ -49,9 +55,9 @@ class FriendlySAM(FixedRadius):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        rho: float = 0.2,
-        sigma: float = 1.0,
-        lam: float = 0.6,
+        rho: NonNegative = 0.2,
+        sigma: NonNegative = 1.0,
+        lam: Share = 0.6,
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho, "friendly_sigma": sigma, "friendly_lam": lam}, **kwargs)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.reference import Radius
@@ -27,7 +28,7 @@ from lesam_dist.optim.engine.rows import Gradients
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class GSAM(FixedRadius):
+class GSAM(FixedRadius, name="gsam", along="g; removes from it what does not change the perturbed loss", keeps="g"):
     """GSAM around any torch optimizer: ``GSAM(params, torch.optim.SGD, rho=0.05, alpha=0.4, lr=0.1)``.
 
     Args:
@@ -50,11 +51,11 @@ class GSAM(FixedRadius):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        rho: float = 0.05,
-        alpha: float = 0.4,
-        rho_min: float | None = None,
-        lr_max: float | None = None,
-        lr_min: float = 0.0,
+        rho: NonNegative = 0.05,
+        alpha: NonNegative = 0.4,
+        rho_min: NonNegative | None = None,
+        lr_max: NonNegative | None = None,
+        lr_min: NonNegative = 0.0,
         **kwargs: Any,
     ) -> None:
         own = {"rho": rho, "gsam_alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}

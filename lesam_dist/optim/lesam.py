@@ -22,6 +22,7 @@ from typing import Any, Literal
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.asam import metric
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.base import SharpnessAware
 from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.reference import Radius
@@ -30,7 +31,13 @@ from lesam_dist.optim.engine.weights import Aim
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class LESAM(SharpnessAware):
+class LESAM(
+    SharpnessAware,
+    name="lesam",
+    along="g, as far as the budget allows; `adaptive=True` in ASAM's metric",
+    keeps="g with `alpha`",
+    budget="sigma",
+):
     """LE-SAM around any torch optimizer: ``LESAM(params, torch.optim.SGD, sigma=0.3, rho_max=0.2, lr=0.1)``.
 
     Args:
@@ -61,13 +68,13 @@ class LESAM(SharpnessAware):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        sigma: float = 0.3,
-        rho_max: float | None = 0.2,
-        eps: float = 1e-12,
-        alpha: float = 0.0,
+        sigma: NonNegative = 0.3,
+        rho_max: NonNegative | None = 0.2,
+        eps: NonNegative = 1e-12,
+        alpha: NonNegative = 0.0,
         plus_form: Literal["paper", "released"] = "paper",
         adaptive: bool = False,
-        eta: float = 0.0,
+        eta: NonNegative = 0.0,
         **kwargs: Any,
     ) -> None:
         # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import Count, NonNegative
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.rows import Gradients
@@ -25,7 +26,14 @@ from lesam_dist.optim.engine.wrapper import BaseOptimizer
 _KEPT = "look_back"
 
 
-class LookSAM(FixedRadius):
+class LookSAM(
+    FixedRadius,
+    name="looksam",
+    along="g, every 5th step, whose effect the others go on using",
+    passes="1.2",
+    keeps="g, and that effect",
+    without=("ascent_interval", "ascent_between"),
+):
     """LookSAM around any torch optimizer: ``LookSAM(params, torch.optim.SGD, rho=0.1, interval=5, lr=0.1)``.
 
     Args:
@@ -47,9 +55,9 @@ class LookSAM(FixedRadius):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        rho: float = 0.1,
-        interval: int = 5,
-        alpha: float = 0.7,
+        rho: NonNegative = 0.1,
+        interval: Count = 5,
+        alpha: NonNegative = 0.7,
         **kwargs: Any,
     ) -> None:
         own = {"rho": rho, "look_alpha": alpha}

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.single_pass import SinglePass
 from lesam_dist.optim.engine.weights import Aim
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
@@ -25,7 +26,7 @@ from lesam_dist.parallel.shards import local_shard
 _MOMENTA = ("momentum_buffer", "exp_avg")
 
 
-class MSAM(SinglePass):
+class MSAM(SinglePass, name="msam", along="the base optimizer's momentum", passes="1", one_pass=True):
     """MSAM around SGD with momentum or Adam(W): ``MSAM(params, torch.optim.SGD, rho=3.0, lr=0.1, momentum=0.9)``.
 
     Args:
@@ -38,7 +39,9 @@ class MSAM(SinglePass):
         ValueError: for a value out of range, a base optimizer without momentum, or an option that needs two passes.
     """
 
-    def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 3.0, **kwargs: Any) -> None:
+    def __init__(
+        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 3.0, **kwargs: Any
+    ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.rows import Gradients
 from lesam_dist.optim.engine.single_pass import SinglePass
 from lesam_dist.optim.engine.weights import Aim
@@ -23,7 +24,9 @@ from lesam_dist.optim.engine.wrapper import BaseOptimizer
 _PREVIOUS = "previous_grad"
 
 
-class S2SAM(SinglePass):
+class S2SAM(
+    SinglePass, name="s2sam", along="the gradient of the step before", passes="1", keeps="that gradient", one_pass=True
+):
     """S2-SAM around any torch optimizer: ``S2SAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``.
 
     Args:
@@ -38,7 +41,9 @@ class S2SAM(SinglePass):
 
     memory_names = (_PREVIOUS,)
 
-    def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.05, **kwargs: Any) -> None:
+    def __init__(
+        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 0.05, **kwargs: Any
+    ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
 
     def look_ahead(self) -> Aim:

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class SAM(FixedRadius):
+class SAM(FixedRadius, name="sam", along="g"):
     """SAM around any torch optimizer: ``SAM(params, torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)``.
 
     Args:
@@ -37,7 +38,7 @@ class SAM(FixedRadius):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        rho: float = 0.05,
+        rho: NonNegative = 0.05,
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)

@@ -15,13 +15,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.optim.sam import SAM
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-class SAMON(SAM):
+class SAMON(SAM, name="samon", along="g of normalisation layers alone", keeps="(a copy of these alone)"):
     """SAM-ON around any torch optimizer: ``SAMON(norm_groups(model), torch.optim.SGD, rho=0.5, lr=0.1)``.
 
     Args:
@@ -34,7 +35,9 @@ class SAMON(SAM):
         ValueError: where all groups or none are perturbed.
     """
 
-    def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 0.5, **kwargs: Any
+    ) -> None:
         super().__init__(params, base_optimizer, rho=rho, **kwargs)
         perturbed = [bool(group["perturb"]) for group in self.param_groups]
         if all(perturbed) or not any(perturbed):

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.rows import Gradients
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class SSAM(FixedRadius):
+class SSAM(FixedRadius, name="ssam", along="g; the update is as long as g"):
     """Stable SAM around any torch optimizer: ``SSAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``.
 
     Args:
@@ -33,7 +34,9 @@ class SSAM(FixedRadius):
         ValueError: for a value out of range.
     """
 
-    def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: float = 0.05, **kwargs: Any) -> None:
+    def __init__(
+        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 0.05, **kwargs: Any
+    ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
 
     def shares_first_gradient(self) -> str | None:

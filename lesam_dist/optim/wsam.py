@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.arguments import NonNegative, ShareBelowOne
 from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.rows import Gradients
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class WSAM(FixedRadius):
+class WSAM(FixedRadius, name="wsam", along="g; weighs the sharpness apart from the loss", keeps="g"):
     """WSAM around any torch optimizer: ``WSAM(params, torch.optim.SGD, rho=0.05, gamma=0.9, lr=0.1)``.
 
     Args:
@@ -44,8 +45,8 @@ class WSAM(FixedRadius):
         params: ParamsT,
         base_optimizer: BaseOptimizer,
         *,
-        rho: float = 0.05,
-        gamma: float = 0.9,
+        rho: NonNegative = 0.05,
+        gamma: ShareBelowOne = 0.9,
         decouple: bool = True,
         **kwargs: Any,
     ) -> None:

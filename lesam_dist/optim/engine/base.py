@@ -33,6 +33,7 @@ from lesam_dist.optim.engine.guarded import GuardedOptimizer
 from lesam_dist.optim.engine.memory import ASCENT
 from lesam_dist.optim.engine.options import Between, check_options
 from lesam_dist.optim.engine.reference import Radius
+from lesam_dist.optim.engine.registry import Registration
 from lesam_dist.optim.engine.rows import Gradients
 from lesam_dist.optim.engine.weights import Aim
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
@@ -106,8 +107,14 @@ class SharpnessAware(GuardedOptimizer):
     _step_supports_amp_scaling = True
     _grad_scaler: GradScaler | None = None
 
+    registration: Registration  # of a class that names itself in its class line
     telemetry: dict[str, Tensor]
     _plain: bool  # this step's update is by its gradient alone
+
+    def __init_subclass__(cls, name: str = "", **keywords: Any) -> None:
+        super().__init_subclass__()
+        if name:
+            cls.registration = Registration(name, **keywords)
 
     def __init__(
         self,
