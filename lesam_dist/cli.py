@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import NoReturn
 
@@ -44,6 +45,20 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
 }
 
+# What a command imports and the library does without: modules, and their packages in the extra "train".
+_TRAIN_EXTRA = {
+    "numpy": "numpy",
+    "PIL": "pillow",
+    "torchvision": "torchvision",
+    "jsonargparse": "jsonargparse",
+    "docstring_parser": "docstring-parser",  # of jsonargparse[signatures]
+    "yaml": "pyyaml",
+    "rich": "rich",
+    "tensorboard": "tensorboard",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+}
+
 
 def main() -> NoReturn:
     """Entry point of `lesam-dist COMMAND ...`."""
@@ -51,6 +66,8 @@ def main() -> NoReturn:
         print("usage: lesam-dist COMMAND ...\n\ncommands:")
         for name, (_, text) in _COMMANDS.items():
             print(f"  {name:10s}{text}")
+        if missing := _missing():
+            print(f"\nEvery command needs {missing}")
         sys.exit(0 if len(sys.argv) > 1 else 2)
     if sys.argv[1] == "--version":
         print(f"lesam-dist {__version__}")
@@ -73,6 +90,8 @@ def run(command: str) -> NoReturn:
             end_with_launcher()
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)
+        if missing := _missing():  # all at once, and before a run that would need the last of them at its end
+            raise UserError(f"lesam-dist {command} needs {missing}")
         _COMMANDS[command][0](sys.argv[1:])
     except UserError as error:
         if not getattr(error, "same_node", False):
@@ -88,6 +107,12 @@ def run(command: str) -> NoReturn:
         report_failure(place, error)
         _leave(1)
     _leave(0)
+
+
+def _missing() -> str:
+    """The packages of the extra "train" that are not installed, and how to install them; "" where all are."""
+    missing = [package for module, package in _TRAIN_EXTRA.items() if find_spec(module) is None]
+    return f'packages that are not installed ({", ".join(missing)}): pip install "lesam-dist[train]"' if missing else ""
 
 
 def _leave(status: int) -> NoReturn:

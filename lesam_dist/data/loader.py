@@ -92,7 +92,8 @@ def build_loader(
         except ImportError as error:
             raise UserError(
                 f"the data backend 'dali' needs NVIDIA DALI, which cannot be imported ({error}): "
-                "pip install 'lesam-dist[dali]', or choose --data.backend torchvision."
+                'pip install "lesam-dist[dali]" (for CUDA 12: "lesam-dist[dali-cuda120]"), or choose --data.backend '
+                "torchvision."
             ) from error
         return DaliLoader(plan, device, workers)
     from lesam_dist.data.torchvision_loader import TorchvisionLoader
