@@ -11,13 +11,19 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test lint format bench bench-gpu clean
+.PHONY: train test dist lint format bench bench-gpu clean
 
 train: $(STAMP) ## train the digits recipe with LE-SAM on all GPUs, or on two CPU processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" NPROC_PER_NODE=$(NPROC) launch/torchrun.sh --config digits --run_dir $(RUN_DIR) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+dist: $(STAMP) ## build the sdist and the wheel into dist/, and try them as a user who has installed them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest tests/packaging/check_dist.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -35,7 +41,7 @@ bench-gpu: $(STAMP) ## GPU tests and all GPU benchmarks, in one command of under
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
