@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import lesam_dist
 from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.explain import unknown_key
 from lesam_dist.experiments.compare import compare
@@ -268,6 +269,15 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(
         re.findall(r"^\| \[(\w+\.md)\]\(\1\)", index, re.M)
     )
+
+
+def test_the_tables_of_methods() -> None:
+    """They are what the classes say of themselves, and every method that a user can import is there."""
+    script = runpy.run_path(str(ROOT / "docs" / "render_methods.py"))
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert page == script["render"](page), "run python docs/render_methods.py"
+    classes = {name for name in lesam_dist.__all__ if hasattr(getattr(lesam_dist, name), "registration")}
+    assert set(re.findall(r"^\| `(\w+)` \| `\w+` \| [^`]", page, re.M)) == classes
 
 
 def test_the_picture(tmp_path: Path) -> None:
