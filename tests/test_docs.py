@@ -180,9 +180,14 @@ def check_make(words: list[str], _: pytest.MonkeyPatch) -> None:
 
 def check_pip(words: list[str], _: pytest.MonkeyPatch) -> None:
     assert words[0] == "install"
+    project = (ROOT / "pyproject.toml").read_text()
+    section = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", project, re.DOTALL)
+    assert section
+    extras = re.findall(r"^([\w-]+) = ", section[1], re.M)
     for word in words[1:]:
         found = re.fullmatch(r"(?:lesam-dist|\.)(?:\[([\w,-]+)\])?", word)
         assert found or word in ("-e", "pytorch_optimizer")
+        assert not found or not found[1] or set(found[1].split(",")) <= set(extras), f"no such extra: {word}"
 
 
 COMMANDS = {
