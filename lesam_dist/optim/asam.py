@@ -12,6 +12,7 @@ are adaptive, as in the most used SAM code. Cost: two forward and backward passe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,10 @@ class ASAM(FixedRadius, name="asam", along="g in units of the weights' size"):
     ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho, "eta": eta, "adaptive": True}, **kwargs)
 
+    @classmethod
+    def settings_of(cls, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"adaptive": is_adaptive(name)}
+
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         require_nonnegative("ASAM", "eta", group["eta"])
@@ -64,8 +69,13 @@ def metric(group: dict[str, Any]) -> Direction:
     return Direction(p=1.0, q=float(group["eta"])) if group["adaptive"] else Direction()
 
 
+def is_adaptive(name: str) -> bool:
+    """The released code's rule: a parameter is adaptive if its name holds "weight"."""
+    return "weight" in name
+
+
 def adaptive_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Param groups by the released code's rule: a parameter is adaptive if its name holds "weight"."""
+    """Param groups by the released code's rule, `is_adaptive`."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_rule = {rule: [p for name, p in named if ("weight" in name) == rule] for rule in (True, False)}
+    by_rule = {rule: [p for name, p in named if is_adaptive(name) == rule] for rule in (True, False)}
     return [{"params": params, "adaptive": rule} for rule, params in by_rule.items() if params]

@@ -17,11 +17,13 @@ one copy of g.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
+from torch import nn
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.asam import metric
+from lesam_dist.optim.asam import is_adaptive, metric
 from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.base import SharpnessAware
 from lesam_dist.optim.engine.options import require_nonnegative
@@ -81,6 +83,10 @@ class LESAM(
         own = {"norm_eps": eps, "plus_alpha": alpha, "plus_form": plus_form}
         defaults = {"sigma": sigma, "rho_max": rho_max, "adaptive": adaptive, "eta": eta, **own}
         super().__init__(params, base_optimizer, defaults, **kwargs)
+
+    @classmethod
+    def settings_of(cls, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"adaptive": is_adaptive(name)} if arguments.get("adaptive") else {}
 
     def check_group(self, group: dict[str, Any]) -> None:
         for key in ("sigma", "norm_eps", "plus_alpha", "eta"):

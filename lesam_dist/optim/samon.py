@@ -9,6 +9,7 @@ and a copy of the normalisation layers' parameters alone, which are 0.2 % of a R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,10 @@ class SAMON(SAM, name="samon", along="g of normalisation layers alone", keeps="(
                 f"SAMON: {sum(perturbed)} of {len(perturbed)} param groups are perturbed; it must be those of "
                 "normalisation layers and no other. Make the groups with norm_groups(model)."
             )
+
+    @classmethod
+    def settings_of(cls, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"perturb": is_norm(module)}
 
 
 def is_norm(module: nn.Module) -> bool:

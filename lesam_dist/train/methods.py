@@ -10,7 +10,6 @@ from lesam_dist import optim
 from lesam_dist.config.method_fields import METHOD_FIELDS, shared_fields
 from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.errors import UserError
-from lesam_dist.optim.samon import is_norm
 
 METHODS: dict[str, type[optim.SharpnessAware]] = {
     "lesam": optim.LESAM,
@@ -46,22 +45,25 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     """The model's parameters, in groups where weight decay or the method treats some of them otherwise.
 
     Raises:
-        UserError: for samon on a model without normalisation layers.
+        UserError: for a model of which the method perturbs nothing.
     """
-    norms = {p for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)}
-    if config.name == "samon" and not norms:
-        raise UserError("optimizer.name is samon but the model has no normalisation layer: choose another method.")
-    adapts = config.name == "asam" or (config.name == "lesam" and config.adaptive)
+    method = METHODS.get(config.name)
+    arguments = method_arguments(config) if method else {}
     groups: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        settings: dict[str, Any] = {}
-        if not config.decay_norm_and_bias and p.ndim <= 1:  # the field's rule: biases and normalisation weights
-            settings["weight_decay"] = 0.0
-        if adapts:
-            settings["adaptive"] = "weight" in name  # ASAM's released rule
-        if config.name == "samon":
-            settings["perturb"] = p in norms
-        groups.setdefault(tuple(settings.items()), []).append(p)
+    seen: set[nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        for leaf, p in module.named_parameters(prefix, recurse=False):
+            if p in seen or not p.requires_grad:
+                continue
+            seen.add(p)
+            settings: dict[str, Any] = {}
+            if not config.decay_norm_and_bias and p.ndim <= 1:  # the field's rule: biases and normalisation weights
+                settings["weight_decay"] = 0.0
+            if method:
+                settings |= method.settings_of(leaf, module, arguments)
+            groups.setdefault(tuple(settings.items()), []).append(p)
+    if not any(dict(settings).get("perturb", True) for settings in groups):
+        raise UserError(
+            f"optimizer.name is {config.name} but the model has nothing that it perturbs: choose another method."
+        )
     return [{"params": params, **dict(settings)} for settings, params in groups.items()]

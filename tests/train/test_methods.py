@@ -84,7 +84,7 @@ def test_param_groups() -> None:
     assert names == expected
     groups = build_optimizer(model, OptimizerConfig(name="samon")).param_groups
     assert [(group["perturb"], len(group["params"])) for group in groups] == [(False, 2), (True, 2)]
-    with pytest.raises(UserError, match="samon but the model has no normalisation layer"):
+    with pytest.raises(UserError, match="samon but the model has nothing that it perturbs"):
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(name="samon"))
     with pytest.raises(UserError, match=r"wsam.*|WSAM: gamma is 1.0"):
         build_optimizer(model, OptimizerConfig(name="wsam", gamma=1.0))

@@ -7,11 +7,11 @@ A method is a subclass that names its rule: how the radius follows from the norm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -153,6 +153,17 @@ class SharpnessAware(GuardedOptimizer):
         self._require_first_gradient()
 
     # ---- the rule of a method ------------------------------------------------------------------------------------
+
+    @classmethod
+    def settings_of(cls, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What the param group of a parameter must say beside the defaults, where the trainer makes the groups.
+
+        Args:
+            name: of the parameter in the model, as in ``named_parameters``.
+            module: the one that owns it.
+            arguments: the method's hyper-parameters as they are given; those left out have their default.
+        """
+        return {}
 
     def radius(self, group: dict[str, Any]) -> Radius:
         """How this group's radius follows from the gradient norm, with the hyper-parameters of this step."""
