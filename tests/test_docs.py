@@ -21,6 +21,7 @@ from lesam_dist.experiments.compare import compare
 from lesam_dist.experiments.sweep import sweep
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("lesam_dist", "kernels", "tests", "benchmarks", "launch", "docs", "examples")
 PAGES = sorted(
     path
     for folder in ("", "docs", "examples", "launch", "kernels", "benchmarks", "lesam_dist/recipes", "tests")
@@ -243,10 +244,12 @@ def test_flags_and_paths_exist(page: Path) -> None:
     spans = re.findall(r"`([^`\n]+)`", prose(page))
     for flag in (word for span in spans for word in re.findall(r"(?<!\S)--([a-z_]+\.[a-z_]+)", span)):
         assert unknown_key([flag]) is None, f"{name(page)}: --{flag}"
-    folders = "lesam_dist|kernels|tests|benchmarks|launch|docs|examples"
+    names_of_files = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
     for span in spans:
-        if re.fullmatch(rf"(?:{folders})/[\w./-]+", span):
+        if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]+", span):
             assert (ROOT / span).exists(), f"{name(page)}: {span}"
+        elif re.fullmatch(r"[\w-]+\.(?:py|sh)", span):
+            assert span in names_of_files, f"{name(page)}: {span}"
         elif found := re.fullmatch(r"(lesam_dist(?:\.[a-z_]+)*)((?:\.[A-Za-z_]+)?)(?:\(.*\))?", span):
             assert resolves(found[1], found[2][1:]), f"{name(page)}: {span}"
 
@@ -283,6 +286,28 @@ def test_the_tables_of_methods() -> None:
     assert page == script["render"](page), "run python docs/render_methods.py"
     classes = {name for name in lesam_dist.__all__ if hasattr(getattr(lesam_dist, name), "registration")}
     assert set(re.findall(r"^\| `(\w+)` \| `\w+` \| [^`]", page, re.M)) == classes
+
+
+@pytest.mark.parametrize("page", ["methods.md", "distributed.md"])
+def test_methods_without_scopes(page: str) -> None:
+    """The methods that a page says are refused under the scopes "local" and "replica" are, and no others."""
+    (listed,) = re.findall(
+        r"drift\s+apart: ((?:.|\n)*?)have no first\s+pass to change", (ROOT / "docs" / page).read_text()
+    )
+    named = {name.strip("`") for name in re.findall(r"`\w+`|LE-SAM\+", listed)}
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    classes = {n: getattr(lesam_dist, n) for n in lesam_dist.__all__}
+    cases = {n: (cls, {}) for n, cls in classes.items() if hasattr(cls, "registration")}
+    cases["LE-SAM+"] = (lesam_dist.LESAM, {"alpha": 0.5})
+
+    def is_refused(cls: Any, **arguments: Any) -> bool:
+        try:
+            cls(lesam_dist.norm_groups(net), torch.optim.SGD, lr=0.1, momentum=0.9, scope="local", **arguments)
+        except ValueError:
+            return True
+        return False
+
+    assert named == {case for case, (cls, arguments) in cases.items() if is_refused(cls, **arguments)}
 
 
 def test_the_picture(tmp_path: Path) -> None:
