@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.interpreter import language_patched_once
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 Command = Callable[..., tuple[int, str, str]]
+
 CLASSES = ("0", "1", "2")
 TRAIN, VAL = 20, 7  # images per class of the fixture `images`
 
@@ -26,6 +29,13 @@ def seed() -> int:
     torch.manual_seed(value)
     print(f"SEED={value}")
     return value
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Interpreted kernels run in half the time."""
+    with language_patched_once():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
-"""Triton's interpreter without the most of its work: it patches the language anew in every call of every function."""
+"""Triton's interpreter without half of its work: it patches the language anew in every call of every function."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
+
+import torch
 
 
 class _Kept:
@@ -17,12 +20,19 @@ class _Kept:
 def language_patched_once() -> Iterator[None]:
     """Within, kernels run in the interpreter as always, but the language is patched for the first of them alone.
 
-    Outside of kernels the patched language must not be used; host code needs no more of it than its dtypes.
+    Nothing happens where kernels are compiled. Kernels cannot be compiled within, once one was interpreted.
     """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch, scopes = interpreter._patch_lang, {}
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:  # another version of Triton: its own way will do
+        yield
+        return
+    scopes: dict[frozenset[int], Any] = {}
 
     def patch_once(function: Any) -> _Kept:
         languages = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
@@ -35,4 +45,5 @@ def language_patched_once() -> Iterator[None]:
             yield
     finally:
         for scope in reversed(scopes.values()):
-            scope.restore()
+            if scope is not None:  # Triton 3.5 restores nothing
+                scope.restore()

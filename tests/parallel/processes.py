@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lesam_dist.parallel.processes import Distributed
+from tests.interpreter import language_patched_once
 
 # What every test's processes import; the server that they are forked from has it, once for the whole run of pytest.
 # It has no threads and has computed nothing: none of these modules starts any.
@@ -50,7 +51,9 @@ def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: Pa
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     world = Distributed(rank, rank, world_size, torch.device("cpu"))
-    (folder / f"rank{rank}").write_bytes(pickle.dumps(function(world, *args)))
+    with language_patched_once():
+        result = function(world, *args)
+    (folder / f"rank{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()  # a rank that leaves early can break the others' connecting
     dist.destroy_process_group()
     # With FSDP2 on gloo, torch 2.14 aborts in one of ten exits ("terminate called without an active exception").
