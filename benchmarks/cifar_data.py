@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, environment_lines, number, parser, percentiles, table, words, write
+from lib.arguments import Parser
+from lib.report import Report, Result, number, percentiles, table
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -33,7 +33,6 @@ TARGET = 10.0
 """Images per second and core, as a multiple of torchvision's."""
 
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-Result = dict[str, Any]
 Epoch = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 
@@ -116,38 +115,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    document: Result = {
-        "environment": environment(torch.device(args.device), "cifar_data.py", args.argv),
-        "settings": {name: getattr(args, name) for name in ("images", "batch", "repeats", "seed")},
-        "target": TARGET,
-    }
+    settings = {name: getattr(args, name) for name in ("images", "batch", "repeats", "seed")}
+    title = f"CIFAR's training batches of {args.batch} images"
+    output = Report(args, "cifar_data.py", torch.device(args.device), title, settings=settings, target=TARGET)
     try:
-        document["results"] = compare(args)
+        results = compare(args)
     finally:
         torch.set_num_threads(threads)
-    title = f"## CIFAR's training batches of {args.batch} images"
-    text = f"{title}\n\n{environment_lines(document['environment'])}\n"
-    text += report(document["results"], on_cuda=args.device == "cuda")
-    print(text)
-    write(args, document, text)
+    output.add(report(results, on_cuda=args.device == "cuda"), results)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parser(__doc__)
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument(
-        "--workers",
-        type=lambda text: [int(word) for word in words(text)],
-        default=[0, len(os.sched_getaffinity(0))],
-        help="torchvision's worker processes; default: none, and one for each core",
-    )
-    options.add_argument("--images", type=int, default=10_000, help="in the data set")
-    options.add_argument("--batch", type=int, default=128)
-    options.add_argument("--repeats", type=int, default=5, help="timed epochs of each")
-    options.add_argument("--seed", type=int, default=torch.seed() % 2**31, help="of the images")
-    args = options.parse_args(argv)
-    args.argv = argv
+    options = Parser(__doc__)
+    options.add_device()
+    cores = len(os.sched_getaffinity(0))
+    options.add_integers("--workers", [0, cores], f"torchvision's worker processes; default here: 0,{cores}")
+    options.add_argument("--images", type=int, default=10_000, metavar="N", help="in the data set; default: 10000")
+    options.add_argument("--batch", type=int, default=128, metavar="N", help="images per batch; default: 128")
+    options.add_argument("--repeats", type=int, default=5, metavar="N", help="timed epochs of each; default: 5")
+    options.add_seed("the images")
+    options.add_files()
+    args = options.parse(argv)
     if not 1 <= args.batch <= args.images or min(args.workers) < 0 or args.repeats < 1:
         options.error("--batch and --repeats must be at least 1, --images at least --batch, --workers at least 0")
     return args

@@ -9,7 +9,6 @@ Markdown, and summary.md.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.util
 import os
@@ -23,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import ROOT, device_name, environment, environment_lines, table
-from summary import summary
+from lib import ROOT
+from lib.arguments import Parser
+from lib.report import device_name, environment, environment_lines, table
+from lib.summary import summary
 
 _TOTAL_SECONDS = 530.0
 _START_SECONDS = 15.0  # of a script, before it looks at its own clock, and after it
@@ -88,11 +89,10 @@ def run(part: Part, out: Path, limit: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, help="results folder")
+    options = Parser(__doc__)
+    options.add_argument("--out", type=Path, metavar="FOLDER", help="results; default: below benchmarks/results")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a rehearsal with toy sizes")
-    args = options.parse_args(argv)
+    args = options.parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here. `--device cpu` rehearses with toy sizes.", file=sys.stderr)
         return 1
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = (args.out or _default_folder(device)).resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + _TOTAL_SECONDS
-    where = environment(device, "gpu.py", argv)
+    where = environment(device, "gpu.py", args.argv)
     print(environment_lines(where), flush=True)
 
     lines = {}

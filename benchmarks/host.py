@@ -4,7 +4,7 @@
 
 Needs no GPU. The optimizer runs on CPU tensors with backend="triton" (Triton's interpreter allows it), and the one
 function through which every Triton kernel is launched, `run` of a @triton.jit function, is replaced by a counter. So
-the numbers hold everything up to Triton's own launch, which costs some 5 to 10 us each on top: see the column of
+the numbers hold everything up to Triton's own launch, which costs tens of microseconds each on top: see the column of
 launches. Allocating and pinning memory is cheaper here than under CUDA.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,28 +21,18 @@ from typing import Any
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it is read once, at decoration
 
 import torch
-from common import (
-    HOST_TARGET_SECONDS,
-    HOST_TARGET_TENSORS,
-    environment,
-    environment_lines,
-    number,
-    parser,
-    percentiles,
-    table,
-    words,
-    write,
-)
-from providers import Foreach, Hyper, our_optimizer
-from reference64 import set_grads
-from timing import CpuClock, no_collection
+from lib.arguments import Parser
+from lib.problem import Hyper, set_grads
+from lib.providers import base_optimizer, our_optimizer
+from lib.report import Report, Result, number, percentiles, table
+from lib.summary import HOST_TARGET_SECONDS, HOST_TARGET_TENSORS
+from lib.timing import CpuClock, no_collection
+from lib.traffic import Base
 from torch import Tensor
-from traffic import BASES, Base
 
 _HYPER = Hyper(sigma=0.3, rho_max=0.2)
 _SHAPE = (4,)  # the fewest bytes: torch's own CPU work must not show
 _WARM_UP = 20
-Result = dict[str, Any]
 
 
 @contextmanager
@@ -147,7 +136,7 @@ def measure(tensors: int, base: Base, repeats: int) -> Result:
         result["launches"] = len(launched)
     if not launched:
         raise SystemExit("no Triton launch was seen: the kernels run some other way, and these numbers mean nothing.")
-    alone = Foreach(params, base, _HYPER, rho=0.0).base_optimizer(fused=True)
+    alone = base_optimizer(params, base, _HYPER, fused=True)
     result["seconds_base"] = seconds_per_step(params, (alone.step,), grads[:1], repeats)
     return result
 
@@ -166,23 +155,19 @@ def report(results: list[Result]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
-    document: Result = {"environment": environment(torch.device("cpu"), "host.py", args.argv), "results": []}
-    document["results"] = [measure(tensors, base, args.repeats) for base in args.base for tensors in args.tensors]
-    title = "## Host time of one optimizer step, kernels left out"
-    text = f"{title}\n\n{environment_lines(document['environment'])}\n{report(document['results'])}"
-    print(text)
-    write(args, document, text)
+    title = "Host time of one optimizer step, kernels left out"
+    output = Report(args, "host.py", torch.device("cpu"), title)
+    results = [measure(tensors, base, args.repeats) for base in args.base for tensors in args.tensors]
+    output.add(report(results), results)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parser(__doc__)
-    options.add_argument("--tensors", type=lambda text: [int(word) for word in words(text)], default=[161, 400, 1000])
-    options.add_argument("--base", type=words, default=list(BASES), help="sgd (with momentum), adamw")
-    options.add_argument("--repeats", type=int, default=200)
-    args = options.parse_args(argv)
-    args.argv = argv
-    return args
+    options = Parser(__doc__)
+    options.add_integers("--tensors", [161, 400, 1000], "lengths of the parameter list; default: 161,400,1000")
+    options.add_bases()
+    options.add_argument("--repeats", type=int, default=200, metavar="N", help="timed steps of each; default: 200")
+    options.add_files()
+    return options.parse(argv)
 
 
 if __name__ == "__main__":

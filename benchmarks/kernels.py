@@ -11,34 +11,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from common import (
-    Deadline,
-    environment,
-    environment_lines,
-    first_line,
-    number,
-    parser,
-    percentiles,
-    progress,
-    table,
-    words,
-    write,
-)
-from model_shapes import MODELS
-from providers import PROVIDERS, Provider
-from reference64 import Expected, Problem, expected_steps, make_problem, set_grads, wrong
-from timing import CpuClock, CudaClock, make_clock, no_collection
-from traffic import BASES, DTYPES, PARTS, Base, minimal_passes, prediction
+from lib.arguments import Parser
+from lib.problem import DTYPES, Problem, make_problem, set_grads
+from lib.providers import PARTS, PROVIDERS, Provider, minimal_passes
+from lib.reference64 import Expected, expected_steps, wrong
+from lib.report import Report, Result, first_line, number, percentiles, progress, table
+from lib.shapes import MODELS
+from lib.timing import CpuClock, CudaClock, Deadline, make_clock, no_collection
+from lib.traffic import Base
 
 OURS = "lesam_dist"
 _CUDA_MODELS = [name for name in MODELS if name != "tiny"]
 _FEWEST_REPEATS = 3
-Result = dict[str, Any]
 
 
 def prepare(name: str, problem: Problem, base: Base, expected: list[Expected]) -> Provider | str:
@@ -161,7 +148,7 @@ def _cuda_table(results: list[Result]) -> str:
     rows = []
     for result in results:
         if result["status"] != "ok":
-            rows.append([result["provider"], result["status"], *["-"] * (len(header) - 2)])
+            rows.append([result["provider"], result["status"]])
             continue
         device = result["seconds"]["device"]
         spread = "-".join(number(device["phase"][p], 3, 1e3) for p in ("p20", "p80"))
@@ -189,7 +176,7 @@ def _cpu_table(results: list[Result]) -> str:
     rows = []
     for result in results:
         ratio = result.get("of_ours", {}).get("device")
-        cells = [number(ratio[part], 2) for part in PARTS] if ratio else [result["status"], "-", "-"]
+        cells = [number(ratio[part], 2) for part in PARTS] if ratio else [result["status"]]
         rows.append([result["provider"], *cells])
     return table(["provider", *(f"{part}, of ours" for part in PARTS)], rows)
 
@@ -200,58 +187,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     clock, deadline = make_clock(device), Deadline(args.seconds)
-    document: Result = {"environment": environment(device, "kernels.py", args.argv), "seed": args.seed, "results": []}
-    print(text := f"## Optimizer phase\n\n{environment_lines(document['environment'])}")
+    output = Report(args, "kernels.py", device, "Optimizer phase", seed=args.seed)
     left = len(args.models) * len(args.dtype) * len(args.base)
     for model, dtype in itertools.product(args.models, args.dtype):
         problem = make_problem(MODELS[model](), DTYPES[dtype], device, args.seed)
         for base in args.base:
             if deadline.passed:
-                section = f"{model}, {base}, {dtype}: not run, the {args.seconds:.0f} s are used up\n"
+                output.add(f"{model}, {base}, {dtype}: not run, the {args.seconds:.0f} s are used up\n")
             else:
                 progress(f"{model}, {base}, {dtype}")
                 share = deadline.share(left)
                 results = compare(model, base, problem, args.providers, clock, args.repeats, share)
-                document["results"] += results
-                section = report(results)
+                output.add(report(results), results)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             left -= 1
-            print(section, flush=True)
-            text += f"\n{section}"
-            write(args, document, text)
-    if args.bandwidth and device.type != "cuda":
-        for dtype in args.dtype:
-            print(section := prediction(args.models, DTYPES[dtype], args.bandwidth))
-            text += f"\n{section}"
-        write(args, document, text)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parser(__doc__)
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--models", type=words, help=f"some of {', '.join(MODELS)}; CUDA: all, CPU: resnet50")
-    options.add_argument("--providers", type=words, default=list(PROVIDERS), help=f"some of {', '.join(PROVIDERS)}")
-    options.add_argument("--base", type=words, default=list(BASES), help="sgd (with momentum), adamw")
-    options.add_argument("--dtype", type=words, default=["float32"], help="float32, bfloat16")
-    options.add_argument("--repeats", type=int, help="at most; CUDA: 50, CPU: 10")
+    options = Parser(__doc__)
+    options.add_device()
+    options.add_names("--models", MODELS, None, "default: with CUDA all but tiny, on a CPU resnet50")
+    options.add_names("--providers", PROVIDERS, list(PROVIDERS), "default: all")
+    options.add_bases()
+    options.add_names("--dtype", DTYPES, ["float32"], "default: float32")
+    options.add_argument("--repeats", type=int, metavar="N", help="at most; default: with CUDA 50, on a CPU 10")
     options.add_argument("--quick", action="store_true", help="a tenth of the repeats, for a first look")
-    options.add_argument("--seconds", type=float, help="fewer repeats, so as to end after this time; CPU: 80")
-    options.add_argument("--seed", type=int, default=torch.seed() % 2**31, help="of weights and gradients")
-    options.add_argument("--bandwidth", type=float, help="CPU: also predict times on a GPU that copies so many TB/s")
-    args = options.parse_args(argv)
-    args.argv = argv
+    options.add_argument(
+        "--seconds", type=float, metavar="S", help="fewer repeats, to end by then; default on a CPU: 80"
+    )
+    options.add_seed("weights and gradients")
+    options.add_files()
+    args = options.parse(argv)
     on_cuda = args.device == "cuda"
     args.models = args.models or (_CUDA_MODELS if on_cuda else ["resnet50"])
     args.seconds = args.seconds or (None if on_cuda else 80.0)
     args.repeats = args.repeats or (50 if on_cuda else 10)
     if args.quick:
         args.repeats = max(args.repeats // 10, 1)
-    for given, known in ((args.models, MODELS), (args.providers, PROVIDERS), (args.base, BASES), (args.dtype, DTYPES)):
-        unknown = set(given) - set(known)
-        if unknown:
-            options.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     return args
 
 

@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--models resnet50,vit_b_16] [--world-sizes 1,2] [--strategies none,ddp,fsdp]
 
 Parameters, gradients, saved weights and optimizer state are measured as the storages that exist when the second
-backward is done; "transient" is the peak of the whole step beyond these. `memory_formula.py` has the formula.
+backward is done; "transient" is the peak of the whole step beyond these. `lib/memory_formula.py` has the formula.
 Activations are in no formula: a batch of two small images keeps them out of the way, and what they take is the
 difference between predicted and measured transient bytes. One process ("none") runs alone; DDP and FSDP2 start as many
 processes as --world-sizes says, on the CPU with gloo, on CUDA one GPU each.
@@ -15,19 +15,19 @@ import argparse
 import gc
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from common import environment, environment_lines, number, parser, table, words, write
-from live_bytes import meter, storage_bytes
-from memory_formula import STRATEGIES, Memory, Network, Strategy, Weight, predict
-from models import NETWORKS
-from providers import Hyper, our_optimizer
+from lib.arguments import Parser
+from lib.live_bytes import meter, storage_bytes
+from lib.memory_formula import STRATEGIES, Memory, Network, Strategy, Weight, predict
+from lib.models import NETWORKS
+from lib.problem import Hyper
+from lib.providers import our_optimizer
+from lib.report import Report, Result, number, table
+from lib.traffic import Base
 from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from traffic import BASES, Base
 
 from lesam_dist import LESAM, SAM
 from lesam_dist.parallel.processes import Distributed, process_group
@@ -36,7 +36,6 @@ from lesam_dist.parallel.wrapping import wrap
 _HYPER = Hyper(sigma=0.3, rho_max=0.2)
 _UNITS = ("Bottleneck", "Block")  # of `models`: what FSDP2 gathers at once
 _BATCH = 2
-Result = dict[str, Any]
 
 
 def measure(
@@ -50,7 +49,7 @@ def measure(
     """Bytes on this process in the second step of a network, and in each of the categories of `memory_formula`.
 
     Args:
-        here: this process.
+        world: the processes, of which this is one.
         strategy: how the network is wrapped.
         build: makes the network.
         optimize: makes its optimizer.
@@ -162,40 +161,30 @@ def _cell(predicted: int, measured: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
-    document: Result = {
-        "environment": environment(torch.device(args.device), "memory.py", args.argv),
-        "settings": {"image_size": args.image_size, "batch": _BATCH, "seed": args.seed},
-        "results": [],
-    }
-    for ranks in args.world_sizes:
-        document["results"] += launch(args, ranks)
-    title = "## Memory of a LE-SAM step, per process"
-    legend = "MiB, predicted / measured / measured over predicted"
-    text = f"{title}\n\n{environment_lines(document['environment'])}\n{legend}\n\n{report(document['results'])}"
-    print(text)
-    write(args, document, text)
+    settings = {"image_size": args.image_size, "batch": _BATCH, "seed": args.seed}
+    title = "Memory of a LE-SAM step, per process"
+    output = Report(args, "memory.py", torch.device(args.device), title, settings=settings)
+    results = [result for ranks in args.world_sizes for result in launch(args, ranks)]
+    output.add(f"MiB, predicted / measured / measured over predicted\n\n{report(results)}", results)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parser(__doc__)
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--models", type=words, default=["resnet50", "vit_b_16"])
-    options.add_argument("--strategies", type=words, default=list(STRATEGIES))
-    options.add_argument("--world-sizes", type=lambda text: [int(word) for word in words(text)], help="default: 1,2")
-    options.add_argument("--base", type=words, default=list(BASES), help="sgd (with momentum), adamw")
-    options.add_argument("--image-size", type=int, default=32, help="side in pixels; 32 or more, a multiple of 16")
-    options.add_argument("--seed", type=int, default=torch.seed() % 2**31, help="of weights and images")
-    args = options.parse_args(argv)
-    args.argv = argv
+    options = Parser(__doc__)
+    options.add_device()
+    options.add_names("--models", NETWORKS, ["resnet50", "vit_b_16"], "default: resnet50,vit_b_16")
+    options.add_names("--strategies", STRATEGIES, STRATEGIES, "default: all")
+    options.add_integers("--world-sizes", None, "processes; default: 1,2, or 1 with one GPU")
+    options.add_bases()
+    options.add_argument(
+        "--image-size", type=int, default=32, metavar="N", help="a multiple of 16, at least 32; default: 32"
+    )
+    options.add_seed("weights and images")
+    options.add_files()
+    args = options.parse(argv)
     limit = torch.cuda.device_count() if args.device == "cuda" else math.inf
     args.world_sizes = args.world_sizes or [ranks for ranks in (1, 2) if ranks <= limit]
     if max(args.world_sizes) > limit:
         options.error(f"{max(args.world_sizes)} processes need as many GPUs, and there are {limit}")
-    for given, known in ((args.models, NETWORKS), (args.strategies, STRATEGIES), (args.base, BASES)):
-        unknown = set(given) - set(known)
-        if unknown:
-            options.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     return args
 
 

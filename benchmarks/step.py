@@ -16,38 +16,27 @@ import argparse
 import gc
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import (
-    Deadline,
-    environment,
-    environment_lines,
-    first_line,
-    number,
-    parser,
-    percentiles,
-    progress,
-    table,
-    words,
-    write,
-)
-from models import NETWORKS
-from providers import Eager, Hyper, our_optimizer
-from timing import step_seconds
+from lib.arguments import Parser
+from lib.models import NETWORKS
+from lib.problem import Hyper
+from lib.providers import base_optimizer, our_optimizer
+from lib.report import Report, Result, first_line, number, percentiles, progress, table
+from lib.timing import Deadline, step_seconds
+from lib.traffic import BASES, Base
 from torch import Tensor, nn
-from traffic import BASES, Base
 
+from lesam_dist.optim.simple import SimpleLESAM
 from lesam_dist.train.passes import frozen_batchnorm
 
 # A small rate: every step sees the same batch, which must not be learned by heart until its gradient vanishes.
 LESAM_HYPER = Hyper(sigma=0.3, rho_max=0.2, lr=1e-4)
 SAM_HYPER = Hyper(sigma=math.inf, rho_max=0.05, lr=1e-4)
 _WARM_UP = 5
-Result = dict[str, Any]
 Step = Callable[[], Tensor]
 
 
@@ -72,8 +61,7 @@ class Passes:
 
 def sgd(passes: Passes, base: Base) -> Step:
     """One pass and torch's fused update: the cost of a plain step."""
-    params: list[Tensor] = list(passes.model.parameters())
-    optimizer = Eager(params, base, LESAM_HYPER, rho=0.0).base_optimizer(fused=True)
+    optimizer = base_optimizer(list(passes.model.parameters()), base, LESAM_HYPER, fused=True)
 
     def step() -> Tensor:
         passes.begin()
@@ -87,17 +75,12 @@ def sgd(passes: Passes, base: Base) -> Step:
 
 def eager(passes: Passes, base: Base, hyper: Hyper) -> Step:
     """The usual code: one loop over the parameters per operation."""
-    provider = Eager(list(passes.model.parameters()), base, hyper, rho=0.0)
+    base_step = base_optimizer(list(passes.model.parameters()), base, hyper)
+    optimizer = SimpleLESAM(base_step, hyper.sigma, hyper.rho_max, hyper.eps)
 
     def step() -> Tensor:
         passes.begin()
-        provider.optimizer.zero_grad()
-        loss = passes()
-        provider.ascent()
-        provider.optimizer.zero_grad()
-        passes()
-        provider.descent()
-        return loss
+        return optimizer.step(passes)
 
     return step
 
@@ -207,7 +190,7 @@ def report(results: list[Result], on_cuda: bool) -> str:
     rows = []
     for r in results:
         if r["status"] != "ok":
-            rows.append([r["variant"], r["status"], *["-"] * (len(header) - 2)])
+            rows.append([r["variant"], r["status"]])
             continue
         row = [r["variant"], number(r.get("of_sgd"), 3), number(r.get("of_eager_sam"), 3)]
         if on_cuda:
@@ -222,12 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_cuda = args.device == "cuda"
     torch.backends.cudnn.benchmark = True
     deadline = Deadline(args.seconds)
-    document: Result = {
-        "environment": environment(torch.device(args.device), "step.py", args.argv),
-        "settings": {"image_size": args.image_size, "base": args.base, "repeats": args.repeats, "seed": args.seed},
-        "results": [],
-    }
-    print(text := f"## Training step, base {args.base}\n\n{environment_lines(document['environment'])}")
+    settings = {"image_size": args.image_size, "base": args.base, "repeats": args.repeats, "seed": args.seed}
+    output = Report(args, "step.py", torch.device(args.device), f"Training step, base {args.base}", settings=settings)
     for batch in args.batch:
         for model in args.models:
             results = []
@@ -242,37 +221,31 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if on_cuda:
                     torch.cuda.empty_cache()
             add_ratios(results)
-            document["results"] += results
-            print(section := report(results, on_cuda), flush=True)
-            text += f"\n{section}"
-            write(args, document, text)
+            output.add(report(results, on_cuda), results)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parser(__doc__)
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--models", type=words, help=f"some of {', '.join(NETWORKS)}; CUDA: the first two, CPU: tiny")
-    options.add_argument("--variants", type=words, default=list(VARIANTS), help=f"some of {', '.join(VARIANTS)}")
+    options = Parser(__doc__)
+    options.add_device()
+    options.add_names("--models", NETWORKS, None, "default: with CUDA resnet50,vit_b_16, on a CPU the tiny ones")
+    options.add_names("--variants", VARIANTS, list(VARIANTS), "default: all")
+    options.add_integers("--batch", None, "images per step; default: with CUDA 128,32,256, on a CPU 4")
     options.add_argument(
-        "--batch", type=lambda text: [int(word) for word in words(text)], help="CUDA: 128,32,256, CPU: 4"
+        "--image-size", type=int, metavar="N", help="a multiple of 16, at least 32; default: with CUDA 224, on a CPU 32"
     )
-    options.add_argument("--image-size", type=int, help="pixels, a multiple of 16 of at least 32; CUDA: 224, CPU: 32")
-    options.add_argument("--base", choices=BASES, default="sgd", help="sgd (with momentum) or adamw")
-    options.add_argument("--repeats", type=int, default=20, help="timed steps per variant")
-    options.add_argument("--seconds", type=float, help="begin nothing new after this time; CPU: 80")
-    options.add_argument("--seed", type=int, default=torch.seed() % 2**31, help="of weights and images")
-    args = options.parse_args(argv)
-    args.argv = argv
+    options.add_argument("--base", choices=BASES, default="sgd", help="sgd has momentum; default: sgd")
+    options.add_argument("--repeats", type=int, default=20, metavar="N", help="timed steps per variant; default: 20")
+    options.add_argument(
+        "--seconds", type=float, metavar="S", help="begin nothing new after this; default on a CPU: 80"
+    )
+    options.add_seed("weights and images")
+    options.add_files()
+    args = options.parse(argv)
     on_cuda = args.device == "cuda"
     args.models = args.models or (["resnet50", "vit_b_16"] if on_cuda else ["resnet_tiny", "vit_tiny"])
     args.batch = args.batch or ([128, 32, 256] if on_cuda else [4])
     args.image_size = args.image_size or (224 if on_cuda else 32)
     args.seconds = args.seconds or (None if on_cuda else 80.0)
-    for given, known in ((args.models, NETWORKS), (args.variants, VARIANTS)):
-        unknown = set(given) - set(known)
-        if unknown:
-            options.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     return args
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import meter, storage_bytes
+from lib.live_bytes import meter, storage_bytes
+from lib.memory_formula import Memory, Network, Strategy, predict
+from lib.traffic import BASES, Base
 from memory import measure, network_of
-from memory_formula import Memory, Network, Strategy, predict
 from torch import Tensor, nn
-from traffic import BASES, Base
 
 from lesam_dist import LESAM
 from lesam_dist.parallel.processes import Distributed

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesam_kernels import TensorTable, dots, perturb, restore, restore_adamw, restore_sgd, sum_sq, traffic
+from benchmarks.lib import traffic
+from lesam_kernels import TensorTable, dots, perturb, restore, restore_adamw, restore_sgd, sum_sq
 from lesam_kernels.tensor_table import GRAD_COLUMNS, PARAM_COLUMNS
 from tests.kernels.cases import BF16, EACH_DTYPE, F32, Make, table_of
 from tests.kernels.memory_spy import MemorySpy

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from model_shapes import Shape
-from traffic import Base
+from lib.shapes import Shape
+from lib.traffic import Base
 
 Strategy = Literal["none", "ddp", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("none", "ddp", "fsdp")

@@ -1,6 +1,8 @@
-"""ResNet-50 and ViT-B/16 without torchvision: the same parameters in the same order, and the same computation.
+"""ResNets and ViTs for machines with a GPU, torch and triton alone. A test holds them against torchvision's: the same
+parameters in the same order, the same outputs.
 
-Initialisation is torch's default: it does not matter for time.
+They serve where torchvision is, too, so that numbers of two machines compare. Initialisation is torch's default: it
+does not matter for time.
 """
 
 from __future__ import annotations
@@ -77,19 +79,22 @@ class ViT(nn.Module):
         patch = 16
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patches = nn.Conv2d(3, dim, patch, patch)
-        self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, dim) * 0.02)
+        positions = torch.randn(1, (image // patch) ** 2 + 1, dim) * 0.02
+        self.positions = nn.ParameterList([positions])  # a list, so that they come after the patches' weights
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions[0]
         return self.head(self.norm(self.blocks(x))[:, 0])  # type: ignore[no-any-return]
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet50": lambda image: ResNet((3, 4, 6, 3)),
     "vit_b_16": lambda image: ViT(12, 768, 12, image),
+    "resnet101": lambda image: ResNet((3, 4, 23, 3)),
+    "vit_l_16": lambda image: ViT(24, 1024, 16, image),
     "resnet_tiny": lambda image: ResNet((1, 1), classes=10, width=8),  # the tiny ones are for the tests
     "vit_tiny": lambda image: ViT(2, 32, 2, image, classes=10),
 }

@@ -8,41 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from traffic import Base
 
 from lesam_dist import LESAM, SAM
+from lesam_dist.optim.simple import SimpleLESAM
+from lib import traffic
+from lib.problem import Hyper
+from lib.traffic import Base
 
-
-@dataclass(frozen=True)
-class Hyper:
-    """LE-SAM's radius, ``min(sigma / (norm + eps), rho_max)``, and the base optimizer's settings.
-
-    An infinite ``sigma`` makes it SAM with the radius ``rho_max``.
-    """
-
-    sigma: float
-    rho_max: float
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    eps: float = 1e-12
-    betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
-
-    def scale(self, norm: Tensor) -> Tensor:
-        """What the gradient is multiplied with, 0-d on the device: no host sync."""
-        return torch.clamp(self.sigma / (norm + self.eps), max=self.rho_max) / norm
-
-    def base_kwargs(self, base: Base) -> dict[str, Any]:
-        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
-        if base == "sgd":
-            return {**shared, "momentum": self.momentum}
-        return {**shared, "betas": self.betas, "eps": self.adam_eps}
+Part = Literal["ascent", "descent", "phase"]
+PARTS: tuple[Part, ...] = ("ascent", "descent", "phase")
 
 
 BASE_CLASSES: dict[Base, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
@@ -59,6 +37,7 @@ class Provider:
     """
 
     checks_second = False  # whether a second gradient that is not finite skips the update
+    extra_passes = 0  # reads and writes of every element, counted from the code, beside the base optimizer's update
 
     def __init__(self, params: list[Tensor], base: Base, hyper: Hyper, rho: float) -> None:
         self.params, self.base, self.hyper, self.rho = params, base, hyper, rho
@@ -69,6 +48,11 @@ class Provider:
     def unavailable(cls, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
         return None
+
+    @classmethod
+    def passes(cls, base: Base) -> int:
+        """Reads and writes of every element in a whole phase. A fused update makes as many as our kernel's."""
+        return cls.extra_passes + traffic.step(base)[-1].passes
 
     def build(self) -> None:
         raise NotImplementedError
@@ -86,34 +70,29 @@ class Provider:
     def grads(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
 
-    def base_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
-        return BASE_CLASSES[self.base](self.params, **self.hyper.base_kwargs(self.base), **kwargs)
-
 
 class Eager(Provider):
-    """The usual SAM code: per tensor a norm, a clone, a temporary e and an add; back by swapping the clone in.
+    """`lesam_dist.optim.simple`, which is the usual SAM code: per tensor a norm, a clone, a temporary e and an add;
+    back by swapping the clone in.
 
     The base optimizer is torch's default (foreach on CUDA).
     """
 
+    extra_passes = 1 + 2 + 2 + 3  # norm, clone, e = scale * g, w += e
+
+    @classmethod
+    def passes(cls, base: Base) -> int:
+        return cls.extra_passes + {"sgd": 11, "adamw": 20}[base]  # torch's foreach updates, with weight decay
+
     def build(self) -> None:
-        self.optimizer = self.base_optimizer()
-        self.saved: list[Tensor] = []
+        self.optimizer = base_optimizer(self.params, self.base, self.hyper)
+        self.simple = SimpleLESAM(self.optimizer, self.hyper.sigma, self.hyper.rho_max, self.hyper.eps)
 
-    @torch.no_grad()
     def ascent(self) -> None:
-        scale = self.hyper.scale(torch.stack([g.norm(2) for g in self.grads()]).norm(2))
-        for p, g in zip(self.params, self.grads(), strict=True):
-            self.saved.append(p.data.clone())
-            e = g * scale.to(g.dtype)
-            p.add_(e)
+        self.simple.first_step()
 
-    @torch.no_grad()
     def descent(self) -> None:
-        for p, saved in zip(self.params, self.saved, strict=True):
-            p.data = saved
-        self.saved = []
-        self.optimizer.step()
+        self.simple.second_step()
 
 
 class Foreach(Provider):
@@ -123,8 +102,10 @@ class Foreach(Provider):
     takes its learning rate from there. It reads w and g and writes w, where multiply and add move five passes.
     """
 
+    extra_passes = 1 + 2 + 3 + 2  # norm, copy, w += scale * g; w <- copy
+
     def build(self) -> None:
-        self.optimizer = self.base_optimizer(fused=True)
+        self.optimizer = base_optimizer(self.params, self.base, self.hyper, fused=True)
         self.copies = [torch.empty_like(p) for p in self.params]
 
     @torch.no_grad()
@@ -160,6 +141,8 @@ class ForeachSwap(Foreach):
     Only where nobody else holds the parameters' addresses: not with FSDP2, flat buffers or CUDA graphs.
     """
 
+    extra_passes = 1 + 2 + 3  # without the last
+
     @torch.no_grad()
     def ascent(self) -> None:
         torch._foreach_copy_(self.copies, self.params)
@@ -183,6 +166,8 @@ class Compile(Provider):
 
     The hyper-parameters are constants in the compiled code, which is to its advantage.
     """
+
+    extra_passes = 1 + 4  # norm, climb; the restore is part of the update
 
     compiler = staticmethod(torch.compile)
 
@@ -256,6 +241,8 @@ def _compiled_adamw(
 class PytorchOptimizer(Provider):
     """kozistr/pytorch_optimizer's SAM (a fixed radius): the published package with a foreach path."""
 
+    extra_passes = 1 + 2 + 2 + 2 + 3 + 2  # norm, clone, e = 1.0 * g, e *= scale, w += e; w <- copy
+
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
         return None if importlib.util.find_spec("pytorch_optimizer") else "not installed"
@@ -279,6 +266,10 @@ class Ours(Provider):
 
     checks_second = True
 
+    @classmethod
+    def passes(cls, base: Base) -> int:
+        return traffic.passes(traffic.step(base, check_second=cls.checks_second))
+
     def build(self) -> None:
         self.sharp = our_optimizer(self.params, self.base, self.hyper, check_second=self.checks_second)
         self.optimizer = self.sharp
@@ -294,6 +285,17 @@ class OursUnchecked(Ours):
     """lesam_dist with `check_second=False`: does what the others do, no more."""
 
     checks_second = False
+
+
+def base_optimizer(params: list[Tensor], base: Base, hyper: Hyper, **kwargs: Any) -> torch.optim.Optimizer:
+    """torch's, with these settings."""
+    return BASE_CLASSES[base](params, **hyper.base_kwargs(base), **kwargs)
+
+
+def minimal_passes(base: Base, part: Part, checks_second: bool) -> int:
+    """Passes that nobody can do without, from which everybody's bytes per second are counted: our kernels'."""
+    kernels = traffic.step(base, check_second=checks_second)
+    return traffic.passes({"ascent": kernels[:2], "descent": kernels[2:], "phase": kernels}[part])
 
 
 def our_optimizer(params: list[Tensor], base: Base, hyper: Hyper, **kwargs: Any) -> LESAM | SAM:

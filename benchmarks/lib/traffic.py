@@ -1,18 +1,21 @@
-"""How much memory a step has to move: the model that measured times are held against.
+"""How much memory the kernels of a step have to move: the model that measured times are held against.
 
 All kernels are limited by memory, so bytes over bandwidth is the time that none of them can beat. Addresses and
 scalars, a few bytes per chunk, are not counted. A pass is one read or one write of every element; all tensors of a
-parameter have its dtype, so passes times the bytes of an element are the bytes.
+parameter have its dtype, so passes times the bytes of an element are the bytes. A test holds this against every byte
+that the kernels load and store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Update = Literal["sgd", "adamw"]
+Base = Literal["sgd", "adamw"]
+BASES: tuple[Base, ...] = get_args(Base)
+"""Base optimizers: SGD with momentum, and AdamW."""
 
 
 class Traffic(NamedTuple):
@@ -58,7 +61,7 @@ def restore_adamw(*, kept: bool = False) -> Traffic:
 
 
 def step(
-    update: Update,
+    base: Base,
     *,
     check_second: bool = True,
     metric: bool = False,
@@ -69,13 +72,13 @@ def step(
     """The kernels of one step, in order: norm, perturbation, norm of the second gradient, restore with the update.
 
     Args:
-        update: the base optimizer.
+        base: the base optimizer.
         check_second: whether the second gradient's norm is taken, to see whether it is finite.
         metric, ema: what the direction needs, see `lesam_kernels.sum_sq`.
         momentum: whether SGD has buffers.
         kept: whether the update mixes in the first gradient. Saving it is a copy of the caller's, and not counted.
     """
-    last = restore_sgd(momentum=momentum, kept=kept) if update == "sgd" else restore_adamw(kept=kept)
+    last = restore_sgd(momentum=momentum, kept=kept) if base == "sgd" else restore_adamw(kept=kept)
     return [sum_sq(metric=metric, ema=ema), perturb(ema=ema), *[sum_sq()] * check_second, last]
 
 

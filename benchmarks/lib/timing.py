@@ -1,4 +1,4 @@
-"""Clocks for a call that may run on a GPU: device time, host time, and the bandwidth of a plain copy."""
+"""Clocks for a call that may run on a GPU: device time, host time, the bandwidth of a plain copy, and a time budget."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ Call = Callable[[], object]
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU so far (H100: 50 MB)
 _COPY_BYTES = 2**30
 _LONGEST_HIDE = 0.05  # seconds
+
+
+class Deadline:
+    """A time budget in seconds; None never ends. A benchmark asks before each piece of work, and keeps what it has."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+    def share(self, parts: int) -> Deadline:
+        """A deadline for the next of ``parts`` pieces of work that have what is left in common."""
+        return Deadline(None if self._end is None else (self._end - time.monotonic()) / parts)
 
 
 class CpuClock:

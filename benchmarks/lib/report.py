@@ -1,7 +1,4 @@
-"""What every benchmark shares: the checkout on the path, where and with what it ran, tables, files, a time budget.
-
-Import it before lesam_dist, so that this checkout is measured and not an installed version.
-"""
+"""What a benchmark prints and writes: where and with what it ran, tables, numbers."""
 
 from __future__ import annotations
 
@@ -14,48 +11,37 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-HOST_TARGET_SECONDS, HOST_TARGET_TENSORS = 100e-6, 161
-"""What `host.py` should find at most, for a list as long as ResNet-50's."""
+from lib import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT / "kernels", ROOT):
-    if str(_folder) not in sys.path:
-        sys.path.insert(1, str(_folder))
+Result = dict[str, Any]
+"""What was measured of one thing, in seconds and bytes."""
 
 
-class Deadline:
-    """A time budget in seconds; None never ends. A benchmark asks before each piece of work, and keeps what it has."""
+class Report:
+    """The text on stdout, and the files of `--json` and `--markdown`, which hold all there is at any time."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
+    def __init__(self, args: argparse.Namespace, script: str, device: torch.device, title: str, **more: Any) -> None:
+        """Prints the title and the environment; ``more`` goes into the JSON."""
+        self._args = args
+        where = environment(device, script, args.argv)
+        self._document = {"environment": where, **more, "results": []}
+        self._text = ""
+        self.add(f"## {title}\n\n{environment_lines(where)}")
 
-    @property
-    def passed(self) -> bool:
-        return self._end is not None and time.monotonic() > self._end
-
-    def share(self, parts: int) -> Deadline:
-        """A deadline for the next of ``parts`` pieces of work that have what is left in common."""
-        return Deadline(None if self._end is None else (self._end - time.monotonic()) / parts)
-
-
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
-    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--json", type=Path, help="also write every number, in seconds and bytes, to this file")
-    result.add_argument("--markdown", type=Path, help="also write the text of stdout to this file")
-    return result
-
-
-def words(text: str) -> list[str]:
-    """An argparse type: "a,b" to ["a", "b"]."""
-    return [word for word in text.split(",") if word]
+    def add(self, section: str, results: Sequence[Result] = ()) -> None:
+        """One more section of text, and the results that it shows."""
+        print(section, flush=True)
+        self._text += f"{section}\n"
+        self._document["results"] += results
+        for path, text in ((self._args.json, json.dumps(self._document, indent=1)), (self._args.markdown, self._text)):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text.rstrip("\n") + "\n")
 
 
 def environment(device: torch.device, script: str, argv: Sequence[str]) -> dict[str, str]:
@@ -97,8 +83,10 @@ def environment_lines(environment: dict[str, str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others numbers."""
-    cells = [list(header), ["---", *["---:"] * (len(header) - 1)], *[list(row) for row in rows]]
+    """A Markdown table; the first column is text, the others numbers. A short row, which says why it has no numbers,
+    is filled with "-"."""
+    filled = [[*row, *["-"] * (len(header) - len(row))] for row in rows]
+    cells = [list(header), ["---", *["---:"] * (len(header) - 1)], *filled]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
 
 
@@ -118,14 +106,6 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 def progress(text: str) -> None:
     """What begins now, on stderr: stdout is the report's."""
     print(text, file=sys.stderr, flush=True)
-
-
-def write(args: argparse.Namespace, document: dict[str, Any], markdown: str) -> None:
-    """Write what ``--json`` and ``--markdown`` ask for. Cheap: call it after each piece of work."""
-    for path, text in ((args.json, json.dumps(document, indent=1)), (args.markdown, markdown)):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
 
 
 def first_line(error: BaseException) -> str:

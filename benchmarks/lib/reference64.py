@@ -1,15 +1,15 @@
-"""The problem that providers are timed on, and a float64 step that says whether what they do is right."""
+"""A float64 step, which says whether what a provider does is right."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from model_shapes import Shape
-from providers import Hyper, Provider
 from torch import Tensor
-from traffic import Base
+
+from lib.problem import Problem, norm64, set_grads
+from lib.providers import Provider
+from lib.traffic import Base
 
 # Largest error of a tensor, in units of the largest element that it is or was made of: a few roundings of the dtype
 # (eps 1.2e-7 and 7.8e-3). A weight that an update all but cancels, or a gradient that weight decay does, keeps the
@@ -18,40 +18,6 @@ from traffic import Base
 # perturbation is a tenth of the weights, so that a wrong radius shows all the same, in bfloat16 too.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
 TOLERANCE_PERTURBED = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Weights, two gradients, and settings. ``rho`` is the radius that the settings give for ``first``."""
-
-    weights: list[Tensor]
-    first: list[Tensor]
-    second: list[Tensor]
-    hyper: Hyper
-    rho: float
-
-    def parameters(self) -> list[Tensor]:
-        """Fresh leaves with the weights' values."""
-        return [torch.nn.Parameter(w.clone()) for w in self.weights]
-
-
-def make_problem(shapes: list[Shape], dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    """Random weights and gradients of plausible sizes; the budget sigma gives a tenth of the weights as radius."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(shape: Shape, std: float) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
-
-    weights = [normal(shape, math.prod(shape[1:]) ** -0.5) for shape in shapes]
-    first, second = ([normal(shape, 1e-3) for shape in shapes] for _ in range(2))
-    rho = 0.1 * float(norm64(weights))
-    hyper = Hyper(sigma=rho * float(norm64(first)), rho_max=10 * rho)
-    return Problem(weights, first, second, hyper, rho)
-
-
-def norm64(tensors: list[Tensor]) -> Tensor:
-    """Global 2-norm in float64, 0-d."""
-    return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()
 
 
 @dataclass(frozen=True)
@@ -121,11 +87,6 @@ def wrong(provider: type[Provider], problem: Problem, base: Base, expected: list
                 return f"wrong {what} after step {t}: off by {error:.1e} of the largest element"
         before, moments_before = step.weights, step.moments
     return None
-
-
-def set_grads(params: list[Tensor], grads: list[Tensor]) -> None:
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g
 
 
 def _error(values: list[Tensor], expected: list[Tensor], made_of: list[Tensor]) -> float:
