@@ -15,6 +15,10 @@ from tests.interpreter import language_patched_once
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "OMP_NUM_THREADS" not in os.environ:
+    # Files of tests run at one time, and threads that wait for a core spin: with two, an epoch took five times the CPU.
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
 
 Command = Callable[..., tuple[int, str, str]]
 
