@@ -264,6 +264,18 @@ def resolves(module: str, attribute: str) -> bool:
     return not attribute or hasattr(found, attribute)
 
 
+def test_every_environment_variable_is_listed() -> None:
+    """Names in capitals that the package's code holds as texts, or that the launching script expands."""
+    code = "".join(path.read_text() for folder in ("lesam_dist", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    script = (ROOT / "launch" / "torchrun.sh").read_text()
+    prefixes = "ACCELERATE|FSDP|LOCAL|MASTER|MPI|OMPI|PARALLELISM|PMI|RANK|SLURM|TORCHELASTIC|WORLD"
+    read = set(re.findall(rf'"((?:{prefixes})[A-Z_]*)"', code)) | set(re.findall(r"\$\{([A-Z_]+)", script))
+    read |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"', code))
+    listed = set(re.findall(r"`([A-Z][A-Z_]+)`", (ROOT / "docs" / "environment.md").read_text()))
+    assert len(read) > 35
+    assert read <= listed
+
+
 # --- Shape
 
 
