@@ -37,7 +37,7 @@ def seed() -> int:
 
 @pytest.fixture(autouse=True)
 def quick_interpreter() -> Iterator[None]:
-    """Interpreted kernels run in half the time."""
+    """Interpreted kernels run in half the time; the same in the processes of `tests.parallel.processes`."""
     with language_patched_once():
         yield
 
