@@ -22,7 +22,6 @@ from lib.traffic import Base
 Part = Literal["ascent", "descent", "phase"]
 PARTS: tuple[Part, ...] = ("ascent", "descent", "phase")
 
-
 BASE_CLASSES: dict[Base, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _STATE = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
