@@ -21,7 +21,7 @@ test: $(STAMP)
 
 dist: $(STAMP) ## build the sdist and the wheel into dist/, and try them as a user who has installed them
 	rm -rf dist
-	$(BIN)/python -m build
+	$(BIN)/python -m build -C--global-option=--quiet # setuptools: errors alone, not each file
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python -m pytest tests/packaging/check_dist.py
 
