@@ -22,7 +22,7 @@ def _train(argv: Sequence[str]) -> None:
     if find_place(os.environ).rank == 0:
         for note in read.notes:
             print(note, flush=True)
-    from lesam_dist.train.trainer import train  # here: --help and what is refused need no torch
+    from lesam_dist.train.run import train  # here: --help and what is refused need no torch
 
     train(read.config, read.given)
 

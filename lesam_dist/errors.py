@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class SharedError(UserError):
-    """A `UserError` that every process raises alike, and that is no one's more than the others'."""
+    """A `UserError` that every process raises with the same message, and that none of them caused alone."""
 
 
 class DivergedError(SharedError):

@@ -81,11 +81,7 @@ def _open(name: str, root: Path, *, train: bool, download: bool) -> CIFAR10:
     cls, root = DATASETS[name], Path(root).expanduser()
     try:
         return cls(root, train=train, download=download)
-    except (
-        OSError,
-        HTTPException,
-        RuntimeError,
-    ) as error:  # no network, no right to write; missing, or another MD5 sum
+    except (OSError, HTTPException, RuntimeError) as error:  # no network, no right to write; missing, another MD5 sum
         files = [*(file for file, _ in (*cls.train_list, *cls.test_list)), cls.meta["filename"]]
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". You can use")[0]
         raise UserError(

@@ -31,7 +31,7 @@ class ImageFolder:
         classes: class names in label order: label ``k`` means ``classes[k]``.
         paths: one file per sample, sorted by class, then by file name.
         labels: int64 ``(N,)``.
-        passed_over: number of files by what they are, of those that may have been meant to be samples.
+        passed_over: files that are no samples but may have been meant to be: their number by kind.
     """
 
     root: Path
@@ -54,8 +54,8 @@ class ImageFolder:
 
 
 def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFolder:
-    """List ``root/split``. Names starting with a dot are ignored; files that are no images, or lie elsewhere than in
-    their class's folder, are passed over and counted.
+    """List ``root/split``. Names starting with a dot are ignored. Files that are no images, and images that do not lie
+    directly in the folder of a class, are passed over and counted.
 
     The order is that of the names' code points, so it is the same on every machine and file system, and the
     labels are those of ``torchvision.datasets.ImageFolder``. Only directories are read, never a file.
@@ -113,7 +113,7 @@ def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -
 
 
 def remarks(train: ImageFolder, val: ImageFolder) -> list[str]:
-    """What a user should know about data that can be used all the same: a line for each thing."""
+    """A line for each thing that looks like a mistake in data that can be used all the same."""
     lines = [
         f"'{folder.root / split}': passed over {_listed(folder.passed_over)}"
         for split, folder in (("train", train), ("val", val))

@@ -35,8 +35,8 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.i
 def position_uniforms(stream: int, width: int, positions: range, *, seed: int, epoch: int) -> NDArray[np.float64]:
     """The random numbers of an epoch's samples, each a function of ``(seed, epoch, its position in the epoch)``.
 
-    Philox (Salmon et al., 2011) makes numbers from a counter, so a rank draws those of its own samples alone: what it
-    costs does not grow with the number of processes, and what is drawn does not depend on it.
+    Philox (Salmon et al., 2011) makes numbers from a counter, so a rank draws those of its own samples alone. The
+    number of processes changes neither what is drawn nor what a rank's part of it costs.
 
     Args:
         stream: one of the streams above.

@@ -33,7 +33,7 @@ class Split(Protocol):
 
     @property
     def digest(self) -> str:
-        """What makes it this data and no other; the same where it has only moved."""
+        """A text that differs for any other data, and stays the same where the data has only moved."""
         ...
 
     def __len__(self) -> int: ...
@@ -43,8 +43,8 @@ class Split(Protocol):
 class Sampling:
     """The samples of all batches of one rank, a pure function of ``(seed, epoch)``.
 
-    Neither the number of processes nor what was read before has a part in it, so there is no position and no
-    generator state to save; ``state_dict`` only holds what makes two of them the same.
+    A global batch depends neither on the number of processes nor on what was read before, so there is no position
+    and no generator's state to save. ``state_dict`` holds what must be equal for two runs to read the same.
 
     Attributes:
         folder: the data.

@@ -23,7 +23,7 @@ def compare(argv: Sequence[str]) -> None:
     """Train every method with every seed; show and save the table and the plot.
 
     Raises:
-        UserError: for anything wrong in ``argv``, before the first run starts; as `lesam_dist.train.trainer.train`.
+        UserError: for anything wrong in ``argv``, before the first run starts; as `lesam_dist.train.run.train`.
     """
     parser = _parser()
     arguments, flags = parser.parse_known(argv)

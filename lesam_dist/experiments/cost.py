@@ -29,9 +29,9 @@ def sgd_steps(config: Config) -> float:
 
 
 def passes_per_step(config: OptimizerConfig) -> float:
-    """Passes that the method makes in a step, on average, by counting the calls of its closure on a tiny network.
+    """Passes that the method makes in an average step: the calls of its closure, counted on a tiny network.
 
-    Only a share of the samples counts as that share, and a forward pass alone as a third.
+    A pass over a share of the samples counts as that share, and a forward pass alone as a third.
     """
     # Neither who computes nor over whom gradients are reduced changes the number of passes.
     config = replace(config, backend="reference", scope="global")

@@ -2,8 +2,8 @@
 
     RUN_DIR/SETTING/seed_K/     a run, as `lesam-dist train` writes it
 
-Seed by seed, so that what is there after an interruption compares all settings. A finished run is not touched again, an
-interrupted one is resumed.
+All settings are trained with one seed before the next seed begins, so that an interrupted experiment compares all of
+them. A finished run is not touched again, and an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: its name, its runs by seed, and a line for each thing that was adapted in them."""
+    """One of what is compared: its name, its runs by seed, and a note for each thing adapted in their configs."""
 
     name: str
     runs: list[Config]
@@ -40,7 +40,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a setting: final top-1 in per cent by seed, nan where it diverged; cost of a step (`sgd_steps`)."""
+    """The result of a setting: final top-1 in per cent by seed, nan where that run diverged.
+
+    ``cost`` is that of a step, see `sgd_steps`.
+    """
 
     name: str
     acc1: list[float]
@@ -127,17 +130,17 @@ def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_di
 
 
 def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
-    """Train every run that is not finished. One that diverges is no result, and does not keep the others from theirs.
+    """Train every run that is not finished. A run that diverges has no result, and the others go on.
 
     Returns:
-        What came of each setting, and this process among all.
+        The outcome of each setting, and this process among all.
 
     Raises:
-        UserError: as `lesam_dist.train.trainer.train`; a finished run whose config differs.
+        UserError: as `lesam_dist.train.run.train`; a finished run whose config differs.
     """
     from lesam_dist.experiments.cost import sgd_steps
     from lesam_dist.parallel.processes import process_group  # here: --help and what is refused need no torch
-    from lesam_dist.train.trainer import train_here
+    from lesam_dist.train.run import train_here
 
     costs = [sgd_steps(setting.runs[0]) for setting in settings]  # first, since it checks the hyper-parameters
     acc1: dict[str, list[float]] = {setting.name: [] for setting in settings}

@@ -16,7 +16,7 @@ def sweep(argv: Sequence[str]) -> None:
     """Train with every value of the field and every seed; show and save the table and the plot.
 
     Raises:
-        UserError: for anything wrong in ``argv``, before the first run starts; as `lesam_dist.train.trainer.train`.
+        UserError: for anything wrong in ``argv``, before the first run starts; as `lesam_dist.train.run.train`.
     """
     parser = _parser()
     arguments, flags = parser.parse_known(argv)

@@ -24,7 +24,7 @@ _GRAPHS_PER_CODE = 256
 
 
 def find_blocks(model: nn.Module, wrap_classes: Sequence[str] = ()) -> list[nn.Module]:
-    """The modules of the classes named, or of the known blocks where none is.
+    """The modules of the classes in ``wrap_classes``, or all known blocks where that is empty.
 
     Raises:
         UserError: for a class that the model does not have.

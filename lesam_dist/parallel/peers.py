@@ -1,4 +1,4 @@
-"""What the processes of a group tell each other beside their collectives: that they live, and why one failed.
+"""What the processes of a group tell each other besides their collectives: that they live, and why one failed.
 
 Everything goes through the group's store, so it works while a collective waits for a process that will never come.
 """
@@ -60,18 +60,18 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def start(self) -> None:
-        """Begin to tell that this process lives, and to look whether the others do."""
+        """Begin to tell the others that this process lives, and to watch whether they do."""
         self._tell(0)
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell and look no more."""
+        """Stop telling and watching."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(_TICK)
 
     def part(self) -> None:
-        """After `publish`: where the store ends with this process, give the others the time to read it."""
+        """After `publish`: if the store ends with this process, wait until the others have had time to read it."""
         if self._place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(2 * _TICK)
 
@@ -171,7 +171,11 @@ class Peers:
 
 
 class _Look:
-    """Who holds the others up, from beats and positions in the run that are read again and again."""
+    """Finds who holds the others up.
+
+    It is given, again and again, each process's beat, which counts up while the process lives, and its position, which
+    counts the parts of steps that it has done.
+    """
 
     def __init__(self, world_size: int, patience: float) -> None:
         self._patience = patience
@@ -187,7 +191,7 @@ class _Look:
         return now - self._since
 
     def silent(self, beats: list[int], now: float) -> list[int]:
-        """The ranks whose beat has stood still for half as long as one waits before a warning."""
+        """The ranks whose beat has stood still for at least half of ``patience``."""
         for rank, beat in enumerate(beats):
             if beat != self._beats[rank]:
                 self._beats[rank], self._changed[rank] = beat, now

@@ -23,7 +23,7 @@ from lesam_dist.parallel.place import Place, find_place
 
 
 def _nobody_waits() -> None:
-    """What `Distributed.move` does where nobody looks."""
+    """What `Distributed.move` does where no other process watches this one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Distributed:
         return values
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, which can be pickled, on every rank; what the others give is not looked at."""
+        """Rank 0's value, which can be pickled, on every rank; the values of the others are ignored."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)

@@ -38,7 +38,7 @@ class ReplicaAverage:
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
-        """On or off inside."""
+        """Inside, averaging is on or off."""
         before, self._enabled = self._enabled, enabled
         try:
             yield
@@ -56,6 +56,6 @@ def average_over_replicas(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def replica_average(model: nn.Module) -> ReplicaAverage | None:
-    """What `average_over_replicas` put there."""
+    """What `average_over_replicas` gave this model; None for any other."""
     average: ReplicaAverage | None = getattr(model, "_replica_average", None)
     return average

@@ -1,4 +1,4 @@
-"""How the processes of a run say what went wrong: every failure once, and not once more for each that shares it."""
+"""How the processes of a run report what went wrong: each failure once, however many processes share it."""
 
 from __future__ import annotations
 

@@ -40,6 +40,6 @@ def reduce_over_shards(value: Tensor, axes: ShardAxes | None) -> Tensor:
 
 
 def reduce_max(value: Tensor) -> None:
-    """The largest of all processes' values, in place; alone, the value itself."""
+    """Make a value the largest of all processes' values, in place; a single process keeps its own."""
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)

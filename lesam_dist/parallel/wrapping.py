@@ -39,11 +39,11 @@ def wrap(
     scope: Scope = "global",
     gather_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """The model as trained by these processes; alone, the model itself (FSDP2 changes it in place).
+    """The model as these processes train it: wrapped by DDP, or sharded in place by FSDP2; unchanged for one process.
 
     Args:
         model: on the device, equal on every rank.
-        here: this process among all.
+        world: this process among all.
         strategy: see `ParallelConfig`.
         shard_size, replicate_size: the mesh of "hsdp"; their product is the number of processes.
         reshard_after_forward: free gathered parameters after each forward.
@@ -126,7 +126,7 @@ def _policy(gather_dtype: torch.dtype | None, output_dtype: torch.dtype | None =
 
 
 def _shard_batchnorms(model: nn.Module, gather_dtype: torch.dtype, **options: Any) -> None:
-    """All BatchNorm layers as one unit in their own dtype, which their running statistics have: one all-gather."""
+    """Shard all BatchNorm layers as one unit, with one all-gather, in the dtype of their running statistics."""
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if layers:
         policy = MixedPrecisionPolicy(output_dtype=gather_dtype, cast_forward_inputs=False)

@@ -1,1 +1,1 @@
-"""Complete run configurations; `--config NAME` finds `NAME.yaml` in this folder."""
+"""Parts of recipes, as YAML: `--config DATA_MODEL_METHOD` puts them together, see README.md."""

@@ -1,1 +1,1 @@
-"""The trainer: `python -m lesam_dist.train`, alone or under torchrun."""
+"""The trainer of `lesam-dist train`, on one process or under a launcher: `run` sets up, `trainer` has the loop."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class ModelBuffers:
-    """A model's buffers as they were before a step, to undo what the passes of a skipped one did to them.
+    """A model's buffers as they were before a step, to undo what the passes of a skipped step did to them.
 
-    Nothing waits for the device: one copy for each dtype to save, two and a selection to undo.
+    Nothing waits for the device. Saving copies the buffers once; `undo_if` copies them twice, and selects.
 
     Args:
         model: on its device.

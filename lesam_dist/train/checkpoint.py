@@ -38,7 +38,7 @@ class Checkpointer:
     Args:
         folder: where the checkpoints lie; made on the first save.
         keep: how many of the newest stay on disk. The newest that was saved as ``finite`` stays in any case.
-        here: this process among all.
+        world: this process among all.
     """
 
     def __init__(self, folder: Path, keep: int, world: Distributed) -> None:
@@ -60,7 +60,7 @@ class Checkpointer:
             step: updates made so far; names the checkpoint.
             model, optimizer, ema: what to save.
             progress: must be JSON and equal on all ranks.
-            finite: whether one would go on from here: the last loss was a number.
+            finite: whether the last step and all weights were finite, so that a run can go on from here.
 
         Raises:
             UserError: where it cannot be written (no space, no permission); older checkpoints are untouched.
@@ -90,7 +90,7 @@ class Checkpointer:
         self.world.barrier()
 
     def amend(self, step: int, progress: dict[str, Any]) -> None:
-        """Change what a checkpoint says of the progress; call it on every rank.
+        """Add to the progress in a checkpoint, or replace parts of it; call it on every rank.
 
         Raises:
             OSError: where it cannot be written; the checkpoint is then as it was.
@@ -214,7 +214,10 @@ class Checkpointer:
         self._prune(target.name)
 
     def _prune(self, newest: str) -> None:
-        """Remove what is not kept: all of a branch that a resume from an older checkpoint has left, and leftovers."""
+        """Remove what is not kept, what was begun and not finished, and checkpoints newer than this one.
+
+        Newer ones are of a branch that the run has left by resuming from an older checkpoint.
+        """
         names = self._names()
         kept = names[names.index(newest) :][: self.keep]
         older = (name for name in names[names.index(newest) :] if self._is_finite(name))

@@ -14,11 +14,11 @@ from lesam_dist.train.checkpoint import Checkpointer
 
 
 class NonFiniteSteps:
-    """Counts them on the device, without a wait for it; the counts are read where something is read anyway.
+    """Counts, on the device, the steps whose loss or gradient is not finite. Counting does not wait for the device.
 
     Attributes:
         total: such steps so far, float64 0-d.
-        in_a_row: how many of them are the last ones, float64 0-d.
+        in_a_row: such steps since the last finite one, float64 0-d.
     """
 
     def __init__(self, config: Config, device: torch.device, in_a_row: float = 0.0) -> None:
@@ -32,7 +32,7 @@ class NonFiniteSteps:
         """One more step.
 
         Args:
-            loss: of it, on this rank.
+            loss: of this step, on this rank.
             skipped: updates that the optimizer has left out so far.
         """
         wrong = ~loss.isfinite()
@@ -42,7 +42,10 @@ class NonFiniteSteps:
         self.in_a_row.add_(1).mul_(wrong)
 
     def warning(self, step: int, total: float, in_a_row: float) -> str | None:
-        """What to say, once, after the first such step. float16's loss scale is found by a few that overflow."""
+        """What to say, once, after the first such step; None for nothing.
+
+        In float16 a few are expected: GradScaler finds its scale by steps that overflow.
+        """
         most = self._config.max_nonfinite_steps
         expected = self._config.precision.compute == "fp16" and in_a_row < most / 2
         if self._warned or total == 0 or expected:

@@ -1,4 +1,4 @@
-"""A config as a dry run takes it: two steps, so short that one waits for it."""
+"""What a dry run changes in a config, so that it takes two steps and seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def shorten(config: Config, world: Distributed, given: Collection[str]) -> None:
 
     Args:
         config: the run.
-        here: this process among all.
+        world: this process among all.
         given: fields that stay as they are on a CPU, by dotted path.
     """
     if world.device.type == "cpu":
@@ -27,7 +27,7 @@ def shorten(config: Config, world: Distributed, given: Collection[str]) -> None:
 
 
 def _make_small(config: Config, world: Distributed, given: Collection[str]) -> None:
-    """A large recipe as a CPU can try it: in float32, which it is faster in, and a few images."""
+    """Make a large recipe one that a CPU can try: few images, in float32, in which a CPU is faster."""
     data, precision, changed = config.data, config.precision, []
     each = _IMAGES * data.micro_batches
     batch, evaluated = min(data.batch_size, each * world.world_size), min(data.eval_batch_size, _IMAGES)

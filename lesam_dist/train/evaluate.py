@@ -31,10 +31,10 @@ def evaluate(
     once, at the end.
 
     Args:
-        model: not wrapped by DDP. Sharded by FSDP2, its forwards are collective: a rank that runs out of batches goes
-            on with empty ones until all have. Left in the mode it came in.
+        model: not wrapped by DDP. Where FSDP2 shards it, its forwards are collective: a rank that runs out of batches
+            goes on with empty ones until all have. Its mode (training or not) is the same afterwards.
         batches: this rank's share, images (B, C, H, W) and labels (B,).
-        here: this process among all.
+        world: this process among all.
         autocast: dtype of the forward, or None.
         count: number of this rank's batches; needed where the model is sharded, and not used elsewhere.
 

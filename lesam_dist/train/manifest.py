@@ -1,7 +1,7 @@
 """manifest.json of a checkpoint: the progress of a run, and a checksum of every file, itself included.
 
-Checksums are CRC-32, against damage: 0.4 s per GB on one core, where BLAKE2b takes 1 s. Against people none would
-help, who can write their own; what is crafted is harmless for another reason, see `lesam_dist.train.reader`.
+Checksums are CRC-32: 0.4 s per GB on one core, where BLAKE2b takes 1 s. They find damage. They do not find forgery,
+since whoever changes a file can change its checksum too: `lesam_dist.train.reader` makes forged files harmless.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def read(folder: Path) -> tuple[dict[str, Any], Files]:
 
 
 def _is_files(files: Any) -> bool:
-    """Whether it has the shape of `Files`, with names that stay in the folder."""
+    """Whether this has the shape of `Files`, with names of files in the folder itself."""
     return isinstance(files, dict) and all(
         os.path.basename(name) == name
         and isinstance(entry, dict)

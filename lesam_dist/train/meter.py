@@ -1,4 +1,4 @@
-"""How fast a run is, and how long it waits for data, in the time of the device that works."""
+"""How many images a run trains on per second, and how long it waits for data, both measured on the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Event(Protocol):
 
 
 class HostEvent:
-    """An event in the host's own time, where there is no queue."""
+    """The same on the CPU, which has no queue of work: the time on the host's clock."""
 
     def record(self) -> None:
         self.seconds = time.perf_counter()
@@ -41,15 +41,15 @@ class HostEvent:
 
 
 def event_of(device: torch.device) -> Callable[[], Event]:
-    """What makes the events to time work on a device with."""
+    """The kind of event that times work on a device."""
     return partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else HostEvent
 
 
 class Meter:
     """Throughput since the last reading: images per second over all ranks, and this rank's share of time without data.
 
-    With CUDA in the device's time, which is idle between the end of a step and the arrival of a batch: the host runs
-    ahead of it, and does not wait at all for a batch that the device itself decodes.
+    On CUDA the device's time is measured, from the end of a step to the arrival of the next batch. The host's time
+    would say little: it runs ahead of the device, and does not wait for a batch that the device itself decodes.
 
     Args:
         batch_size: images of a step, over all ranks.

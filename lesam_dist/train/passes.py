@@ -94,7 +94,11 @@ class BatchPasses:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _part(self, images: Tensor, labels: Tensor, share: float, per_sample: bool, backward: bool) -> Tensor:
-        """Forward and backward of a part that is ``share`` of the batch; its share of the loss, or all its losses."""
+        """Forward and backward of a part of the batch, ``share`` of its samples.
+
+        Returns:
+            The part's mean loss times ``share``, or with ``per_sample`` the loss of each of its samples.
+        """
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             with unreduced(self.criterion) if per_sample else nullcontext():
                 losses: Tensor = self.criterion(self.model(images), labels)
@@ -106,9 +110,9 @@ class BatchPasses:
 
 @contextmanager
 def gradient_sync(model: nn.Module, sync: Sync) -> Iterator[None]:
-    """Over whom the backward inside reduces gradients: everyone, no one, or one's replica.
+    """Choose over which processes the backward inside reduces gradients: all (True), none (False) or "replica".
 
-    Holds the forward too: DDP decides there.
+    The forward must be inside too: DDP decides there.
 
     Raises:
         RuntimeError: where the model's wrapper cannot do that.
@@ -138,7 +142,7 @@ def gradient_sync(model: nn.Module, sync: Sync) -> Iterator[None]:
 
 @contextmanager
 def unreduced(criterion: nn.Module) -> Iterator[None]:
-    """A criterion of torch's gives the loss of each sample inside."""
+    """Inside, a criterion of torch gives the loss of each sample instead of their mean."""
     if not hasattr(criterion, "reduction"):
         raise TypeError(
             f"the loss of each sample was asked for, but {type(criterion).__name__} has no attribute 'reduction' as "

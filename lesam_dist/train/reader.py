@@ -1,8 +1,8 @@
 """Reads a checkpoint of torch.distributed.checkpoint without running what somebody may have put into it.
 
-torch unpickles `.metadata` and every value that is not a tensor, and a pickle can call anything. Here the first is read
-by an unpickler that knows a closed list of torch's data classes and no other name, the others by torch's
-``weights_only`` loading. Pickle's own instructions are still followed: they can build data of these types, no more.
+torch unpickles `.metadata` and every value that is not a tensor, and a pickle can call anything. Here `.metadata` is
+read by an unpickler that knows a closed list of torch's data classes and no other name, and the values by torch's
+``weights_only`` loading. Both still follow pickle's instructions, which can then build data of those types alone.
 """
 
 from __future__ import annotations

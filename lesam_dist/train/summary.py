@@ -26,7 +26,7 @@ def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per
 
 
 def _plan(config: Config) -> str:
-    """What is active when, where that changes during the run."""
+    """Which method works in which epochs, and when sigma is annealed; empty where nothing changes during the run."""
     optimizer, schedule, epochs = config.optimizer, config.schedule, config.epochs
     start = optimizer.start_epoch
     stop = epochs if optimizer.stop_epoch is None else min(optimizer.stop_epoch, epochs)

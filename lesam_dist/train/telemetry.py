@@ -94,7 +94,7 @@ class RunLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without those that are none, as one that was cut off."""
+    """The lines of a run's metrics.jsonl; what is no such line, as one that was cut off in writing, is left out."""
     return [line for _, line in _lines(run_dir) if line is not None]
 
 
@@ -157,7 +157,7 @@ def plot_curves(run_dir: Path) -> Path:
 
 
 def _supersede(run_dir: Path, start_step: int, evaluated: bool) -> None:
-    """Keep the lines up to ``start_step`` in place and move later ones, and what is no line, aside."""
+    """Keep the lines up to ``start_step``; move later ones, and what `RunLog` did not write, to another file."""
     if not (run_dir / METRICS).exists():
         return
     kept: list[str] = []

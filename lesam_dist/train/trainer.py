@@ -1,10 +1,9 @@
-"""The training loop: steps, logging, evaluation and checkpoints, on one process or many."""
+"""The training loop: steps, logging, evaluation and checkpoints, on one process or many. `run` sets it up."""
 
 from __future__ import annotations
 
-import errno
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -15,91 +14,31 @@ from torch.amp import GradScaler
 
 from lesam_dist.config.schema import Config, flatten
 from lesam_dist.data import Loader
-from lesam_dist.errors import UserError
-from lesam_dist.models import require_model
 from lesam_dist.optim.plain import Plain
-from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import reduce_max
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import build
-from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
-from lesam_dist.train.dry_run import shorten
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.meter import Meter, event_of
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
-from lesam_dist.train.run_dir import RunDir, claim
+from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.summary import describe_run
 from lesam_dist.train.telemetry import RunLog, plot_curves
 
 _ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
-    """Train as the config says, on the processes that torchrun started or alone.
-
-    Args:
-        config: the run.
-        given: fields that a dry run leaves as they are, by dotted path; others it makes smaller on a CPU.
-
-    Returns:
-        The last evaluation, see `evaluate`.
-
-    Raises:
-        UserError: for anything that the user can mend; raised before training where it can be known then.
-    """
-    with process_group(config.parallel.device, config.parallel.timeout_s) as world:
-        return train_here(config, world, given)
-
-
-def train_here(config: Config, world: Distributed, given: Collection[str] = ()) -> dict[str, float]:
-    """`train` in a process group that has been joined already, as for one run after the other."""
-    agree_on_setup(config, world)
-    require_model(config.model.name)  # before a data set of millions of files is scanned
-    build.check_optimizer(config.optimizer, world.device)
-    _set_precision(config)
-    trainer = _dry_trainer(config, world, given) if config.dry_run else _trainer(config, world)
-    try:
-        return trainer.fit()
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        raise UserError(
-            f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, "
-            "then go on with --resume auto."
-        ) from error
-    finally:
-        trainer.close()
-
-
-def _trainer(config: Config, world: Distributed) -> Trainer:
-    folders = build.build_folders(config, world)
-    agree_on_data(dict(zip(("train", "val"), folders, strict=True)), world)
-    num_classes = build.resolve_num_classes(config, folders[0].classes)
-    loaders = build.build_loaders(config, folders, world)
-    model = build.build_network(config, num_classes, world)
-    run_dir = claim(config, world)
-    agree_on_run_dir(run_dir.path, world)
-    return Trainer(config, world, model, loaders, run_dir, val_samples=len(folders[1]))
-
-
-def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:
-    shorten(config, world, given)
-    num_classes = build.resolve_num_classes(config, None)
-    loaders = build.build_synthetic_loaders(config, num_classes, world)
-    return Trainer(config, world, build.build_network(config, num_classes, world), loaders, run_dir=None)
 
 
 class Trainer:
-    """One run: owns the model, the optimizer and the loop; the parts are made by `build`.
+    """One run: it owns the model, the optimizer and the loop, and `build` makes its parts.
 
     Args:
         config: the run.
-        here: this process among all.
+        world: this process among all.
         model: on the device, equal on every rank, not wrapped.
         loaders: of training and validation images for this rank.
         run_dir: where to write, released by `close`; None writes nothing (a dry run).
@@ -235,7 +174,7 @@ class Trainer:
         return loss
 
     def _closure(self, images: Tensor, labels: Tensor) -> BatchPasses | list[BatchPasses]:
-        """What is perturbed as one: the batch, or each of its micro-batches."""
+        """The batch as one closure with one perturbation, or each micro-batch as a closure with its own."""
         data = self.config.data
         if data.accumulation_mode == "batch":
             return self._passes(images, labels, data.micro_batches)
@@ -277,10 +216,12 @@ class Trainer:
         self.nonfinite.require_few(self.step, in_a_row, self.checkpoints)
 
     def _require_learning(self) -> None:
-        """At the end: refuse to call a run done that has diverged, but too late, or is too short, to be stopped before.
+        """At the end: a run that diverged shortly before it must not count as finished.
+
+        Before it, a run stops after ``max_nonfinite_steps`` in a row, which may be more than there were left.
 
         Raises:
-            DivergedError: the last half epoch or more was not finite, or the evaluation is not.
+            DivergedError: no step of the last half epoch was finite, or the evaluation is not.
         """
         if self.run_dir is None:
             return
@@ -291,7 +232,7 @@ class Trainer:
             raise self.nonfinite.diverged(self.step, in_a_row, self.checkpoints)
 
     def _warn_of_rounding(self, rho: float, realized: float) -> None:
-        """Once, where bfloat16 weights moved by something else than they should."""
+        """Once, where bfloat16 weights moved by much more or less than rho."""
         if self.log and rho > 0 and not self.warned and not 1 / _ROUNDED <= realized / rho <= _ROUNDED:
             self.warned = True
             self.log.print(
@@ -301,7 +242,7 @@ class Trainer:
             )
 
     def _save(self) -> None:
-        """Save where it is due: before the evaluation, which can fail without taking the epoch with it."""
+        """Save where it is due, and before the evaluation: if that fails, the epoch is not lost."""
         self.last_evaluation = None
         state = [*self.model.parameters(), *self.model.buffers()]
         in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(state)])
@@ -318,7 +259,7 @@ class Trainer:
         return self.checkpoints is not None and (last or self.epoch % self.config.checkpoint.every_epochs == 0)
 
     def _try_evaluation(self) -> None:
-        """One batch of it, which moves nothing: what is broken shows before an epoch has been spent."""
+        """Evaluate one batch, which changes nothing: what is broken shows before an epoch has been spent."""
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             batches, count = islice(self._validation(), 1), min(1, len(self.val_loader))
             evaluate(self.model, batches, self.world, self.autocast, count=count)
@@ -380,8 +321,3 @@ class Trainer:
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.nonfinite = NonFiniteSteps(self.config, self.world.device, progress["nonfinite_in_a_row"])
         self.last_evaluation = progress["evaluation"]
-
-
-def _set_precision(config: Config) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
-    torch.backends.cudnn.allow_tf32 = config.precision.tf32

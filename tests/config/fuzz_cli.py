@@ -34,7 +34,8 @@ from lesam_dist.config.method_fields import METHOD_FIELDS, PLAIN
 from lesam_dist.config.recipes import bases, compose, methods, recipes
 from lesam_dist.config.schema import Config, default_values
 from lesam_dist.experiments import compare, sweep
-from lesam_dist.train import build, trainer
+from lesam_dist.train import build
+from lesam_dist.train import run as training
 
 _SECONDS = 20
 _NASTY = (
@@ -260,7 +261,7 @@ def _without_training(case: Case) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if not case.runs:
-            stack.enter_context(mock.patch.object(trainer, "train", checked))
+            stack.enter_context(mock.patch.object(training, "train", checked))
         for module in (compare, sweep):
             stack.enter_context(mock.patch.object(module, "run_all", stop))
         yield

@@ -13,6 +13,7 @@ from lesam_dist.config.command_line import parse
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import trainer
 from lesam_dist.train.meter import Meter
+from lesam_dist.train.run import build_trainer
 from lesam_dist.train.telemetry import read_metrics
 from tests.parallel.processes import run
 
@@ -39,7 +40,7 @@ def fit(world: Distributed, images: str, folder: str, resume: bool) -> Fitted:
         flags = [*FLAGS, "--data.root", images, "--run_dir", f"{folder}/{strategy}", "--parallel.strategy", strategy]
         if strategy in SHARDED:
             flags += ["--precision.gather_dtype", "bf16", *SHARDED[strategy]]
-        this = trainer._trainer(parse([*flags, *(["--resume", "auto"] if resume else [])]), world)
+        this = build_trainer(parse([*flags, *(["--resume", "auto"] if resume else [])]), world)
         _spoil_second_step(this)
         layouts: list[bool] = []
         for module in this.model.modules():

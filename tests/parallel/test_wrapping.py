@@ -14,7 +14,7 @@ from lesam_dist.config.command_line import parse
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
-from lesam_dist.train import trainer
+from lesam_dist.train.run import build_trainer
 from lesam_dist.train.telemetry import read_metrics
 from tests.parallel.processes import run
 
@@ -42,7 +42,7 @@ def fit(world: Distributed, images: str, folder: str, resume: bool) -> Fitted:
         config = parse([*flags, *(["--resume", "auto"] if resume else [])])
         if strategy == "hsdp":
             config.parallel.shard_size = 1
-        this = trainer._trainer(config, world)
+        this = build_trainer(config, world)
         evaluation = this.fit()
         this.close()
         whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in this.model.state_dict().items()}

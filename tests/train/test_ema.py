@@ -16,10 +16,10 @@ from lesam_dist import LESAM
 from lesam_dist.config.command_line import parse
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import Strategy, wrap
-from lesam_dist.train import trainer
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.passes import BatchPasses, batchnorms
+from lesam_dist.train.run import build_trainer
 from tests.parallel.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_average_of_a_real_run_is_worth_what_it_is_with_statistics_estimated_ane
     """Three epochs on the digits with a decay of which 0.27 would be left of the initial weights without a warm-up."""
     flags = ("--config", "digits", "--epochs", "3", "--ema.decay", "0.99")
     places = ("--data.root", str(tmp_path / "digits"), "--run_dir", str(tmp_path / "run"))
-    this = trainer._trainer(parse([*flags, *places]), ALONE)
+    this = build_trainer(parse([*flags, *places]), ALONE)
     evaluation = this.fit()
     assert this.ema is not None
     with this.ema.swapped(), torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor
 from lesam_dist.config.command_line import parse
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import trainer
+from lesam_dist.train.run import build_trainer
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
@@ -44,7 +45,7 @@ def test_a_bad_batch_changes_nothing(
     small: tuple[str, ...], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
     own = ("--epochs", "2", "--ema.decay", "0.5", "--run_dir", str(tmp_path), "--optimizer.name", *flags)
-    this = trainer._trainer(parse([*small, *own]), ALONE)
+    this = build_trainer(parse([*small, *own]), ALONE)
     original = trainer.Trainer._step
     states: dict[int, dict[str, Any]] = {}
 

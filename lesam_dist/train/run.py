@@ -1,0 +1,85 @@
+"""A run from its config to its last evaluation: what is checked, built and agreed on before `Trainer` trains."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection
+
+import torch
+
+from lesam_dist.config.schema import Config
+from lesam_dist.errors import UserError
+from lesam_dist.models import require_model
+from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.train import build
+from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
+from lesam_dist.train.dry_run import shorten
+from lesam_dist.train.run_dir import claim
+from lesam_dist.train.trainer import Trainer
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
+    """Train as the config says, on the processes that torchrun started or alone.
+
+    Args:
+        config: the run.
+        given: fields that a dry run leaves as they are, by dotted path; others it makes smaller on a CPU.
+
+    Returns:
+        The last evaluation, see `evaluate`.
+
+    Raises:
+        UserError: for anything that the user can mend; raised before training where it can be known then.
+    """
+    with process_group(config.parallel.device, config.parallel.timeout_s) as world:
+        return train_here(config, world, given)
+
+
+def train_here(config: Config, world: Distributed, given: Collection[str] = ()) -> dict[str, float]:
+    """`train` in a process group that has been joined already, as for one run after the other."""
+    agree_on_setup(config, world)
+    require_model(config.model.name)  # before a data set of millions of files is scanned
+    build.check_optimizer(config.optimizer, world.device)
+    _set_precision(config)
+    trainer = _dry_trainer(config, world, given) if config.dry_run else build_trainer(config, world)
+    try:
+        return trainer.fit()
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError(
+            f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, "
+            "then go on with --resume auto."
+        ) from error
+    finally:
+        trainer.close()
+
+
+def build_trainer(config: Config, world: Distributed) -> Trainer:
+    """The trainer of a run that is no dry run; claims the run's folder, which `Trainer.close` releases.
+
+    Raises:
+        UserError: as `train`.
+    """
+    folders = build.build_folders(config, world)
+    agree_on_data(dict(zip(("train", "val"), folders, strict=True)), world)
+    num_classes = build.resolve_num_classes(config, folders[0].classes)
+    loaders = build.build_loaders(config, folders, world)
+    model = build.build_network(config, num_classes, world)
+    run_dir = claim(config, world)
+    agree_on_run_dir(run_dir.path, world)
+    return Trainer(config, world, model, loaders, run_dir, val_samples=len(folders[1]))
+
+
+def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:
+    shorten(config, world, given)
+    num_classes = build.resolve_num_classes(config, None)
+    loaders = build.build_synthetic_loaders(config, num_classes, world)
+    return Trainer(config, world, build.build_network(config, num_classes, world), loaders, run_dir=None)
+
+
+def _set_precision(config: Config) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
+    torch.backends.cudnn.allow_tf32 = config.precision.tf32
