@@ -46,6 +46,7 @@ def experiment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 def tiny(images: Path) -> tuple[str, ...]:
     """Flags of runs of 1 epoch of 3 steps on `images`."""
     data = ("--data.root", str(images), "--data.builtin", "null", "--data.batch_size", "20")
+    data += ("--data.image_size", "8", "--data.val_resize", "8")
     reader = ("--data.backend", "torchvision", "--data.workers", "1")
     return (*data, *reader, "--epochs", "1", "--logging.tensorboard", "false")
 

@@ -25,8 +25,8 @@ from tests.parallel.processes import run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 STEPS, BATCH, CLASSES = 3, 12, 5
-# The real compiler where there is one for C++; else, and where many graphs are made, all but its code generation.
-BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
+# "aot_eager" is all of the compiler but its code generation, and much quicker.
+NEEDS_INDUCTOR = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler of C++")
 
 # Compiled sums run in another order. In float64, since BatchNorm and ReLU make more of float32's rounding now and then.
 COMPILED = {"rtol": 1e-9, "atol": 1e-10}
@@ -133,7 +133,14 @@ def test_what_cannot_be_recomputed() -> None:
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("whole", "backend"), [(True, BACKEND), (False, "aot_eager")])
+@pytest.mark.parametrize(
+    ("whole", "backend"),
+    [
+        (True, "aot_eager"),
+        (False, "aot_eager"),
+        pytest.param(True, "inductor", marks=[NEEDS_INDUCTOR, pytest.mark.full]),
+    ],
+)
 def test_compiled_steps_equal_eager_ones(seed: int, fresh_compiler: None, whole: bool, backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     torch.manual_seed(seed)
@@ -163,7 +170,9 @@ def compiled(world: Distributed, seed: int, strategy: Strategy, gather_dtype: to
 
 
 @pytest.mark.parametrize(
-    ("strategy", "gather_dtype"), [("ddp", None), ("fsdp", None), ("fsdp", torch.bfloat16)], ids=str
+    ("strategy", "gather_dtype"),
+    [("ddp", None), ("fsdp", None), pytest.param("fsdp", torch.bfloat16, marks=pytest.mark.full)],
+    ids=str,
 )
 def test_compiled_on_two_processes(seed: int, strategy: Strategy, gather_dtype: torch.dtype | None) -> None:
     for rank, (expected, actual, graphs) in enumerate(run(compiled, 2, seed, strategy, gather_dtype)):
@@ -175,13 +184,13 @@ def test_compiled_on_two_processes(seed: int, strategy: Strategy, gather_dtype: 
             assert graphs == 3 * sizes + empty
 
 
-@pytest.mark.skipif(BACKEND != "inductor", reason="torch's aot_eager cannot differentiate attention on the CPU")
+@NEEDS_INDUCTOR  # torch's aot_eager cannot differentiate attention on the CPU
 def test_compiled_and_recomputed_passes_draw_the_same_masks(seed: int, fresh_compiler: None) -> None:
     """Both passes of a step, and forward and recomputation: else the gradient is not the derivative of the loss."""
     torch.manual_seed(seed)
     net = make_vit(dropout=0.3).double()
     recompute_in_backward(net)
-    counter = CompileCounterWithBackend(BACKEND)
+    counter = CompileCounterWithBackend("inductor")
     compile_in_place(net, whole=False, backend=counter)
     passes = BatchPasses(net, nn.CrossEntropyLoss(), torch.randn(4, 3, 8, 8).double(), torch.randint(0, CLASSES, (4,)))
     loss = passes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,9 @@ WRAPPED: dict[str, tuple[int, Any, dict[str, Any]]] = {
     "fsdp3": (3, "fsdp", {"wrap_classes": ["Linear"]}),
     "hsdp2x2": (4, "hsdp", {"shard_size": 2, "wrap_classes": ["Linear"]}),
 }
-# The interpreter is slow, so it has one turn: the one with empty shards.
+# The interpreter is slow, so it has one turn, the one with empty shards, and only with methods that differ in what
+# the kernels do: a metric, memory, a mixture of both gradients, steps without a first pass.
+FOR_KERNELS = ("lesam-adaptive", "friendly", "gsam", "looksam")
 PLAIN, KERNELS = ("reference", torch.float64), ("triton", torch.float32)
 # Of the largest weight. float32: LookSAM and EigenSAM scale differences of gradients up, see tests/optim/test_methods.
 ATOL = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -33,12 +34,12 @@ AMPLIFIED = {"looksam": 10, "eigen": 10}
 
 
 def train(
-    world: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, torch.dtype]]
+    world: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, str, torch.dtype]]
 ) -> dict[tuple[str, Any], Weights]:
     state, x, y = make_problem(seed)
     part = part_of(world)
     results = {}
-    for name, (backend, dtype) in itertools.product(CASES, settings):
+    for name, backend, dtype in settings:
         case = CASES[name]
         net = make_net().to(dtype)
         net.load_state_dict(state)
@@ -71,15 +72,24 @@ def select(world: Distributed, seed: int, strategy: Any, options: dict[str, Any]
 
 
 def both(
-    world: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, torch.dtype]]
+    world: Distributed, seed: int, strategy: Any, options: dict[str, Any], settings: list[tuple[str, str, torch.dtype]]
 ) -> tuple[dict[tuple[str, Any], Weights], Weights]:
     return train(world, seed, strategy, options, settings), select(world, seed, strategy, options)
 
 
-@pytest.mark.parametrize("how", WRAPPED)
-def test_the_same_numbers_everywhere(seed: int, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "with_kernels"),
+    [
+        ("ddp2", ()),
+        ("fsdp3", FOR_KERNELS),
+        pytest.param("fsdp3", tuple(name for name in CASES if name not in FOR_KERNELS), marks=pytest.mark.full),
+        ("hsdp2x2", ()),
+    ],
+    ids=["ddp2", "fsdp3", "fsdp3-other-kernels", "hsdp2x2"],
+)
+def test_the_same_numbers_everywhere(seed: int, how: str, with_kernels: tuple[str, ...]) -> None:
     world_size, strategy, options = WRAPPED[how]
-    settings = [PLAIN, KERNELS] if how == "fsdp3" else [PLAIN]
+    settings = [*((name, *PLAIN) for name in CASES), *((name, *KERNELS) for name in with_kernels)]
     alone, selected_alone = both(Distributed(0, 0, 1, torch.device("cpu")), seed, "none", {}, settings)
     ranks, selected = zip(*run(both, world_size, seed, strategy, options, settings), strict=True)
     for (name, (backend, dtype)), weights in alone.items():
