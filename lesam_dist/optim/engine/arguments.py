@@ -67,15 +67,25 @@ class Argument:
     default: Any
     text: str = ""
 
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is of the type and in the range."""
+        return any(_fits(option, value) for option in _options(self.type))
+
     def check(self, owner: str, value: Any) -> None:
         """Raise ValueError for a value of another type or out of range; ``owner`` is named in it."""
-        if not any(_fits(option, value) for option in _options(self.type)):
+        if not self.accepts(value):
             raise ValueError(f"{owner}: {self.name} is {value!r}; it must be {self.expected}.")
 
     @property
     def expected(self) -> str:
         """What a value must be, in words: ``a finite number >= 0, or None``."""
         return ", or ".join(_word(option) for option in _options(self.type))
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values that it takes, where they are listed; else none."""
+        literals = [option for option in _options(self.type) if get_origin(option) is Literal]
+        return tuple(choice for option in literals for choice in get_args(option))
 
 
 def _options(annotation: Any) -> Iterable[Any]:
@@ -86,9 +96,11 @@ def _options(annotation: Any) -> Iterable[Any]:
 def _fits(option: Any, value: Any) -> bool:
     if option is type(None) or option is None:
         return value is None
+    if option is Any:
+        return True
     origin = get_origin(option)
     if origin is Literal:
-        return value in get_args(option)
+        return any(type(value) is type(choice) and value == choice for choice in get_args(option))
     if origin is Annotated:
         kind, limits = get_args(option)
         return _fits(kind, value) and value in limits
@@ -96,7 +108,9 @@ def _fits(option: Any, value: Any) -> bool:
         return _is_number(value)
     if option is int:
         return _is_number(value) and value == int(value)
-    return isinstance(value, option)
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple))  # YAML has lists alone
+    return isinstance(value, origin or option)
 
 
 def _is_number(value: Any) -> bool:
@@ -105,7 +119,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
 
 
@@ -118,6 +132,5 @@ def _word(option: Any) -> str:
     if origin is Annotated:
         kind, limits = get_args(option)
         return f"{_word(kind)} {limits}"
-    return {float: "a finite number", int: "a whole number", bool: "True or False", str: "a text"}.get(
-        option, str(option)
-    )
+    names = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a text", Any: "anything"}
+    return names.get(option, str(option))

@@ -119,7 +119,7 @@ def _from_path(path: str) -> Method:
     module, _, class_name = path.partition(":")
     try:
         cls = getattr(import_module(module), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"optimizer '{path}' cannot be imported: {error}. Give package.module:Class of a class that Python finds "
             "(PYTHONPATH, or pip install -e)."
