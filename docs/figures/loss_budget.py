@@ -50,8 +50,7 @@ def train(runs: Path) -> dict[str, list[dict[str, Any]]]:
 
 def draw(lines: Mapping[str, list[dict[str, Any]]], target: Path, description: str) -> None:
     """Radius and rise of the loss: each epoch's mean, and the range of the middle 80 % of its steps."""
-    lesam = parse(COMMANDS["LE-SAM"].split()).optimizer
-    sam = parse(COMMANDS["SAM"].split()).optimizer
+    lesam, sam = (parse(COMMANDS[name].split()).optimizer.args for name in ("LE-SAM", "SAM"))
     style = {"font.size": 11, "svg.hashsalt": "lesam", "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
         figure = Figure(figsize=(9, 3.7), layout="constrained")
@@ -60,17 +59,17 @@ def draw(lines: Mapping[str, list[dict[str, Any]]], target: Path, description: s
             epoch = np.array([line["epoch"] for line in log])
             _curve(left, name, epoch, np.array([line["rho"] for line in log]))
             _curve(right, name, epoch, np.array([line["perturbed_loss"] - line["loss"] for line in log]))
-        for axes, level in ((left, lesam.rho_max), (right, lesam.sigma)):
+        for axes, level in ((left, lesam["rho_max"]), (right, lesam["sigma"])):
             axes.axhline(float(level or 0), color="black", linewidth=0.9, linestyle="--")
             axes.set(xlabel="epoch", xlim=(0, 15), ylim=(0, 0.22))
             axes.set(xticks=range(0, 16, 3), yticks=np.arange(0, 0.21, 0.05))
             axes.grid(alpha=0.25)
-        left.text(15, 0.203, f"LE-SAM's cap: {lesam.rho_max:g}", ha="right", va="bottom")
+        left.text(15, 0.203, f"LE-SAM's cap: {lesam['rho_max']:g}", ha="right", va="bottom")
         left.text(4.6, 0.135, "LE-SAM", color=COLOURS["LE-SAM"])
-        left.text(15, 0.054, f"SAM: always {sam.rho:g}", color=COLOURS["SAM"], ha="right")
+        left.text(15, 0.054, f"SAM: always {sam['rho']:g}", color=COLOURS["SAM"], ha="right")
         arrow = {"arrowstyle": "-", "linewidth": 0.9}
-        budget = f"LE-SAM's budget $\\sigma$ = {lesam.sigma:g}"
-        right.annotate(budget, (12, lesam.sigma), (15, 0.155), ha="right", arrowprops=arrow)
+        budget = f"LE-SAM's budget $\\sigma$ = {lesam['sigma']:g}"
+        right.annotate(budget, (12, lesam["sigma"]), (15, 0.155), ha="right", arrowprops=arrow)
         right.text(2.6, 0.146, "LE-SAM", color=COLOURS["LE-SAM"])
         right.text(3.1, 0.065, "SAM", color=COLOURS["SAM"])
         left.set(title="how far the weights move", ylabel=r"radius $\rho$ (length in weight space)")

@@ -1,22 +1,19 @@
-"""What a config must not say, checked before anything is built."""
+"""What a config must not say, checked where it is read and where a run begins."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from lesam_dist.config.explain import expected, is_optional
-from lesam_dist.config.method_fields import METHOD_FIELDS, PLAIN, check_method_fields
-from lesam_dist.config.schema import Config, default_values, flatten
-from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
+from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config
+from lesam_dist.config.values import default_values, flatten
+from lesam_dist.errors import UserError
 from lesam_dist.optim.engine.options import check_options
-
-OPTIMIZERS = (*METHOD_FIELDS, *PLAIN)
-
-_FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
-_CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
 
 # Larger ones are typing errors that would end in hours of nothing, or in no memory.
 _AT_MOST = {
@@ -30,8 +27,6 @@ _AT_MOST = {
     "data.crop_padding": 1 << 14,
     "data.cutout": 1 << 14,
     "data.workers": 1024,
-    "optimizer.interval": 1_000_000,
-    "optimizer.power_steps": 1000,
     "optimizer.ascent_interval": 1_000_000,
     "parallel.timeout_s": 10_000_000,
 }
@@ -49,13 +44,6 @@ _AT_LEAST = {
     "optimizer.lr": 0,
     "optimizer.momentum": 0,
     "optimizer.weight_decay": 0,
-    "optimizer.sigma": 0,
-    "optimizer.rho_max": 0,
-    "optimizer.eps": 0,
-    "optimizer.alpha": 0,
-    "optimizer.rho": 0,
-    "optimizer.rho_min": 0,
-    "optimizer.eta": 0,
     "optimizer.start_epoch": 0,
     "schedule.lr_warmup_epochs": 0,
     "schedule.sigma_warmup_epochs": 0,
@@ -70,16 +58,27 @@ _AT_LEAST = {
 }
 
 
-def check(config: Config) -> None:
-    """Refuse values out of range, and those that contradict each other.
+def checked(config: Config) -> Config:
+    """The config with all arguments of its method, and with the home folder in place of ``~``.
 
     Raises:
-        UserError: for the first of them, with the value and the remedy.
+        UserError: for the first value that is out of range, or contradicts another, with the value and the remedy.
     """
+    _check_values(flatten(replace(config, optimizer=replace(config.optimizer, args={}))))
+    optimizer = replace(config.optimizer, args=settle(config.optimizer.name, config.optimizer.args))
+    root = config.data.root
+    config = replace(
+        config,
+        optimizer=optimizer,
+        run_dir=folder("run_dir", config.run_dir),
+        data=replace(config.data, root=None if root is None else folder("data.root", root)),
+    )
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
     values = flatten(config)
-    _check_values(values)
-    if config.optimizer.name not in OPTIMIZERS:
-        raise unknown_name("optimizer", config.optimizer.name, OPTIMIZERS)
     if config.resume not in (None, "auto"):
         raise UserError(f"resume is '{config.resume}': it is 'auto' or null.")
     for path, low in _AT_LEAST.items():
@@ -102,6 +101,8 @@ def check(config: Config) -> None:
 def _check_values(values: dict[str, Any]) -> None:
     """Refuse what no field holds: null where it means nothing, numbers that are not finite."""
     for path, value in values.items():
+        if path.startswith("optimizer.args."):
+            continue
         if value is None and not is_optional(path):
             raise UserError(f"{path} is null: it must be {expected(path)}.")
         if isinstance(value, str) and _has_no_text(value):
@@ -141,7 +142,7 @@ def _check_data(config: Config) -> None:
     """Refuse what would have no effect."""
     is_cifar = config.data.builtin in ("cifar10", "cifar100")
     default = type(config.data)()
-    for name in _FOLDERS_ONLY if is_cifar else _CIFAR_ONLY:
+    for name in FOLDERS_ONLY if is_cifar else CIFAR_ONLY:
         value = getattr(config.data, name)
         if value != getattr(default, name):
             kind = "class folders" if is_cifar else "cifar10 and cifar100"
@@ -153,11 +154,10 @@ def _check_data(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     optimizer, strategy = config.optimizer, config.parallel.strategy
-    check_method_fields(config, flatten(config), default_values())
+    _check_unread(config)
     _check_base(config)
-    names = ("scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
     try:
-        check_options("optimizer", {name: getattr(optimizer, name) for name in names})
+        check_options("optimizer", {name: getattr(optimizer, name) for name in OPTIONS})
     except ValueError as error:
         raise UserError(str(error)) from error
     _check_window(config)
@@ -172,7 +172,7 @@ def _check_optimizer(config: Config) -> None:
             "Choose hsdp, or global."
         )
     if config.data.accumulation_mode == "micro":
-        if optimizer.name in ("sgd", "adamw"):
+        if optimizer.name in PLAIN:
             raise UserError(
                 f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: "
                 "choose batch."
@@ -182,6 +182,37 @@ def _check_optimizer(config: Config) -> None:
                 "data.accumulation_mode is micro but precision.compute is fp16, whose loss scale is taken off only "
                 "once a step: choose bf16, or batch."
             )
+
+
+def _check_unread(config: Config) -> None:
+    """Refuse what was set for a method that does not read it: it would have no effect."""
+    optimizer, defaults = config.optimizer, default_values()
+    unread = paths_of_some() - paths_read(optimizer.name, optimizer.base)
+    for path, value in flatten(config).items():
+        if path in unread and value not in (defaults[path], None):
+            on = "" if optimizer.name in PLAIN else f" on {optimizer.base}"
+            raise UserError(
+                f"{path} is {value} but {optimizer.name}{on} has no {path.split('.')[-1]}, so it would have no effect: "
+                "leave it out."
+            )
+    if optimizer.ascent_between != "skip" and optimizer.ascent_interval == 1:
+        raise UserError(
+            f"optimizer.ascent_between is {optimizer.ascent_between} but optimizer.ascent_interval is 1: there is no "
+            "step between. Set ascent_interval above 1, or leave it out."
+        )
+    method, args = method_of(optimizer.name), optimizer.args
+    if method is None or method.name != "lesam":
+        return
+    if args["plus_form"] != "paper" and not args["alpha"]:
+        raise UserError(
+            f"optimizer.args.plus_form is {args['plus_form']} but optimizer.args.alpha is 0: it is a form of LE-SAM+. "
+            "Set alpha above 0, or leave it out."
+        )
+    if args["eta"] and not args["adaptive"]:
+        raise UserError(
+            f"optimizer.args.eta is {args['eta']} but optimizer.args.adaptive is false: eta is added to the weights' "
+            "size, which only adaptive looks at. Set adaptive to true, or leave it out."
+        )
 
 
 def _check_base(config: Config) -> None:
@@ -221,7 +252,7 @@ def _check_window(config: Config) -> None:
     start, stop = config.optimizer.start_epoch, config.optimizer.stop_epoch
     if (start, stop) == (0.0, None):
         return
-    if config.optimizer.name in ("sgd", "adamw"):
+    if config.optimizer.name in PLAIN:
         raise UserError(
             f"optimizer.start_epoch and stop_epoch say when a sharpness-aware method works, but optimizer.name is "
             f"{config.optimizer.name}: leave them at 0 and null."
@@ -233,7 +264,7 @@ def _check_window(config: Config) -> None:
             "never work. Start earlier, or stop later."
         )
     anneal = config.schedule.anneal_start_epoch
-    if config.optimizer.name == "lesam" and anneal is not None and stop is not None and anneal >= stop:
+    if anneal is not None and stop is not None and anneal >= stop:
         raise UserError(
             f"schedule.anneal_start_epoch is {anneal} but optimizer.stop_epoch is {stop}: the annealing would "
             "never start. Anneal earlier, or set it to null."

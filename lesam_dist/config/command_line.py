@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    set_parsing_settings,
+)
 
-from lesam_dist.config.explain import explain, sections, shown, unknown_key
+from lesam_dist.config.checks import checked
+from lesam_dist.config.explain import explain, sections, unknown_key
+from lesam_dist.config.flags import both_given, read_flags, require_values, values_of
+from lesam_dist.config.help import methods_help
 from lesam_dist.config.launcher import accelerate_flags
-from lesam_dist.config.method_fields import fields_of_some, fields_read
+from lesam_dist.config.methods import as_typed, canonical, known_method, paths_of_some, paths_read, shown
 from lesam_dist.config.recipes import Tree, bases, compose, describe, recipes, split
-from lesam_dist.config.schema import Config, flatten
-from lesam_dist.config.sources import combine, flag_values, leaves
-from lesam_dist.config.strict_yaml import read_yaml, read_yaml_file
+from lesam_dist.config.schema import Config
+from lesam_dist.config.sources import Combined, combine, leaves
+from lesam_dist.config.strict_yaml import read_value, read_yaml, read_yaml_file
+from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
 
 _PROG = "lesam-dist train"
 _USAGE = """lesam-dist train [--config NAME_OR_FILE] [--SECTION.FIELD VALUE ...]
        torchrun --nproc-per-node N -m lesam_dist.train [the same]"""
 _DESCRIPTION = "Train an image classifier with LE-SAM. Recipes for --config: {recipes} Flags behind it win."
+_ARGS = "optimizer.args"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, which leaves the lines of the list of methods as they are."""
 
 
 @cache
@@ -36,7 +53,9 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=_PROG,
         usage=_USAGE,
-        description=_DESCRIPTION.format(recipes=describe()),
+        description=textwrap.fill(_DESCRIPTION.format(recipes=describe()), 78),
+        epilog=methods_help(),
+        formatter_class=_Formatter,
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
@@ -76,35 +95,36 @@ def read_command_line(argv: Sequence[str] | None = None) -> CommandLine:
         SystemExit: after --help and --print_config.
     """
     parser = build_parser()
-    names, flags = _split(list(sys.argv[1:] if argv is None else argv))
-    flags = [*accelerate_flags(os.environ), *flags]
-    values = flag_values(flags)
+    flags = read_flags(sys.argv[1:] if argv is None else argv)
+    if "help" in dict(flags):
+        parser.print_help()
+        sys.exit(0)
+    require_values(flags)
+    names = [str(text) for path, text in flags if path == "config"]
+    flags = [*read_flags(accelerate_flags(os.environ)), *(flag for flag in flags if flag[0] != "config")]
+    values = values_of(flags)
     for name, first in sections().items():
         if name in values:
             raise UserError(f"--{name} is a section: set its fields, e.g. --{name}.{first} {shown(values[name])}.")
     sources = [_source(name) for name in names]
-    combined = combine(sources, values)
-    set_by_user = {
-        path for name, source in zip(names, sources, strict=True) if not split(name) for path in leaves(source)
-    }
-    if wrong := unknown_key([*leaves(combined.tree), *values]):
+    given = [*map(leaves, sources), values]
+    chosen = [known_method(tree.get("optimizer.name")) for tree in given]  # imports those that are given by a path
+    if wrong := unknown_key([*(path for tree in given[:-1] for path in tree), *(path for path, _ in flags)], chosen):
         raise UserError(wrong)
-    text = json.dumps(combined.tree, default=str, indent=1)  # jsonargparse takes a text like a file
-    try:
-        namespace = parser.parse_args([*(["--config", text] if combined.tree else []), *flags])
-        config = _instantiate(parser, namespace)
-    except ArgumentError as error:
-        raise UserError(explain(str(error), leaves(combined.tree) | values)) from error
-    if namespace.print_config:
+    combined = combine(sources, values)
+    config = _instantiate(parser, combined, values)
+    if ("print_config", None) in flags:
         print(dump(config), end="")
         sys.exit(0)
+    own = [source for name, source in zip(names, sources, strict=True) if not split(name)]
+    set_by_user = {canonical(path) for source in own for path in leaves(source)}
     return CommandLine(config, combined.notes, frozenset(set_by_user | values.keys()))
 
 
 def dump(config: Config) -> str:
     """The config as YAML that `--config` reads back, without fields that its method does not read."""
     tree: dict[str, Any] = {}
-    unread = fields_of_some() - fields_read(config.optimizer.name, config.optimizer.base)
+    unread = paths_of_some() - paths_read(config.optimizer.name, config.optimizer.base)
     for path, value in flatten(config).items():
         if path in unread:
             continue
@@ -116,29 +136,37 @@ def dump(config: Config) -> str:
     return str(yaml.safe_dump(tree, sort_keys=False))
 
 
-def _instantiate(parser: ArgumentParser, namespace: Any) -> Config:
-    values = parser.instantiate(namespace)
-    return Config(**{name: values[name] for name in Config.__dataclass_fields__})
+def _instantiate(parser: ArgumentParser, combined: Combined, flags: Mapping[str, str]) -> Config:
+    """The config of the sources with the flags over them; jsonargparse sees all but the method's arguments."""
+    args = combined.args | _args_of(combined.method, flags)
+    others = {path: text for path, text in flags.items() if not path.startswith(_ARGS)}
+    text = json.dumps(combined.tree, default=str, indent=1)  # jsonargparse takes a text like a file
+    words = [*(["--config", text] if combined.tree else []), *(f"--{path}={value}" for path, value in others.items())]
+    try:
+        values = parser.instantiate(parser.parse_args(words))
+    except ArgumentError as error:
+        raise UserError(explain(str(error), leaves(combined.tree) | others)) from error
+    config = Config(**{name: values[name] for name in Config.__dataclass_fields__})
+    config.optimizer.args = args
+    return checked(config)
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands behind each --config, and the other flags, among which --dry_run may stand alone."""
-    configs: list[str] = []
-    flags: list[str] = []
-    rest = list(argv)
-    while rest:
-        arg = rest.pop(0)
-        if arg == "--config":
-            if not rest or rest[0].startswith("--"):
-                raise UserError("--config has no value: give it a recipe's name or a YAML file.")
-            configs.append(rest.pop(0))
-        elif arg.startswith("--config="):
-            configs.append(arg.removeprefix("--config="))
-        elif arg == "--dry_run" and (not rest or rest[0].startswith("-")):
-            flags.append("--dry_run=true")
-        else:
-            flags.append(arg)
-    return configs, flags
+def _args_of(name: str, flags: Mapping[str, str]) -> dict[str, Any]:
+    """The method's arguments among the flags, as YAML reads them."""
+    args: dict[str, Any] = {}
+    if _ARGS in flags:
+        args = read_value(flags[_ARGS]) or {}
+        if not isinstance(args, dict):
+            raise UserError(f"{_ARGS} is {shown(flags[_ARGS])}: it must be arguments in braces, e.g. {{rho: 0.1}}.")
+        args = {str(key): value for key, value in args.items()}
+    method = known_method(name)
+    for path, text in flags.items():
+        if path.startswith(f"{_ARGS}."):
+            key, value = path.removeprefix(f"{_ARGS}."), read_value(text)
+            if key in args and args[key] != value:
+                raise both_given(f"--{_ARGS} {flags[_ARGS]}", f"--{path} {text}")
+            args[key] = as_typed(method.arguments[key], value, text) if method and key in method.arguments else value
+    return args
 
 
 def _source(name: str) -> Tree:

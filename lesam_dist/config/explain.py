@@ -10,9 +10,12 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lesam_dist.config.methods import argument_paths, canonical, in_words, shown
 from lesam_dist.config.recipes import ALIASES, bases, recipes
-from lesam_dist.config.schema import Config, default_values
+from lesam_dist.config.schema import Config
+from lesam_dist.config.values import default_values
 from lesam_dist.errors import one_line
+from lesam_dist.optim.engine.registry import Method, methods
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -24,30 +27,34 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
         message: of its error.
         values: what was given, by dotted path.
     """
-    if found := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
-        return _positional(found[1])
-    if found := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
-        key, reason = found.groups()
-        if (text := expected(key)) is not None:
-            given = shown(values[key]) if key in values else "something else"
-            return f"{key} is {given}: it must be {text}.{_nearest_choice(key, values.get(key))}"
+    found = re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
+    if found is None:
+        return _one_line(message)
+    key, reason = found.groups()
+    if (text := expected(key)) is None:
         return f"{key}: {_one_line(reason)}"
-    if found := re.search(r"argument --?([\w.]+): expected one argument", message):
-        wanted = "a recipe's name or a YAML file" if found[1] == "config" else expected(found[1])
-        return f"--{found[1]} has no value: give it {wanted or 'one'}."
-    return _one_line(message)
+    given = shown(values[key]) if key in values else "something else"
+    return f"{key} is {given}: it must be {text}.{_nearest_choice(key, values.get(key))}"
 
 
 def expected(path: str) -> str | None:
     """What a field holds, in words; None where there is no such field."""
-    kind = _kinds().get(path)
-    return None if kind is None else _in_words(kind, path)
+    if (kind := _kinds().get(path)) is not None:
+        return _in_words(kind, path)
+    name = canonical(path).removeprefix("optimizer.args.")
+    texts = {in_words(own.arguments[name]) for own in methods().values() if name in own.arguments}
+    return " or ".join(sorted(texts)) if canonical(path) == f"optimizer.args.{name}" and texts else None
 
 
-def unknown_key(paths: Iterable[str]) -> str | None:
-    """What to say of the first of these that the config does not have; None where it has all."""
-    known = {*_kinds(), "help", "print_config"}
-    return next((nearest_key(path) for path in paths if path.removesuffix("+") not in known), None)
+def unknown_key(paths: Iterable[str], also: Iterable[Method | None] = ()) -> str | None:
+    """What to say of the first of these that the config does not have; None where it has all.
+
+    Args:
+        paths: of a file or of flags.
+        also: methods whose arguments are known beside those of the registry.
+    """
+    known = {*_kinds(), *argument_paths(also), "help", "print_config"}
+    return next((nearest_key(path, also) for path in paths if path.removesuffix("+") not in known), None)
 
 
 def is_optional(path: str) -> bool:
@@ -61,9 +68,9 @@ def sections() -> dict[str, str]:
     return {name: fields(kind)[0].name for name, kind in hints.items() if is_dataclass(kind)}
 
 
-def nearest_key(key: str) -> str:
+def nearest_key(key: str, also: Iterable[Method | None] = ()) -> str:
     """What to say of a key that the config does not have."""
-    keys = [*default_values(), "config", "help", "print_config"]
+    keys = [*_kinds(), *argument_paths(also), "config", "help", "print_config"]
     if key.split(".")[-1] == "help":
         return "--help shows every field with its meaning; --print_config the values of a recipe."
     near = difflib.get_close_matches(key.replace("-", "_"), keys, n=1, cutoff=0.5)
@@ -75,15 +82,10 @@ def nearest_key(key: str) -> str:
     return f"unknown key '{one_line(key)}': {hint}"
 
 
-def shown(value: Any) -> str:
-    """A value as YAML has it, on one line and not too long."""
-    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or value in (True, False) else None
-    return one_line(str(value) if text is None else text) or "empty"
-
-
-def _positional(text: str) -> str:
+def stray_word(text: str) -> str:
+    """What to say of a word of the command line that is no flag, and behind none."""
     word = text.split()[0] if text.split() else text
-    if word.startswith("-"):
+    if word.startswith("-") and not word[1:2].isdigit():
         return nearest_key(word.lstrip("-"))
     known = {name.lower(): name for name in (*ALIASES, *bases(), *recipes())}
     if word.lower() in known or word.endswith((".yaml", ".yml")):
@@ -127,6 +129,8 @@ def _in_words(kind: Any, path: str) -> str:
         return f"{len(parts)} numbers in brackets, e.g. [{','.join(f'{value:g}' for value in default)}]"
     if origin is list:
         return "names in brackets, e.g. [A,B]"
+    if origin is dict:
+        return "arguments in braces, e.g. {rho: 0.1}"
     return _NAMES.get(kind, str(kind))
 
 

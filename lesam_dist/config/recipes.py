@@ -54,18 +54,22 @@ def compose(name: str) -> Tree:
     if found is None:
         raise _unknown(name)
     base, method = found
+    return {**compose_parts(base, method, method_part(method)), "run_dir": f"runs/{name}"}
+
+
+def compose_parts(base: str, method: str, part: Tree) -> Tree:
+    """DATA_MODEL with a method that sets ``part``, whether or not it is a METHOD; without a ``run_dir``."""
     data, model = _data_and_model(base)
     together = _combinations()[base]
     tree: Tree = {}
-    for part in (
+    for one in (
         _part("data", data),
         _part("models", model),
-        method_part(method),
+        part,
         together.get(_ALL, {}),
         together.get(method, {}),
-        {"run_dir": f"runs/{name}"},
     ):
-        tree = merge(tree, part)
+        tree = merge(tree, one)
     return tree
 
 

@@ -1,14 +1,13 @@
-"""A run as nested dataclasses: every field with its unit and meaning, checked before anything is built.
+"""A run as nested dataclasses: every field with its unit and meaning.
 
-`--help` and `--print_config` are made from these classes; recipes are YAML files of the same shape.
+Plain data: `lesam_dist.config.checks.checked` is called where a config is read and where a run begins. `--help` and
+`--print_config` are made from these classes; recipes are YAML files of the same shape.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from lesam_dist.errors import UserError
 
 
 @dataclass
@@ -76,14 +75,20 @@ class DataConfig:
     """decoding threads (DALI) or processes (torchvision) per process"""
 
 
+FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
+CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
+"""Fields of `DataConfig` that say how class folders alone, or CIFAR alone, are augmented."""
+
+
 @dataclass
 class OptimizerConfig:
-    """How the weights move. sgd and adamw are the plain optimizers, one pass a step. What the chosen method does not
-    have is refused."""
+    """How the weights move; what the chosen method does not have is refused."""
 
     name: str = "lesam"
-    """lesam, sam, asam, esam, fsam, eigensam, fishersam, gsam, ssam, msam, s2sam, looksam, wsam, samon; or plain sgd,
-    adamw"""
+    """one of the methods at the end, your own by package.module:Class, or plain sgd or adamw, at one pass a step"""
+    args: dict[str, Any] = field(default_factory=dict)
+    """the method's arguments, listed at the end: --optimizer.args.NAME VALUE, or --optimizer.NAME VALUE for short; what
+    is not given, or null, has its default"""
     base: Literal["sgd", "adamw"] = "sgd"
     """what makes the update inside a sharpness-aware method"""
     start_epoch: float = 0.0
@@ -102,35 +107,6 @@ class OptimizerConfig:
     """L2 in SGD, decoupled in AdamW"""
     decay_norm_and_bias: bool = True
     """false leaves biases and normalisation weights out of weight decay"""
-    sigma: float = 0.3
-    """LE-SAM's loss budget, in units of the loss"""
-    rho_max: float | None = 0.2
-    """LE-SAM's cap on the radius; null means none"""
-    eps: float = 1e-12
-    """LE-SAM's constant beside the gradient norm"""
-    alpha: float | None = None
-    """lesam: above 0 LE-SAM+ with this weight of the surrogate gap; gsam, eigensam, looksam: weight of their second
-    direction. This and what follows: null takes the method's own default"""
-    plus_form: Literal["paper", "released"] = "paper"
-    """LE-SAM+ by the paper's Eq. 16 or as in the authors' code"""
-    rho: float | None = None
-    """radius of every method but lesam"""
-    adaptive: bool = False
-    """lesam: measure the perturbation in units of the weights' own size, as asam does"""
-    eta: float | None = None
-    """asam, adaptive lesam: added to the weights' size; fishersam: weight of the Fisher information"""
-    beta: float | None = None
-    """esam: share of the tensors that is perturbed"""
-    gamma: float | None = None
-    """esam: share of the samples in the second pass; wsam: weight of the sharpness"""
-    lam: float | None = None
-    """fsam: share of the gradients' average that a step keeps"""
-    interval: int | None = None
-    """eigensam: steps between power iterations; looksam: steps between ascents"""
-    power_steps: int | None = None
-    """eigensam: products with the Hessian in a power iteration"""
-    rho_min: float | None = None
-    """gsam: radius at a learning rate of zero; null keeps it constant"""
     scope: Literal["global", "local", "replica"] = "global"
     """what perturbs: the gradient averaged over all processes; or each process's own (local, ddp), or each replica's
     (replica, hsdp), which save a reduction. sigma must be tuned for each"""
@@ -153,7 +129,7 @@ class ScheduleConfig:
     lr_warmup_epochs: float = 0.0
     """linear warm-up of the learning rate, then cosine to zero"""
     sigma_warmup_epochs: float = 0.0
-    """linear warm-up of sigma (none in the paper, 10 in the authors' code)"""
+    """linear warm-up of the loss budget sigma (none in the paper, 10 in the authors' code)"""
     anneal_start_epoch: float | None = None
     """epoch at which sigma starts its cosine to zero at the end of the run; null keeps it constant. The paper's tables
     call it "Budget annealing (epoch)"."""
@@ -265,89 +241,3 @@ class Config:
     """"auto": go on from RUN_DIR's latest checkpoint, or start where there is none"""
     dry_run: bool = False
     """build everything, run two steps and an evaluation on random images, write nothing"""
-
-    def __post_init__(self) -> None:
-        """Check what can be known of the fields alone; what needs the data or the model is checked when it is there."""
-        from lesam_dist.config.checks import check, folder  # here: it looks at the fields that are defined above
-
-        check(self)
-        self.run_dir = folder("run_dir", self.run_dir)
-        if self.data.root is not None:
-            self.data.root = folder("data.root", self.data.root)
-
-
-# A resumed run may differ in these: they change where things go and how fast, not what is computed.
-_FREE_ON_RESUME = (
-    "run_dir",
-    "resume",
-    "dry_run",
-    "max_nonfinite_steps",
-    "checkpoint",
-    "logging",
-    "data.root",
-    "data.workers",
-    "data.eval_batch_size",
-    "parallel.timeout_s",
-    "model.compile",
-    "model.activation_checkpointing",
-)
-
-
-def get(config: Config, path: str) -> Any:
-    """The value at a dotted path, e.g. ``"optimizer.sigma"``."""
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a config by its dotted path, with tuples as lists (as YAML gives them back)."""
-    leaves: dict[str, Any] = {}
-    for item in fields(config):
-        value, path = getattr(config, item.name), prefix + item.name
-        if is_dataclass(value):
-            leaves |= flatten(value, path + ".")
-        else:
-            leaves[path] = list(value) if isinstance(value, tuple) else value
-    return leaves
-
-
-def default_values() -> dict[str, Any]:
-    """`flatten` of a config in which nothing is set."""
-    leaves: dict[str, Any] = {}
-    for item in fields(Config):
-        if item.default_factory is not MISSING:
-            leaves |= flatten(item.default_factory(), item.name + ".")
-        else:
-            leaves[item.name] = item.default
-    return leaves
-
-
-def differences(now: Config, saved: dict[str, Any], when: str) -> list[str]:
-    """Every field that changes what a run computes and that differs, with both values; ``when`` is the saved one's."""
-    then = default_values() | saved  # a younger field had what is its default now
-    return [
-        f"{path}: {then[path]!r} {when}, {value!r} now"
-        for path, value in flatten(now).items()
-        if then[path] != value and not path.startswith(_FREE_ON_RESUME)
-    ]
-
-
-def check_same_run(now: Config, saved: dict[str, Any]) -> None:
-    """Refuse to resume where the config would change what the run computes.
-
-    Args:
-        now: the config of this start.
-        saved: `flatten` of the config that the checkpoint was made with.
-
-    Raises:
-        UserError: naming every field that differs, with both values.
-    """
-    differing = differences(now, saved, "then")
-    if differing:
-        raise UserError(
-            "cannot resume: the config differs from the checkpoint's in what the run computes:\n  "
-            + "\n  ".join(differing)
-            + "\nUse the saved values (RUN_DIR/config.yaml), or start anew in another --run_dir."
-        )

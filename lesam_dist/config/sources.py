@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from lesam_dist.config.method_fields import fields_of_some, fields_read
+from lesam_dist.config.flags import both_given
+from lesam_dist.config.methods import canonical, known_method, left_behind, paths_of_some, paths_read, shown
 from lesam_dist.config.recipes import Tree, merge
 from lesam_dist.errors import UserError
 
@@ -23,13 +24,23 @@ _IN_EPOCHS = (
     "optimizer.stop_epoch",
 )
 _MOST = 10**9  # epochs; what is more is refused
+_Method = tuple[str, str]  # name and base
 
 
 @dataclass(frozen=True)
 class Combined:
-    """The tree that flags go over, and a line for each thing that was adapted."""
+    """What the sources say, for flags to go over it.
+
+    Attributes:
+        tree: the fields, without the method's arguments.
+        args: these.
+        method: its name, of which the flags have the last word.
+        notes: a line for each thing that was adapted.
+    """
 
     tree: Tree
+    args: dict[str, Any]
+    method: str
     notes: tuple[str, ...]
 
 
@@ -38,17 +49,18 @@ def combine(sources: Sequence[Tree], flags: Mapping[str, str]) -> Combined:
 
     Args:
         sources: config trees, later ones win.
-        flags: the flags' texts by dotted path.
+        flags: the flags' texts by canonical path.
+
+    Raises:
+        UserError: for an argument that one source gives in both of its spellings, with different values.
     """
     tree: Tree = {}
     stated: dict[str, tuple[float, int]] = {}  # where a value came with a number of epochs: both
     method = "lesam", "sgd"
-    for source in sources:
+    notes: list[str] = []
+    for source in map(_with_args, sources):
         own = leaves(source)
-        now = _method(own, method)
-        if now != method:
-            _forget(tree, stated, fields_of_some() - fields_read(*now))
-        method = now
+        method = _change(tree, stated, method, _method(own, method), notes)
         tree = merge(tree, source)
         epochs = own.get("epochs")
         for path in _IN_EPOCHS:
@@ -56,23 +68,71 @@ def combine(sources: Sequence[Tree], flags: Mapping[str, str]) -> Combined:
                 stated.pop(path, None)
                 if _is_number(own[path]) and isinstance(epochs, int) and epochs > 0:
                     stated[path] = own[path], epochs
-    now = _method(flags, method)
-    if now != method:
-        _forget(tree, stated, fields_of_some() - fields_read(*now))
-    return Combined(tree, tuple(_scale(tree, stated, flags)))
+    method = _change(tree, stated, method, _method(flags, method), notes)
+    notes += _scale(tree, stated, flags)
+    args = _args(tree)
+    if isinstance(tree.get("optimizer"), dict):
+        tree["optimizer"] = {key: value for key, value in tree["optimizer"].items() if key != "args"}
+    return Combined(tree, args, method[0], tuple(notes))
 
 
-def _method(values: Mapping[str, Any], before: tuple[str, str]) -> tuple[str, str]:
+def _with_args(source: Tree) -> Tree:
+    """A source in which the method's arguments stand in ``args``, however it spells them."""
+    section = source.get("optimizer")
+    if not isinstance(section, dict):
+        return source
+    args = _args(source)
+    rest: Tree = {}
+    for key, value in section.items():
+        if key == "args":
+            continue
+        if canonical(f"optimizer.{key}") == f"optimizer.{key}":
+            rest[key] = value
+        elif key in args and args[key] != value:
+            first, second = f"optimizer.{key}: {shown(value)}", f"optimizer.args.{key}: {shown(args[key])}"
+            raise both_given(first, second)
+        else:
+            args[key] = value
+    return {**source, "optimizer": {**rest, "args": args}}
+
+
+def _args(tree: Tree) -> dict[str, Any]:
+    section = tree.get("optimizer")
+    args = section.get("args") if isinstance(section, dict) else None
+    if args is not None and not isinstance(args, dict):
+        raise UserError(f"optimizer.args is {shown(args)}: it must be arguments in braces, e.g. {{rho: 0.1}}.")
+    return dict(args or {})
+
+
+def _method(values: Mapping[str, Any], before: _Method) -> _Method:
     name, base = (values.get(f"optimizer.{key}", old) for key, old in zip(("name", "base"), before, strict=True))
     return str(name), str(base)
 
 
-def _forget(tree: Tree, stated: dict[str, tuple[float, int]], paths: set[str]) -> None:
-    for path in paths:
-        section, name = path.split(".")
-        if isinstance(tree.get(section), dict):
-            tree[section] = {key: value for key, value in tree[section].items() if key != name}
+def _change(tree: Tree, stated: dict[str, tuple[float, int]], old: _Method, new: _Method, notes: list[str]) -> _Method:
+    """Take out of the tree, in place, what the new method does not read; returns the new method."""
+    if new == old:
+        return new
+    lost = paths_of_some() - paths_read(*new)
+    args = _args(tree)
+    lost |= {f"optimizer.args.{name}" for name in left_behind(args, known_method(old[0]), known_method(new[0]))}
+    given = leaves(tree)
+    for path in lost & given.keys():
+        _remove(tree, path.split("."))
         stated.pop(path, None)
+    named = [f"{path} {shown(given[path])}" for path in given if path in lost and given[path] is not None]
+    if named:
+        before, after = (name if name == base else f"{name} on {base}" for name, base in (old, new))
+        notes.append(f"{after} instead of {before}: left out {', '.join(named)}")
+    return new
+
+
+def _remove(tree: Tree, path: Sequence[str]) -> None:
+    """Take a leaf out, in place; what the tree was made of stays as it is."""
+    for name in path[:-1]:
+        tree[name] = dict(tree[name])
+        tree = tree[name]
+    del tree[path[-1]]
 
 
 def _scale(tree: Tree, stated: Mapping[str, tuple[float, int]], flags: Mapping[str, str]) -> list[str]:
@@ -102,43 +162,3 @@ def leaves(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def flags_for(method: str, others: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """Those flags that this method reads, where some method among ``others`` reads the rest.
-
-    Flags that none of them reads stay, to be refused.
-    """
-    base = flag_values(flags).get("optimizer.base", "sgd")
-    foreign = set().union(*(fields_read(other, base) for other in others)) - fields_read(method, base)
-    kept: list[str] = []
-    skips = False
-    for flag in flags:
-        if flag.startswith("--"):
-            skips = flag[2:].split("=")[0] in foreign
-        if not skips:
-            kept.append(flag)
-    return kept
-
-
-def flag_values(flags: Sequence[str]) -> dict[str, str]:
-    """The texts behind flags of the forms ``--a.b text`` and ``--a.b=text``, by dotted path; the last one wins.
-
-    Raises:
-        UserError: for a text with YAML aliases, which could expand without end.
-    """
-    values: dict[str, str] = {}
-    key: str | None = None
-    for flag in flags:
-        text = flag
-        if flag.startswith("--"):
-            name, given, text = flag[2:].partition("=")
-            key = name
-            if not given:
-                continue
-        if key is not None:
-            values[key] = text
-            if "&" in text and "*" in text and text.lstrip()[:1] in "[{&":
-                raise UserError(f"--{key} has YAML aliases: write its values out.")
-            key = None
-    return values

@@ -74,6 +74,14 @@ def read_yaml(text: str, name: str) -> Tree:
         raise UserError(f"{name} has a value that cannot be read: {error}.") from error
 
 
+def read_value(text: str) -> Any:
+    """What YAML reads in a text; the text itself where it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
 def _check(node: yaml.Node, name: str, depth: int, sizes: dict[int, int], above: list[int]) -> int:
     """Refuse repeated keys and endless aliases; the number of nodes with aliases expanded."""
     if id(node) in sizes:

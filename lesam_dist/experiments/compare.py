@@ -8,15 +8,16 @@ from typing import Any
 import yaml
 
 from lesam_dist.config.command_line import parse
-from lesam_dist.config.recipes import bases, merge, method_part, methods, split
-from lesam_dist.config.sources import flags_for
+from lesam_dist.config.flags import flags_for
+from lesam_dist.config.methods import PLAIN, complete, defaults, method_of
+from lesam_dist.config.recipes import Tree, bases, compose_parts, merge, method_part, split
+from lesam_dist.config.recipes import methods as parts
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.report import NOTE, number, outcome_numbers, plot, plus_minus, report
 from lesam_dist.experiments.runs import ExperimentParser, Outcome, make_setting, paired_difference, run_all
+from lesam_dist.optim.engine.registry import methods
 
 _PREFERRED = "sam"  # what the others are measured against
-# Hyper-parameters that several methods have: one that is put into another's config starts from its own defaults.
-_SHARED = ("alpha", "rho", "eta", "beta", "gamma", "lam", "interval", "power_steps", "rho_min")
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -29,7 +30,7 @@ def compare(argv: Sequence[str]) -> None:
     arguments, flags = parser.parse_known(argv)
     parser.refuse(flags, ["optimizer.name"])
     names, run_dir = _method_names(arguments.methods), arguments.run_dir
-    optimizers = [name.removesuffix("_plus") for name in names]
+    optimizers = [_part_of(name)["optimizer"]["name"] for name in names]
     settings = [
         make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags), run_dir, arguments.seeds)
         for n, o in zip(names, optimizers, strict=True)
@@ -80,16 +81,22 @@ def _parser() -> ExperimentParser:
     parser.add_argument(
         "--methods",
         required=True,
-        help=f"names with commas between: {', '.join(methods())}. Differences are to {_PREFERRED}, or to the first one",
+        help=f"names with commas between: {', '.join(_known())}, or package.module:Class. Differences are to "
+        f"{_PREFERRED}, or to the first one",
     )
     return parser
+
+
+def _known() -> list[str]:
+    return sorted({*parts(), *methods(), *PLAIN})
 
 
 def _method_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in methods():
-            raise unknown_name("method", name, methods())
+        if name not in _known() and ":" not in name:
+            raise unknown_name("method", name, _known())
+        _part_of(name)
     if not names:
         raise UserError("--methods is empty: give names with commas between, e.g. --methods sgd,sam,lesam.")
     if len(set(names)) < len(names):
@@ -97,14 +104,29 @@ def _method_names(text: str) -> list[str]:
     return names
 
 
+def _part_of(method: str) -> Tree:
+    """What a method sets with any data and model: its recipe's part, or its name alone."""
+    if method in parts():
+        return method_part(method)
+    method_of(method)  # raises where there is none
+    return {"optimizer": {"name": method}}
+
+
 def _sources(config: str, method: str) -> list[str]:
     """What makes up the config of a method: a recipe, or a file with the method over it."""
     found = split(config)
     if found is not None or config in bases():
-        return [f"{config if found is None else found[0]}_{method}"]
+        base = config if found is None else found[0]
+        if method in parts():
+            return [f"{base}_{method}"]
+        return [str(yaml.safe_dump(compose_parts(base, method, _part_of(method))))]
     optimizer = parse(["--config", config]).optimizer
-    own = "lesam_plus" if optimizer.name == "lesam" and optimizer.alpha else optimizer.name
+    own = "lesam_plus" if optimizer.name == "lesam" and complete(optimizer)["alpha"] else optimizer.name
     if own == method:
         return [config]
-    forgotten = {"optimizer": {**dict.fromkeys(_SHARED), "adaptive": False}}
-    return [config, str(yaml.safe_dump(merge(forgotten, method_part(method))))]
+    part = _part_of(method)
+    kind = method_of(part["optimizer"]["name"])
+    usual = (
+        {} if kind is None else {"optimizer": {"args": defaults(kind)}}
+    )  # rather than what the file has by that name
+    return [config, str(yaml.safe_dump(merge(usual, part)))]

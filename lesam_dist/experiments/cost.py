@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lesam_dist.config.methods import complete
 from lesam_dist.config.schema import Config, OptimizerConfig
 from lesam_dist.train.build import build_optimizer
 from lesam_dist.train.passes import BatchPasses
 
 _FORWARD = 1 / 3  # of a forward and backward pass: a backward pass costs about two forward passes
 _BATCH = 120
-_LONGEST_PERIOD = 100  # steps: of the methods whose period the config leaves to their own default
 
 
 def sgd_steps(config: Config) -> float:
@@ -39,7 +39,7 @@ def passes_per_step(config: OptimizerConfig) -> float:
         model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3))
         optimizer = build_optimizer(model, config)
         images, labels = torch.randn(_BATCH, 3), torch.randint(3, (_BATCH,))
-        period = (config.interval or _LONGEST_PERIOD) * config.ascent_interval
+        period = int(complete(config).get("interval", 1)) * config.ascent_interval
         counted = 0.0
         for step in range(2 * period):
             closure = _Counting(model, nn.CrossEntropyLoss(), images, labels)

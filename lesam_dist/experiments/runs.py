@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lesam_dist.config.checks import folder
 from lesam_dist.config.command_line import read_command_line
-from lesam_dist.config.schema import Config, check_same_run
+from lesam_dist.config.methods import canonical
+from lesam_dist.config.same_run import check_same_run
+from lesam_dist.config.schema import Config
 from lesam_dist.errors import DivergedError, UserError
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class ExperimentParser(argparse.ArgumentParser):
     def refuse(self, flags: Sequence[str], names: Sequence[str]) -> None:
         """Raise a UserError where one of these is among the flags for the runs."""
         for name in names:
-            if any(flag.split("=")[0] == f"--{name}" for flag in flags):
+            if any(canonical(flag.removeprefix("--").split("=")[0]) == canonical(name) for flag in flags):
                 raise UserError(f"{self.prog} sets --{name} for each run: leave it out.")
 
     def error(self, message: str) -> NoReturn:

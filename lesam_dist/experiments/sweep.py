@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lesam_dist.config.explain import nearest_key
-from lesam_dist.config.schema import default_values, get
+from lesam_dist.config.explain import unknown_key
+from lesam_dist.config.values import get
 from lesam_dist.errors import UserError, one_line
 from lesam_dist.experiments.report import NOTE, outcome_numbers, plot, plus_minus, report
 from lesam_dist.experiments.runs import ExperimentParser, make_setting, run_all
@@ -24,8 +24,8 @@ def sweep(argv: Sequence[str]) -> None:
     texts = _value_texts(arguments.values)
     parser.refuse([f"--{field}"], ["run_dir", "seed", "resume", "dry_run"])
     parser.refuse(flags, [field])
-    if field not in default_values():
-        raise UserError(f"--field: {nearest_key(field)}")
+    if wrong := unknown_key([field]):
+        raise UserError(f"--field: {wrong}")
     settings = [
         make_setting(f"{field}={text}", [arguments.config], [*flags, f"--{field}", text], run_dir, arguments.seeds)
         for text in texts

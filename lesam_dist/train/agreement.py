@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from lesam_dist.config.schema import Config, flatten
+from lesam_dist.config.schema import Config
+from lesam_dist.config.values import flatten
 from lesam_dist.errors import SharedError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.report import name_of

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lesam_dist.config.schema import Config, DataConfig, OptimizerConfig
+from lesam_dist.config.methods import PLAIN, complete, method_of
+from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataConfig, OptimizerConfig
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
@@ -26,7 +27,7 @@ from lesam_dist.optim.engine.backend import require_interpreter
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train.methods import METHODS, method_arguments, param_groups
+from lesam_dist.train.methods import method_arguments, param_groups
 
 _DRY_BATCHES = 2
 _DRY_CLASSES = {"digits": 10, "digits_noisy": 10, "cifar10": 10, "cifar100": 100, None: 1000}  # as the data has them
@@ -102,9 +103,9 @@ def _loader(data: DataConfig) -> Callable[..., Loader]:
 
     common = named("image_size", "horizontal_flip", "mean", "std")
     if data.builtin in DATASETS:
-        own = named("crop_padding", "cutout", "cutout_probability")
+        own = named(*CIFAR_ONLY)
         return partial(CifarLoader, transform=CifarTransform(**common, **own))
-    own = named("val_resize", "random_area", "random_aspect_ratio")
+    own = named("val_resize", *FOLDERS_ONLY)
     return partial(build_loader, transform=Transform(**common, **own), **named("backend", "workers"))
 
 
@@ -179,9 +180,10 @@ def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Mo
 def _smallest_part(config: Config, world: Distributed) -> int:
     """Images of the smallest forward in training on a process."""
     optimizer = config.optimizer
+    method = method_of(optimizer.name)
     fraction = optimizer.ascent_fraction
-    if optimizer.name == "esam":
-        fraction = 0.5 if optimizer.gamma is None else optimizer.gamma
+    if method is not None and method.name == "esam":
+        fraction = complete(optimizer)["gamma"]
     share = config.data.batch_size // world.world_size
     return max(1, int(fraction * share) // config.data.micro_batches)
 
@@ -210,7 +212,7 @@ def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> SharpnessAware:
     """The optimizer that the config names, over the model's parameters."""
-    base = config.name if config.name in ("sgd", "adamw") else config.base
+    base = config.name if config.name in PLAIN else config.base
     kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if base == "sgd":
         kwargs |= {"momentum": config.momentum, "nesterov": config.nesterov}
@@ -219,9 +221,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> SharpnessAware
     cls = torch.optim.SGD if base == "sgd" else torch.optim.AdamW
     groups = param_groups(model, config)
     try:
-        if config.name in METHODS:
-            method: Any = METHODS[config.name]
-            optimizer: SharpnessAware = method(groups, cls, **method_arguments(config), **kwargs)
+        if method := method_of(config.name):
+            build: Any = method.load()
+            optimizer: SharpnessAware = build(groups, cls, **method_arguments(config), **kwargs)
             return optimizer
         return Plain(groups, cls, backend=config.backend, max_grad_norm=config.max_grad_norm, **kwargs)
     except ValueError as error:
@@ -234,7 +236,8 @@ def build_schedules(config: Config, optimizer: Optimizer, steps_per_epoch: int) 
     total = config.epochs * steps_per_epoch
     warmup = round(schedule.lr_warmup_epochs * steps_per_epoch)
     rate = LambdaLR(optimizer, warmup_cosine(total, warmup))
-    if config.optimizer.name != "lesam":
+    method = method_of(config.optimizer.name)
+    if method is None or not method.registration.budget:
         return rate, None
     start = config.epochs if schedule.anneal_start_epoch is None else schedule.anneal_start_epoch
     anneal = total - round(start * steps_per_epoch)

@@ -1,4 +1,4 @@
-"""The methods that a config may name, and what each takes from it."""
+"""What the method of a config is built with: its arguments, and the model's parameters in groups."""
 
 from __future__ import annotations
 
@@ -6,39 +6,18 @@ from typing import Any
 
 from torch import nn
 
-from lesam_dist import optim
-from lesam_dist.config.method_fields import METHOD_FIELDS, shared_fields
+from lesam_dist.config.methods import OPTIONS, complete, method_of
 from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.errors import UserError
 
-METHODS: dict[str, type[optim.SharpnessAware]] = {
-    "lesam": optim.LESAM,
-    "sam": optim.SAM,
-    "asam": optim.ASAM,
-    "esam": optim.ESAM,
-    "fsam": optim.FriendlySAM,
-    "eigensam": optim.EigenSAM,
-    "fishersam": optim.FisherSAM,
-    "gsam": optim.GSAM,
-    "ssam": optim.SSAM,
-    "msam": optim.MSAM,
-    "s2sam": optim.S2SAM,
-    "looksam": optim.LookSAM,
-    "wsam": optim.WSAM,
-    "samon": optim.SAMON,
-}
-
 
 def method_arguments(config: OptimizerConfig) -> dict[str, Any]:
-    """What the config says of its method's hyper-parameters and of the options that all share.
-
-    A hyper-parameter that is null in the config keeps the method's own default; those of other methods are left out.
-    """
-    own = (name for name in METHOD_FIELDS[config.name] if getattr(config, name) is not None)
-    arguments = {name: getattr(config, name) for name in (*own, *shared_fields(config.name))}
-    if config.name == "lesam":
-        arguments["rho_max"] = config.rho_max  # null means no cap
-    return arguments
+    """The method's hyper-parameters, and those of the shared options that it has; nothing for a plain optimizer."""
+    method = method_of(config.name)
+    if method is None:
+        return {}
+    options = {name: getattr(config, name) for name in OPTIONS if name not in method.registration.without}
+    return {**complete(config), **options}
 
 
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -47,8 +26,9 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     Raises:
         UserError: for a model of which the method perturbs nothing.
     """
-    method = METHODS.get(config.name)
-    arguments = method_arguments(config) if method else {}
+    method = method_of(config.name)
+    cls = method.load() if method else None
+    arguments = method_arguments(config)
     groups: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
@@ -59,8 +39,8 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
             settings: dict[str, Any] = {}
             if not config.decay_norm_and_bias and p.ndim <= 1:  # the field's rule: biases and normalisation weights
                 settings["weight_decay"] = 0.0
-            if method:
-                settings |= method.settings_of(leaf, module, arguments)
+            if cls:
+                settings |= cls.settings_of(leaf, module, arguments)
             groups.setdefault(tuple(settings.items()), []).append(p)
     if not any(dict(settings).get("perturb", True) for settings in groups):
         raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import torch
 
+from lesam_dist.config.checks import checked
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 from lesam_dist.models import require_model
@@ -39,6 +40,7 @@ def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
 
 def train_here(config: Config, world: Distributed, given: Collection[str] = ()) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
+    config = checked(config)
     agree_on_setup(config, world)
     require_model(config.model.name)  # before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)

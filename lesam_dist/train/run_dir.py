@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from lesam_dist.config.command_line import dump, parse
-from lesam_dist.config.schema import Config, check_same_run, differences, flatten
+from lesam_dist.config.same_run import check_same_run, differences
+from lesam_dist.config.schema import Config
+from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.checkpoint import Checkpointer

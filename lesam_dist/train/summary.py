@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train.methods import METHODS
 
 
 def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per_epoch: int, epoch: int) -> str:
     """Model, method, precision, processes and length of a run that goes on from ``epoch``; and its plan."""
     params = sum(p.numel() for p in model.parameters())
     method = config.optimizer.name
-    if method in METHODS:
+    if method not in PLAIN:
         method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
     processes = f"{world.world_size} x {world.device.type}"
     if world.world_size > 1:
@@ -32,6 +32,6 @@ def _plan(config: Config) -> str:
     stop = epochs if optimizer.stop_epoch is None else min(optimizer.stop_epoch, epochs)
     parts = [(0.0, start, optimizer.base), (start, stop, optimizer.name), (stop, epochs, optimizer.base)]
     windows = [f"{name} from epoch {first:g} to {last:g}" for first, last, name in parts if first < last]
-    if optimizer.name == "lesam" and schedule.anneal_start_epoch is not None:
+    if schedule.anneal_start_epoch is not None:
         windows.append(f"sigma goes to 0 from epoch {schedule.anneal_start_epoch:g}")
     return "\nplan: " + ", ".join(windows) if len(windows) > 1 else ""

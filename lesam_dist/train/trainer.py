@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from lesam_dist.config.schema import Config, flatten
+from lesam_dist.config.schema import Config
+from lesam_dist.config.values import flatten
 from lesam_dist.data import Loader
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed

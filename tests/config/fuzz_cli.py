@@ -30,10 +30,12 @@ import yaml
 
 from lesam_dist.cli import main
 from lesam_dist.config.explain import sections
-from lesam_dist.config.method_fields import METHOD_FIELDS, PLAIN
+from lesam_dist.config.methods import PLAIN, argument_paths
 from lesam_dist.config.recipes import bases, compose, methods, recipes
-from lesam_dist.config.schema import Config, default_values
+from lesam_dist.config.schema import Config
+from lesam_dist.config.values import default_values
 from lesam_dist.experiments import compare, sweep
+from lesam_dist.optim.engine.registry import methods as registered
 from lesam_dist.train import build
 from lesam_dist.train import run as training
 
@@ -185,9 +187,9 @@ def _flag(rng: random.Random) -> list[str]:
 def _key(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.88:
-        return rng.choice(list(default_values()))
+        return rng.choice([*default_values(), *argument_paths()])
     if kind < 0.94:
-        return _mangled(rng, rng.choice(list(default_values())))
+        return _mangled(rng, rng.choice([*default_values(), *argument_paths()]))
     return rng.choice([*sections(), "help", "print_config", "optimizer.help", "config", "", "data.mean.x"])
 
 
@@ -196,7 +198,7 @@ def _value(rng: random.Random, key: str) -> str:
         return rng.choice([*_NASTY, "a\nb", "a\nb/c\n", "[a\n]"] if rng.random() < 0.8 else ["a\nb"])
     default = default_values().get(key)
     if key == "optimizer.name":
-        return rng.choice([*METHOD_FIELDS, *PLAIN])
+        return rng.choice([*registered(), *PLAIN])
     if isinstance(default, bool):
         return rng.choice(["true", "false"])
     if isinstance(default, int):

@@ -21,9 +21,12 @@ FLAGS = [
     (["--sigma", "1"], "did you mean 'optimizer.sigma'?"),
     (["--epoch", "1"], "did you mean 'epochs'?"),
     (["--optimizer.name", "lesan"], "unknown optimizer 'lesan': did you mean 'lesam'?"),
-    (["--optimizer.sigma", "-0.1"], "optimizer.sigma is -0.1: it must be at least 0"),
-    (["--optimizer.rho", "-1"], "optimizer.rho is -1.0: it must be at least 0"),
-    (["--optimizer.sigma", "nan"], "optimizer.sigma is nan: it must be a number"),
+    (["--optimizer.sigma", "-0.1"], "optimizer.args.sigma is -0.1: it must be a finite number >= 0."),
+    (
+        ["--optimizer.name", "sam", "--optimizer.rho", "-1"],
+        "optimizer.args.rho is -1: it must be a finite number >= 0.",
+    ),
+    (["--optimizer.sigma", "nan"], "optimizer.args.sigma is nan: it must be a finite number >= 0."),
     (["--epochs", "-3"], "epochs is -3: it must be at least 1"),
     (["--epochs", "many"], "epochs is many: it must be a whole number"),
     (
@@ -80,7 +83,7 @@ FLAGS = [
     (["--parallel.strategy", "zero"], "parallel.strategy is zero: it must be one of none, ddp, fsdp, hsdp."),
     (["--data.root", "/nowhere"], "'/nowhere'"),
     # Obscure once.
-    (["--optimizer.rho_max", "nan"], "optimizer.rho_max is nan: it must be a number, or null."),
+    (["--optimizer.rho_max", "nan"], "optimizer.args.rho_max is nan: it must be a finite number >= 0, or null."),
     (["--optimizer.lr", "1e400"], "optimizer.lr is inf: it must be a number, and finite."),
     (["--data", "PATH"], "--data is a section: set its fields, e.g. --data.root PATH."),
     (["digits"], "'digits' has no flag before it: did you mean --config digits?"),
@@ -99,10 +102,10 @@ FLAGS = [
     (["--epochs", "1000000000"], "epochs is 1000000000: it must be at most 1000000."),
     (["--parallel.wrap_classes", "[&a [x], *a]"], "--parallel.wrap_classes has YAML aliases"),
     # Without effect, or out of range.
-    (["--optimizer.rho", "0.1"], "optimizer.rho is 0.1 but lesam on sgd has no rho, so it would have no effect"),
+    (["--optimizer.rho", "0.1"], "optimizer.args.rho is 0.1 but lesam has no rho, so it would have no effect"),
     (
         ["--optimizer.name", "sam", "--optimizer.sigma", "0.5"],
-        "sam on sgd has no sigma, so it would have no effect: leave",
+        "sam has no sigma, so it would have no effect: leave it out. sam has rho.",
     ),
     (["--optimizer.name", "sam", "--schedule.anneal_start_epoch", "1"], "sam on sgd has no anneal_start_epoch"),
     (["--optimizer.name", "sgd", "--optimizer.scope", "local"], "optimizer.scope is local but sgd has no scope"),
@@ -111,8 +114,8 @@ FLAGS = [
     (["--optimizer.base", "adamw", "--optimizer.nesterov", "true"], "lesam on adamw has no nesterov"),
     (["--optimizer.name", "looksam", "--optimizer.ascent_interval", "2"], "looksam on sgd has no ascent_interval"),
     (["--optimizer.ascent_between", "reuse"], "optimizer.ascent_interval is 1: there is no step between"),
-    (["--optimizer.plus_form", "released"], "optimizer.alpha is 0: it is a form of LE-SAM+"),
-    (["--optimizer.eta", "0.1"], "optimizer.adaptive is false"),
+    (["--optimizer.plus_form", "released"], "optimizer.args.alpha is 0: it is a form of LE-SAM+"),
+    (["--optimizer.eta", "0.1"], "optimizer.args.adaptive is false"),
     (["--optimizer.name", "gsam", "--optimizer.rho_min", "9"], "GSAM: rho_min is 9.0, above rho, 0.05"),
     (["--optimizer.momentum", "2"], "optimizer.momentum is 2.0: it must be below 1."),
     (

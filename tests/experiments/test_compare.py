@@ -144,11 +144,9 @@ def test_compare_from_a_file(experiment: Run, tiny: tuple[str, ...], tmp_path: P
     configs = {
         m: parse(["--config", str(run_dir / m / "seed_0" / "config.yaml")]).optimizer for m in ("sam", "asam", "lesam")
     }
-    assert {m: (c.name, c.rho, c.sigma, c.lr) for m, c in configs.items()} == {
-        "sam": ("sam", 0.03, 0.3, 0.07),
-        "asam": ("asam", 0.5, 0.3, 0.07),
-        "lesam": ("lesam", None, 0.25, 0.07),
-    }
+    radii = {m: c.args.get("sigma", c.args.get("rho")) for m, c in configs.items()}
+    assert radii == {"sam": 0.03, "asam": 0.5, "lesam": 0.25}
+    assert all((c.name, c.lr) == (m, 0.07) for m, c in configs.items())
     entry = read(run_dir, "compare.json")["methods"]["lesam"]
     assert entry["std"] is None
     assert entry["difference"]["standard_error"] is None
@@ -172,7 +170,7 @@ def test_sweep(experiment: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
         assert entry["std"] == pytest.approx(np.std(entry["acc1"], ddof=1))
         assert f"| {entry['value']}" in out
         configs = [parse(["--config", str(folder / "config.yaml")]) for folder in folders]
-        assert [(c.optimizer.sigma, c.seed) for c in configs] == [(entry["value"], 0), (entry["value"], 1)]
+        assert [(c.optimizer.args["sigma"], c.seed) for c in configs] == [(entry["value"], 0), (entry["value"], 1)]
     assert (run_dir / "sweep.png").read_bytes().startswith(b"\x89PNG")
     status, out, _ = experiment(
         "sweep", *flags, "--field", "data.horizontal_flip", "--values", "true,false", "--seeds", "1"
@@ -253,15 +251,15 @@ SWEEP = ("--config", "digits", "--field", "optimizer.sigma", "--values", "0.1,0.
         ("compare", (*COMPARE, "--epoch", "3"), "unknown key 'epoch': did you mean 'epochs'?"),
         ("compare", (*COMPARE, "--config", "digits_noisy_resnet9"), "did you mean 'digits_noisy_resnet8'?"),
         ("compare", COMPARE[:2], "the following arguments are required: --methods"),
-        ("compare", (*COMPARE, "--optimizer.rho", "-1"), "optimizer.rho is -1.0: it must be at least 0"),
+        ("compare", (*COMPARE, "--optimizer.rho", "-1"), "optimizer.args.rho is -1: it must be a finite number >= 0."),
         ("sweep", (*SWEEP, "--field", "optimizer.sigm"), "did you mean 'optimizer.sigma'?"),
         ("sweep", (*SWEEP, "--values", "0.1,0.10"), "--values has 0.1 twice for optimizer.sigma"),
         ("sweep", (*SWEEP, "--values", "0.1,,0.2"), "a value is empty"),
         ("sweep", (*SWEEP, "--values", "a/b"), "cannot have a '/' in them"),
-        ("sweep", (*SWEEP, "--values", "much"), "optimizer.sigma is much: it must be a number"),
+        ("sweep", (*SWEEP, "--values", "much"), "optimizer.args.sigma is much: it must be a finite number >= 0."),
         ("sweep", (*SWEEP, "--optimizer.sigma", "1"), "lesam-dist sweep sets --optimizer.sigma for each run"),
-        ("sweep", (*SWEEP, "--field", "optimizer.rho"), "optimizer.rho is 0.1 but lesam on sgd has no rho"),
-        ("compare", (*COMPARE, "--optimizer.lam", "0.5"), "optimizer.lam is 0.5 but sgd has no lam"),
+        ("sweep", (*SWEEP, "--field", "optimizer.rho"), "optimizer.args.rho is 0.1 but lesam has no rho"),
+        ("compare", (*COMPARE, "--optimizer.lam", "0.5"), "optimizer.args.lam is 0.5 but sgd has no lam"),
         ("sweep", (*SWEEP, "--field", "seed"), "lesam-dist sweep sets --seed for each run"),
     ],
 )
@@ -285,6 +283,7 @@ def test_compare_on_two_processes(tiny: tuple[str, ...], tmp_path: Path) -> None
     """Several runs in one process group, and a second start that finds them finished."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     arguments = [*COMPARE, "--seeds", "1", "--run_dir", str(tmp_path / "runs"), *tiny]
+    arguments += ["--methods", "sgd,tests.halves:Halved"]  # the second has no recipe
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     outputs = []
     for _ in range(2):
@@ -300,3 +299,4 @@ def test_compare_on_two_processes(tiny: tuple[str, ...], tmp_path: Path) -> None
     assert "2 x cpu, ddp" in outputs[0]
     assert outputs[0].count("| sgd ") == outputs[1].count("| sgd ") == 1, "rank 0 alone prints"
     assert outputs[1].count(": finished before") == 2
+    assert "| tests.halves:Halved " in outputs[1]

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lesam_dist import optim
-from lesam_dist.config.checks import OPTIMIZERS
-from lesam_dist.config.method_fields import METHOD_FIELDS
 from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.errors import UserError
+from lesam_dist.optim.engine.registry import methods
 from lesam_dist.train.build import build_optimizer
-from lesam_dist.train.methods import METHODS, method_arguments
+from lesam_dist.train.methods import method_arguments
 from lesam_dist.train.telemetry import read_metrics
 from tests.conftest import Command
+
+METHODS = {name: method for name, method in methods().items() if method.module.startswith("lesam_dist.")}
 
 
 def test_every_method_of_the_library_has_a_name() -> None:
     values = [getattr(optim, name) for name in optim.__all__]
     exported = {v for v in values if isinstance(v, type) and issubclass(v, optim.SharpnessAware)}
-    assert set(METHODS.values()) == exported - {optim.SharpnessAware}
-    assert set(OPTIMIZERS) == {*METHODS, "sgd", "adamw"}
+    assert {method.load() for method in METHODS.values()} == exported - {optim.SharpnessAware}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -39,33 +37,33 @@ def test_a_run_with_every_method(command: Command, small: tuple[str, ...], tmp_p
     assert any(line["rho"] > 0 for line in lines)
 
 
-def test_values_of_the_config_arrive() -> None:
-    config = OptimizerConfig(
-        rho=0.3, sigma=0.7, eta=0.2, beta=0.5, gamma=0.4, lam=0.1, alpha=0.9, interval=7, power_steps=2, rho_min=0.01
-    )
-    expected: dict[str, dict[str, Any]] = {
-        "lesam": {"sigma": 0.7, "rho_max": 0.2, "alpha": 0.9, "eta": 0.2, "adaptive": False},
-        "asam": {"rho": 0.3, "eta": 0.2},
-        "esam": {"rho": 0.3, "beta": 0.5, "gamma": 0.4},
-        "fsam": {"rho": 0.3, "lam": 0.1},
-        "eigensam": {"rho": 0.3, "alpha": 0.9, "interval": 7, "power_steps": 2},
-        "gsam": {"rho": 0.3, "alpha": 0.9, "rho_min": 0.01},
-        "looksam": {"rho": 0.3, "alpha": 0.9, "interval": 7},
-        "wsam": {"rho": 0.3, "gamma": 0.4},
-    }
-    for name, values in expected.items():
-        arguments = method_arguments(replace(config, name=name))
-        assert {key: arguments[key] for key in values} == values
-        assert not {"momentum", "lr"} & arguments.keys()
-        assert ("sigma" in arguments) == (name == "lesam"), "F-SAM's sigma is no loss budget"
+@pytest.mark.parametrize("name", METHODS)
+def test_values_of_the_config_arrive(name: str, seed: int) -> None:
+    """In the class's own signature, in which no argument may be forgotten."""
+    cls = METHODS[name].load()
+    keywords = [p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    given = {p.name: p.default / 2 for p in keywords if isinstance(p.default, float)}
+    arguments = method_arguments(OptimizerConfig(name=name, args=given, scope="local"))
+    assert given
+    assert {p.name: arguments[p.name] for p in keywords} == {p.name: given.get(p.name, p.default) for p in keywords}
+    assert not {"momentum", "lr"} & arguments.keys()
+    assert arguments["scope"] == "local"
+    assert ("ascent_interval" in arguments) == (name != "looksam")
 
 
-def test_the_table_of_fields_is_what_the_methods_take() -> None:
-    """Every argument of a method's class that a config has a field for; F-SAM's sigma is no loss budget."""
-    known = set(vars(OptimizerConfig()))
-    for name, method in METHODS.items():
-        taken = inspect.signature(method.__init__).parameters.keys() & known
-        assert set(METHOD_FIELDS[name]) == taken - ({"sigma"} if name == "fsam" else set())
+def test_a_method_of_ones_own(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    """By its import path alone: trained, saved, and resumed with the same arguments only."""
+    run_dir = tmp_path / "run"
+    flags = (*small, "--optimizer.name", "tests.halves:Halved", "--run_dir", run_dir)
+    status, out, err = command(*flags, "--optimizer.args.part", "0.2")
+    assert (status, err) == (0, "")
+    assert "tests.halves:Halved on sgd" in out
+    lines = [line for line in read_metrics(run_dir) if line["split"] == "train"]
+    assert [line["rho"] for line in lines] == pytest.approx([0.1 * 0.2] * 9)
+    status, _, err = command(*flags, "--resume", "auto")
+    assert status == 2
+    assert "optimizer.args.part: 0.2 then, 0.5 now" in err
+    assert command("--config", run_dir / "config.yaml", "--resume", "auto")[0] == 0
 
 
 def test_null_keeps_a_methods_default() -> None:
@@ -87,7 +85,7 @@ def test_param_groups() -> None:
     with pytest.raises(UserError, match="samon but the model has nothing that it perturbs"):
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(name="samon"))
     with pytest.raises(UserError, match=r"wsam.*|WSAM: gamma is 1.0"):
-        build_optimizer(model, OptimizerConfig(name="wsam", gamma=1.0))
+        build_optimizer(model, OptimizerConfig(name="wsam", args={"gamma": 1.0}))
     with pytest.raises(UserError, match="GSAM: scope is 'local', but its update uses the first gradient"):
         build_optimizer(model, OptimizerConfig(name="gsam", scope="local"))
 

@@ -10,7 +10,9 @@ import torch
 from torchvision.models import VisionTransformer
 
 from lesam_dist.config.command_line import parse
-from lesam_dist.config.schema import Config, check_same_run, flatten
+from lesam_dist.config.same_run import check_same_run
+from lesam_dist.config.schema import Config
+from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import build

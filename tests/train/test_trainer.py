@@ -81,7 +81,7 @@ def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...],
     assert train[0]["perturbed_loss"] > train[0]["loss"]
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run_dir / "tensorboard").glob("events*"))
-    assert yaml.safe_load((run_dir / "config.yaml").read_text())["optimizer"]["sigma"] == 0.15
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["optimizer"]["args"]["sigma"] == 0.15
     assert len(list((run_dir / "checkpoints").glob("step_*"))) == 2
 
 
@@ -189,7 +189,7 @@ def test_resume_refuses_a_config_that_changes_the_run(command: Command, small: t
         *small, "--run_dir", run_dir, "--resume", "auto", "--optimizer.sigma", "0.7", "--seed", "3"
     )
     assert status == 2
-    assert "optimizer.sigma: 0.1 then, 0.7 now" in err
+    assert "optimizer.args.sigma: 0.1 then, 0.7 now" in err
     assert "seed: 0 then, 3 now" in err
     assert (run_dir / "config.yaml").read_text() == before
     # What changes only the speed or the log may differ.

@@ -76,6 +76,14 @@ class Argument:
         if not self.accepts(value):
             raise ValueError(f"{owner}: {self.name} is {value!r}; it must be {self.expected}.")
 
+    def typed(self, value: Any) -> Any:
+        """A value that it accepts, as the float or the whole number that the annotation names."""
+        for option in _options(self.type):
+            kind = get_args(option)[0] if get_origin(option) is Annotated else option
+            if kind in (int, float) and _fits(option, value):
+                return kind(value)
+        return value
+
     @property
     def expected(self) -> str:
         """What a value must be, in words: ``a finite number >= 0, or None``."""
