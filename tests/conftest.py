@@ -77,15 +77,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def small(images: Path) -> tuple[str, ...]:
     """Flags of a run of 3 epochs of 3 steps on `images`."""
     return (
-        *(
-            "--config",
-            "digits",
-            "--data.root",
-            str(images),
-            "--data.batch_size",
-            "20",
-            "--data.builtin",
-            "null",
-        ),
+        *("--config", "digits", "--data.root", str(images), "--data.batch_size", "20", "--data.builtin", "null"),
+        *("--data.image_size", "16", "--data.val_resize", "16"),
         *("--epochs", "3", "--schedule.lr_warmup_epochs", "1", "--logging.every_steps", "1"),
     )

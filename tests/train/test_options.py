@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +14,12 @@ from lesam_dist.config.same_run import check_same_run
 from lesam_dist.config.schema import Config
 from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
+from lesam_dist.parallel import blocks
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import build
 from lesam_dist.train.telemetry import read_metrics
 from tests.conftest import Command
+from tests.parallel.test_blocks import NEEDS_INDUCTOR
 
 
 def val_lines(run_dir: Path) -> list[dict[str, float]]:
@@ -38,13 +40,24 @@ def test_the_average_is_evaluated_beside_the_weights(
     assert (averaged / "curves.png").exists()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_run(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.full, NEEDS_INDUCTOR])])
+def test_compiled_run(
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """By the flag. That graphs become code is tested without the mark in tests/parallel/test_blocks.py."""
+    compiled_nets: list[object] = []
+
+    def compile_with(net: torch.nn.Module, *args: Any, **options: Any) -> None:
+        compiled_nets.append(net)
+        blocks.compile_in_place(net, *args, **options | {"backend": backend})
+
+    monkeypatch.setattr(build, "compile_in_place", compile_with)
     flags = (*small, "--epochs", "1", "--schedule.anneal_start_epoch", "null", "--optimizer.lr", "0.01")
     runs = tmp_path / "eager", tmp_path / "compiled"
     try:
         for run_dir, compile in zip(runs, ("false", "true"), strict=True):
             assert command(*flags, "--run_dir", run_dir, "--model.compile", compile)[0] == 0
+            assert len(compiled_nets) == (compile == "true")
     finally:
         torch._dynamo.reset()
     lines = [read_metrics(run_dir) for run_dir in runs]
