@@ -203,12 +203,12 @@ def _check_unread(config: Config) -> None:
     method, args = method_of(optimizer.name), optimizer.args
     if method is None or method.name != "lesam":
         return
-    if args["plus_form"] != "paper" and not args["alpha"]:
+    if args.get("plus_form", "paper") != "paper" and not args.get("alpha"):
         raise UserError(
             f"optimizer.args.plus_form is {args['plus_form']} but optimizer.args.alpha is 0: it is a form of LE-SAM+. "
             "Set alpha above 0, or leave it out."
         )
-    if args["eta"] and not args["adaptive"]:
+    if args.get("eta") and not args.get("adaptive"):
         raise UserError(
             f"optimizer.args.eta is {args['eta']} but optimizer.args.adaptive is false: eta is added to the weights' "
             "size, which only adaptive looks at. Set adaptive to true, or leave it out."

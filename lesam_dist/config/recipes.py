@@ -1,6 +1,7 @@
 """Recipes by composition: DATA_MODEL_METHOD names a data set, a model and a method, and each has its own YAML file.
 
-Merged in this order, later ones win: data, model, method, and what the three need together (combinations.yaml).
+Merged in this order, later ones win: data, model, method, and what the three need together (combinations.yaml). A
+method of the registry needs no file: without one it has its own defaults.
 `recipes/README.md` says which row of the paper has which name.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from lesam_dist.errors import UserError
+from lesam_dist.optim.engine import registry
 
 Tree = dict[str, Any]
 
@@ -24,8 +26,8 @@ _ALL = "all"  # in combinations.yaml: whatever the method
 
 
 def methods() -> list[str]:
-    """The METHODs."""
-    return _names("methods")
+    """The METHODs: those of the registry, and those that have a file."""
+    return sorted({*_names("methods"), *registry.methods()})
 
 
 def bases() -> list[str]:
@@ -54,18 +56,18 @@ def compose(name: str) -> Tree:
     if found is None:
         raise _unknown(name)
     base, method = found
-    return {**compose_parts(base, method, method_part(method)), "run_dir": f"runs/{name}"}
+    return {**compose_parts(base, method), "run_dir": f"runs/{name}"}
 
 
-def compose_parts(base: str, method: str, part: Tree) -> Tree:
-    """DATA_MODEL with a method that sets ``part``, whether or not it is a METHOD; without a ``run_dir``."""
+def compose_parts(base: str, method: str) -> Tree:
+    """The recipe of a DATA_MODEL and any method that a config may name, without a ``run_dir``."""
     data, model = _data_and_model(base)
     together = _combinations()[base]
     tree: Tree = {}
     for one in (
         _part("data", data),
         _part("models", model),
-        part,
+        method_part(method),
         together.get(_ALL, {}),
         together.get(method, {}),
     ):
@@ -74,8 +76,8 @@ def compose_parts(base: str, method: str, part: Tree) -> Tree:
 
 
 def method_part(method: str) -> Tree:
-    """What a METHOD sets with any data and model."""
-    return _part("methods", method)
+    """What a method sets with any data and model: its file, or its name alone."""
+    return _part("methods", method) if method in _names("methods") else {"optimizer": {"name": method}}
 
 
 def merge(first: Tree, second: Tree) -> Tree:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lesam_dist.optim.engine.options import Between
+from lesam_dist.parallel.scope import Scope
+
 
 @dataclass
 class ModelConfig:
@@ -107,7 +110,7 @@ class OptimizerConfig:
     """L2 in SGD, decoupled in AdamW"""
     decay_norm_and_bias: bool = True
     """false leaves biases and normalisation weights out of weight decay"""
-    scope: Literal["global", "local", "replica"] = "global"
+    scope: Scope = "global"
     """what perturbs: the gradient averaged over all processes; or each process's own (local, ddp), or each replica's
     (replica, hsdp), which save a reduction. sigma must be tuned for each"""
     max_grad_norm: float | None = None
@@ -116,7 +119,7 @@ class OptimizerConfig:
     """share of each process's samples that the first pass takes; a step costs 1 + ascent_fraction passes"""
     ascent_interval: int = 1
     """make both passes only every k-th step; a step then costs (k + 1) / k passes"""
-    ascent_between: Literal["skip", "reuse"] = "skip"
+    ascent_between: Between = "skip"
     """the single pass of the steps between: plain, or perturbed by the last first gradient (one more copy of it)"""
     backend: Literal["auto", "reference", "triton"] = "auto"
     """who does the optimizer's maths"""

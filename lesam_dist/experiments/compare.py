@@ -10,12 +10,10 @@ import yaml
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.flags import flags_for
 from lesam_dist.config.methods import PLAIN, complete, defaults, method_of
-from lesam_dist.config.recipes import Tree, bases, compose_parts, merge, method_part, split
-from lesam_dist.config.recipes import methods as parts
+from lesam_dist.config.recipes import bases, compose_parts, merge, method_part, methods, split
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.report import NOTE, number, outcome_numbers, plot, plus_minus, report
 from lesam_dist.experiments.runs import ExperimentParser, Outcome, make_setting, paired_difference, run_all
-from lesam_dist.optim.engine.registry import methods
 
 _PREFERRED = "sam"  # what the others are measured against
 
@@ -30,7 +28,7 @@ def compare(argv: Sequence[str]) -> None:
     arguments, flags = parser.parse_known(argv)
     parser.refuse(flags, ["optimizer.name"])
     names, run_dir = _method_names(arguments.methods), arguments.run_dir
-    optimizers = [_part_of(name)["optimizer"]["name"] for name in names]
+    optimizers = [method_part(name)["optimizer"]["name"] for name in names]
     settings = [
         make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags), run_dir, arguments.seeds)
         for n, o in zip(names, optimizers, strict=True)
@@ -88,7 +86,7 @@ def _parser() -> ExperimentParser:
 
 
 def _known() -> list[str]:
-    return sorted({*parts(), *methods(), *PLAIN})
+    return sorted({*methods(), *PLAIN})
 
 
 def _method_names(text: str) -> list[str]:
@@ -96,7 +94,7 @@ def _method_names(text: str) -> list[str]:
     for name in names:
         if name not in _known() and ":" not in name:
             raise unknown_name("method", name, _known())
-        _part_of(name)
+        method_of(method_part(name)["optimizer"]["name"])  # raises for a path where there is no method
     if not names:
         raise UserError("--methods is empty: give names with commas between, e.g. --methods sgd,sam,lesam.")
     if len(set(names)) < len(names):
@@ -104,27 +102,17 @@ def _method_names(text: str) -> list[str]:
     return names
 
 
-def _part_of(method: str) -> Tree:
-    """What a method sets with any data and model: its recipe's part, or its name alone."""
-    if method in parts():
-        return method_part(method)
-    method_of(method)  # raises where there is none
-    return {"optimizer": {"name": method}}
-
-
 def _sources(config: str, method: str) -> list[str]:
     """What makes up the config of a method: a recipe, or a file with the method over it."""
     found = split(config)
     if found is not None or config in bases():
         base = config if found is None else found[0]
-        if method in parts():
-            return [f"{base}_{method}"]
-        return [str(yaml.safe_dump(compose_parts(base, method, _part_of(method))))]
+        return [f"{base}_{method}"] if method in methods() else [str(yaml.safe_dump(compose_parts(base, method)))]
     optimizer = parse(["--config", config]).optimizer
     own = "lesam_plus" if optimizer.name == "lesam" and complete(optimizer)["alpha"] else optimizer.name
     if own == method:
         return [config]
-    part = _part_of(method)
+    part = method_part(method)
     kind = method_of(part["optimizer"]["name"])
     usual = (
         {} if kind is None else {"optimizer": {"args": defaults(kind)}}

@@ -183,7 +183,7 @@ def _smallest_part(config: Config, world: Distributed) -> int:
     method = method_of(optimizer.name)
     fraction = optimizer.ascent_fraction
     if method is not None and method.name == "esam":
-        fraction = complete(optimizer)["gamma"]
+        fraction = complete(optimizer).get("gamma", 1.0)
     share = config.data.batch_size // world.world_size
     return max(1, int(fraction * share) // config.data.micro_batches)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,21 @@ def test_every_row_of_the_paper_has_a_name() -> None:
     assert expected | {"digits", "digits_noisy"} <= set(recipes())
     assert len(recipes()) == len(set(recipes())), "no name can be read in two ways"
     own = {name for name, method in registered().items() if method.module.startswith("lesam_dist.")}
-    assert own | {"sgd", "lesam_plus"} == set(methods())
+    from_elsewhere = set(registered()) - own  # imported by another test
+    assert own | {"sgd", "lesam_plus"} == set(methods()) - from_elsewhere
+
+
+def test_the_readme_names_recipes_that_exist() -> None:
+    """By their ends, `_sam`, and their beginnings, `cifar10_`."""
+    text = files("lesam_dist.recipes").joinpath("README.md").read_text()
+    ends, beginnings = (set(re.findall(pattern, text)) for pattern in ("`_([a-z0-9_]+)`", "`([a-z0-9]+)_`"))
+    assert {"sam", "lesam_plus"} < ends <= set(methods())
+    assert {"cifar10", "imagenet"} < beginnings <= {base.split("_")[0] for base in bases()}
+
+
+def test_a_method_without_a_file_has_its_own_defaults() -> None:
+    args = parse(["--config", "imagenet_resnet50_gsam"]).optimizer.args
+    assert args == {name: own.default for name, own in registered()["gsam"].arguments.items()}
 
 
 @pytest.mark.parametrize("base", bases())
