@@ -24,7 +24,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 
 from lesam_dist.config.checks import checked
 from lesam_dist.config.explain import explain, sections, unknown_key
-from lesam_dist.config.flags import both_given, read_flags, require_values, values_of
+from lesam_dist.config.flags import Flag, both_given, read_flags, require_values, values_of, words_of
 from lesam_dist.config.help import methods_help
 from lesam_dist.config.launcher import accelerate_flags
 from lesam_dist.config.methods import as_typed, canonical, known_method, paths_of_some, paths_read, shown
@@ -112,7 +112,7 @@ def read_command_line(argv: Sequence[str] | None = None) -> CommandLine:
     if wrong := unknown_key([*(path for tree in given[:-1] for path in tree), *(path for path, _ in flags)], chosen):
         raise UserError(wrong)
     combined = combine(sources, values)
-    config = _instantiate(parser, combined, values)
+    config = _instantiate(parser, combined, flags)
     if ("print_config", None) in flags:
         print(dump(config), end="")
         sys.exit(0)
@@ -136,16 +136,17 @@ def dump(config: Config) -> str:
     return str(yaml.safe_dump(tree, sort_keys=False))
 
 
-def _instantiate(parser: ArgumentParser, combined: Combined, flags: Mapping[str, str]) -> Config:
+def _instantiate(parser: ArgumentParser, combined: Combined, flags: Sequence[Flag]) -> Config:
     """The config of the sources with the flags over them; jsonargparse sees all but the method's arguments."""
-    args = combined.args | _args_of(combined.method, flags)
-    others = {path: text for path, text in flags.items() if not path.startswith(_ARGS)}
+    given = values_of(flags)
+    args = combined.args | _args_of(combined.method, given)
+    others = [flag for flag in flags if flag[1] is not None and not canonical(flag[0]).startswith(_ARGS)]
     text = json.dumps(combined.tree, default=str, indent=1)  # jsonargparse takes a text like a file
-    words = [*(["--config", text] if combined.tree else []), *(f"--{path}={value}" for path, value in others.items())]
     try:
+        words = [*(["--config", text] if combined.tree else []), *words_of(others)]
         values = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
-        raise UserError(explain(str(error), leaves(combined.tree) | others)) from error
+        raise UserError(explain(str(error), leaves(combined.tree) | given)) from error
     config = Config(**{name: values[name] for name in Config.__dataclass_fields__})
     config.optimizer.args = args
     return checked(config)

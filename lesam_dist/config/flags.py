@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lesam_dist.config.explain import expected, nearest_key, stray_word
 from lesam_dist.config.methods import canonical, paths_read
+from lesam_dist.config.strict_yaml import read_value
 from lesam_dist.errors import UserError
 
 _WITHOUT_VALUE = ("help", "print_config")
@@ -63,7 +64,7 @@ def values_of(flags: Sequence[Flag]) -> dict[str, str]:
         if text is None or path in _WITHOUT_VALUE:
             continue
         key = canonical(path)
-        if spelled.get(key, path) != path and texts[key] != text:
+        if spelled.get(key, path) != path and read_value(texts[key]) != read_value(text):
             raise both_given(f"--{spelled[key]} {texts[key]}", f"--{path} {text}")
         texts[key], spelled[key] = text, path
     return texts

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lesam_dist.config.command_line import parse
+from lesam_dist.errors import UserError
 from tests.conftest import Command
 
 FLAGS = [
@@ -213,6 +214,17 @@ def test_what_a_file_may_hold(tmp_path: Path) -> None:
     config = parse(["--config", str(path)])
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.name) == (1e-3, 1e-3, "sgd")
     assert config.run_dir == "1e3"
+
+
+def test_flags_that_add_to_a_list() -> None:
+    flags = ["--parallel.strategy", "fsdp", "--parallel.wrap_classes+", "A", "--parallel.wrap_classes+=B"]
+    assert parse(flags).parallel.wrap_classes == ["A", "B"]
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-inf"])
+def test_negative_numbers_are_values(value: str) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr is -.*: it must be "):
+        parse(["--optimizer.lr", value])
 
 
 def test_triton_without_a_gpu(

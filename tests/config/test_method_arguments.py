@@ -161,7 +161,7 @@ def test_what_is_refused(flags: list[str], message: str) -> None:
 
 
 def test_both_spellings_with_one_value() -> None:
-    flags = ["--optimizer.sigma", "0.2", "--optimizer.args.sigma=0.2"]
+    flags = ["--optimizer.sigma", "0.2", "--optimizer.args.sigma=0.20"]
     assert parse(flags).optimizer.args["sigma"] == 0.2
     assert parse(["--config", "optimizer: {sigma: 0.2, args: {sigma: 0.2}}\n"]).optimizer.args["sigma"] == 0.2
 

@@ -18,7 +18,9 @@ from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 from lesam_dist.experiments.runs import ExperimentParser
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.train import manifest
 from lesam_dist.train.run_dir import claim
+from tests.conftest import Command
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
@@ -54,6 +56,35 @@ def test_resume_before_the_first_checkpoint_leaves_the_config(tmp_path: Path) ->
     assert (tmp_path / "run" / "config.yaml").read_text() == dump(first)
     claim(config(tmp_path / "run", "--resume", "auto", "--logging.every_steps", "3"), ALONE).release()
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 0
+
+
+# A run of version 0.1, which wrote the arguments of all methods beside the other fields.
+OLD_ARGS = {"sigma": 0.1, "rho_max": 0.2, "eps": 1e-12, "alpha": None, "plus_form": "paper", "adaptive": False}
+OLD_ARGS_OF_OTHERS = dict.fromkeys(("rho", "eta", "beta", "gamma", "lam", "interval", "power_steps", "rho_min"))
+
+
+def test_a_run_of_the_old_shape_goes_on(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
+    """Its config.yaml as the config of the new start, and its checkpoint, which has all fields."""
+    run_dir = tmp_path / "run"
+    assert command(*small, "--run_dir", run_dir)[0] == 0
+    file = run_dir / "config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    del tree["optimizer"]["args"]
+    tree["optimizer"] |= OLD_ARGS | {"eta": None}
+    file.write_text(yaml.safe_dump(tree))
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        content, files = manifest.read(folder)
+        saved = {path: value for path, value in content["config"].items() if ".args." not in path}
+        saved |= {f"optimizer.{name}": value for name, value in (OLD_ARGS | OLD_ARGS_OF_OTHERS).items()}
+        manifest.write(folder, {**content, "config": saved, "files": files})
+    again = ("--config", file, "--resume", "auto")
+    status, out, err = command(*again)
+    assert (status, err) == (0, "")
+    assert "from epoch 3" in out
+    for flag in ("--optimizer.sigma", "--optimizer.args.sigma"):
+        status, _, err = command(*again, flag, "0.3")
+        assert status == 2
+        assert "optimizer.args.sigma: 0.1 then, 0.3 now" in err
 
 
 def test_checkpoints_alone_are_a_run(tmp_path: Path) -> None:
