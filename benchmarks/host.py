@@ -97,16 +97,16 @@ class TimedOps:
 
 def seconds_in_ops(optimizer: Any, step: Callable[[], object], repeats: int) -> dict[str, float]:
     """Percentiles of the part of a step that is table checks and launch preparation."""
-    plain = optimizer._perturbation.ops
+    plain = optimizer.weights.ops
     timed = TimedOps(plain[0])
-    optimizer._perturbation.ops = [timed]
+    optimizer.weights.ops = [timed]
     samples = []
     with no_collection():
         for _ in range(_WARM_UP + repeats):
             timed.seconds = 0.0
             step()
             samples.append(timed.seconds)
-    optimizer._perturbation.ops = plain
+    optimizer.weights.ops = plain
     return percentiles(samples[_WARM_UP:])
 
 

@@ -80,7 +80,7 @@ def measure(
 
 def categories(params: Sequence[Tensor], optimizer: LESAM | SAM) -> tuple[int, int, int, int]:
     """Bytes of parameters, gradients, saved weights and optimizer state that exist now."""
-    copies = [copy for rows in optimizer._perturbation.rows for copy in rows.copies]
+    copies = [copy for rows in optimizer.weights.rows for copy in rows.copies]
     state = [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
     return storage_bytes(params), storage_bytes(p.grad for p in params), storage_bytes(copies), storage_bytes(state)
 

@@ -13,7 +13,7 @@ from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, 
 from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config
 from lesam_dist.config.values import default_values, flatten
 from lesam_dist.errors import UserError
-from lesam_dist.optim.engine.options import check_options
+from lesam_dist.optim.engine.options import Options
 
 # Larger ones are typing errors that would end in hours of nothing, or in no memory.
 _AT_MOST = {
@@ -157,9 +157,9 @@ def _check_optimizer(config: Config) -> None:
     _check_unread(config)
     _check_base(config)
     try:
-        check_options("optimizer", {name: getattr(optimizer, name) for name in OPTIONS})
+        Options(**{name: getattr(optimizer, name) for name in OPTIONS})
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"optimizer: {error}") from error
     _check_window(config)
     if optimizer.scope == "local" and strategy in ("fsdp", "hsdp"):
         raise UserError(

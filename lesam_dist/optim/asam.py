@@ -13,21 +13,19 @@ are adaptive, as in the most used SAM code. Cost: two forward and backward passe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
-from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.reference import Direction
-from lesam_dist.optim.engine.rows import Gradients
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.vectors import Ascent, Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 
-class ASAM(FixedRadius, name="asam", along="g in units of the weights' size"):
+class ASAM(SAM, name="asam", along="g in units of the weights' size"):
     """ASAM around any torch optimizer: ``ASAM(adaptive_groups(model), torch.optim.SGD, rho=0.5, lr=0.1)``.
 
     Args:
@@ -41,6 +39,8 @@ class ASAM(FixedRadius, name="asam", along="g in units of the weights' size"):
         ValueError: for a value out of range.
     """
 
+    group_defaults: ClassVar = {"adaptive": True}
+
     def __init__(
         self,
         params: ParamsT,
@@ -50,18 +50,14 @@ class ASAM(FixedRadius, name="asam", along="g in units of the weights' size"):
         eta: NonNegative = 0.01,
         **kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho, "eta": eta, "adaptive": True}, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, eta=eta, **kwargs)
 
     @classmethod
     def settings_of(cls, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"adaptive": is_adaptive(name)}
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        require_nonnegative("ASAM", "eta", group["eta"])
-
-    def aim(self, grads: list[Gradients]) -> Aim:
-        return Aim(grads, [metric(group) for group in self.param_groups])
+    def climb(self, g: Vector) -> Ascent:
+        return Ascent(g, metric=[metric(group) for group in self.param_groups])
 
 
 def metric(group: dict[str, Any]) -> Direction:

@@ -19,27 +19,22 @@ calls but a step's first leave BatchNorm's running statistics alone, as `BatchPa
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import Count, NonNegative, Positive
-from lesam_dist.optim.engine.base import Closure
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
-from lesam_dist.optim.engine.options import require_nonnegative
-from lesam_dist.optim.engine.reference import Radius
-from lesam_dist.optim.engine.rows import Gradients
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.rule import Closure
+from lesam_dist.optim.engine.vectors import Ascent, Vector, ratio
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 _VECTOR = "eigenvector"
 
 
 class EigenSAM(
-    FixedRadius,
+    SAM,
     name="eigensam",
     along="g and the Hessian's first eigenvector",
     passes="2, and 10 more every 100 steps",
@@ -62,6 +57,7 @@ class EigenSAM(
     """
 
     memory_names = (_VECTOR,)
+    group_names: ClassVar = {"alpha": "eigen_alpha", "interval": "eigen_interval"}
 
     def __init__(
         self,
@@ -75,88 +71,44 @@ class EigenSAM(
         probe: Positive = 1e-2,
         **kwargs: Any,
     ) -> None:
-        if interval < 1 or power_steps < 1 or not probe > 0:
-            raise ValueError(
-                f"EigenSAM: interval {interval} and power_steps {power_steps} must be >= 1, and probe {probe} > 0."
-            )
-        own = {"rho": rho, "eigen_alpha": alpha, "eigen_interval": interval, "power_steps": power_steps, "probe": probe}
-        super().__init__(params, base_optimizer, own, **kwargs)
+        own = {"rho": rho, "alpha": alpha, "interval": interval, "power_steps": power_steps, "probe": probe}
+        super().__init__(params, base_optimizer, **own, **kwargs)
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        require_nonnegative("EigenSAM", "alpha", group["eigen_alpha"])
+    def climb(self, g: Vector) -> Vector | Ascent:
+        alpha = float(self.first("alpha"))
+        if not alpha or self.step_index < self.first("interval"):
+            return g
+        g, v = g.perturbed, self.kept(_VECTOR)
+        norm = g.norm()
+        inverse = ratio(1.0, norm)
+        along = g.dot(v) * inverse  # of the eigenvector on g/||g||
+        d = inverse * (1 - alpha * along.abs()) * g + alpha * along.sign() * v
+        # Its length is part of the method, so it counts as 1; a norm that is not finite makes this so too.
+        return Ascent(d, norm_sq=torch.where(norm > 0, 1.0 + 0.0 * norm, norm))
 
     def first_pass(self, closure: Closure, **arguments: Any) -> Any:
         loss = self.run_pass(closure, **arguments)
-        group = self.param_groups[0]
-        if group["eigen_alpha"] and self.step_index > 0 and self.step_index % group["eigen_interval"] == 0:
-            self._iterate(closure)
+        interval = self.first("interval")
+        if self.first("alpha") and self.step_index > 0 and self.step_index % interval == 0:
+            g = self.gradient().copy()  # the probes' passes overwrite it
+            old = self.kept(_VECTOR)
+            v = self._power_iteration(closure, g.perturbed if self.step_index == interval else old)
+            self.keep(_VECTOR, v.where_finite(otherwise=old))
+            self.set_gradient(g)
         return loss
 
+    def _power_iteration(self, closure: Closure, v: Vector) -> Vector:
+        """The unit vector that products with the Hessian at the exact weights turn ``v`` into."""
+        v, probe = _unit(v), float(self.first("probe"))
+        for _ in range(int(self.first("power_steps"))):
+            product = self.gradient_at(closure, v, probe) - self.gradient_at(closure, v, -probe)
+            v = _unit(product.perturbed)
+        return v
+
     def owns_passes(self) -> str | None:
-        group = self.param_groups[0]
-        probes = f"one step in {group['eigen_interval']} makes {2 * group['power_steps']} more passes"
-        return super().owns_passes() or (probes if group["eigen_alpha"] else None)
+        probes = f"one step in {self.first('interval')} makes {2 * self.first('power_steps')} more passes"
+        return super().owns_passes() or (probes if self.first("alpha") else None)
 
-    def aim(self, grads: list[Gradients]) -> Aim:
-        weights = self._perturbation
-        grads = weights.of_perturbed(grads)
-        alpha = float(self.param_groups[0]["eigen_alpha"])
-        if not alpha or self.step_index < self.param_groups[0]["eigen_interval"]:
-            return Aim(grads)
-        vectors = [self._memory.read_or_zero(_VECTOR, rows, g) for rows, g in zip(weights.rows, grads, strict=True)]
-        norm = weights.dot(grads, grads).sqrt()
-        inverse = torch.where(norm > 0, 1 / norm, 0.0)
-        along = weights.dot(grads, vectors) * inverse  # of the eigenvector on g/||g||
-        a = inverse * (1 - alpha * along.abs())
-        b = alpha * along.sign()
-        directions: list[Gradients] = []
-        for row_grads, values in zip(grads, vectors, strict=True):
-            pairs = zip(row_grads, values, strict=True)
-            directions.append([None if g is None or v is None else g * a.to(g) + v * b.to(g) for g, v in pairs])
-        # Its length is part of the method, so it counts as 1; a norm that is not finite makes this so too.
-        return Aim(directions, sum_sq=torch.where(norm > 0, 1.0 + 0.0 * norm, norm))
 
-    def _iterate(self, closure: Closure) -> None:
-        """Power iteration from the last eigenvector, around the exact weights; leaves the first pass's gradients."""
-        weights = self._perturbation
-        first = [[None if g is None else g.clone() for g in row_grads] for row_grads in self.first_gradients()]
-        group = self.param_groups[0]
-        vector = [self._memory.read(_VECTOR, rows) for rows in weights.rows]
-        if self.step_index == group["eigen_interval"]:
-            vector = weights.of_perturbed(first)
-        vector = self._unit(vector)
-        for _ in range(int(group["power_steps"])):
-            forward, backward = (self._gradient_at(closure, vector, sign * group["probe"]) for sign in (1, -1))
-            product: list[Gradients] = [
-                [None if f is None or b is None else f - b for f, b in zip(fs, bs, strict=True)]
-                for fs, bs in zip(forward, backward, strict=True)
-            ]
-            vector = self._unit(weights.of_perturbed(product))
-        usable = torch.isfinite(weights.dot(vector, vector))
-        for rows, values in zip(weights.rows, vector, strict=True):
-            pairs = zip(values, self._memory.read(_VECTOR, rows), strict=True)
-            new = [
-                None if v is None else torch.where(usable.to(v.device), v, 0.0 if old is None else old)
-                for v, old in pairs
-            ]
-            self._memory.replace(_VECTOR, rows, new)
-        for row_grads, saved in zip(weights.gradients(), first, strict=True):
-            for g, value in zip(row_grads, saved, strict=True):
-                if g is not None and value is not None:
-                    g.copy_(value)
-
-    def _gradient_at(self, closure: Closure, vector: list[Gradients], length: float) -> list[Gradients]:
-        weights = self._perturbation
-        signed = [[None if v is None else math.copysign(1.0, length) * v for v in values] for values in vector]
-        one = torch.ones((), dtype=torch.float64, device=self.overflow.device)
-        weights.perturb(Aim(signed, sum_sq=one), [Radius(math.inf, abs(length), 0.0)] * len(self.param_groups))
-        self.zero_grads()
-        self.run_pass(closure)
-        weights.restore()
-        return [[None if g is None else g.clone() for g in row_grads] for row_grads in weights.gradients()]
-
-    def _unit(self, vector: list[Gradients]) -> list[Gradients]:
-        norm = self._perturbation.dot(vector, vector).sqrt()
-        inverse: Tensor = torch.where(norm > 0, 1 / norm, 0.0)
-        return [[None if v is None else v * inverse.to(v) for v in values] for values in vector]
+def _unit(v: Vector) -> Vector:
+    return ratio(1.0, v.norm()) * v

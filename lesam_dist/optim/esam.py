@@ -16,24 +16,22 @@ gamma < 1 the closure is called with ``per_sample=True``, ``backward=False`` and
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative, PositiveShare
-from lesam_dist.optim.engine.base import Closure
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
 from lesam_dist.optim.engine.reference import Radius
-from lesam_dist.optim.engine.rows import Gradients
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.rule import Closure
+from lesam_dist.optim.engine.vectors import Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 
 class ESAM(
-    FixedRadius,
+    SAM,
     name="esam",
     along="g of some tensors; the second pass takes some samples",
     passes="1.8 (1, a forward, 0.5)",
@@ -53,6 +51,11 @@ class ESAM(
         ValueError: for a value out of range.
     """
 
+    group_names: ClassVar = {"beta": "esam_beta", "gamma": "esam_gamma", "seed": "esam_seed"}
+    counts_steps = True
+
+    _clean_losses: Tensor  # of each sample, from the first pass of a step
+
     def __init__(
         self,
         params: ParamsT,
@@ -64,39 +67,29 @@ class ESAM(
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("beta", beta), ("gamma", gamma)):
-            if not 0 < value <= 1:
-                raise ValueError(f"ESAM: {name} is {value}; it must be in (0, 1].")
         if kwargs.get("ascent_fraction", 1.0) != 1.0 and gamma < 1:
             raise ValueError("ESAM: gamma < 1 compares each sample's losses and needs ascent_fraction=1.")
-        own = {"rho": rho, "esam_beta": beta, "esam_gamma": gamma, "esam_seed": seed}
-        super().__init__(params, base_optimizer, own, counts_steps=True, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, beta=beta, gamma=gamma, seed=seed, **kwargs)
 
     def radius(self, group: dict[str, Any]) -> Radius:
-        return Radius(sigma=math.inf, rho_max=float(group["rho"]) / self._option("beta"), eps=0.0)
+        return Radius.fixed(float(group["rho"]) / self.first("beta"))
 
-    def aim(self, grads: list[Gradients]) -> Aim:
-        beta = self._option("beta")
+    def climb(self, g: Vector) -> Vector:
+        beta = self.first("beta")
         if beta == 1:
-            return Aim(grads)
-        params = [p for group in self.param_groups for p in group["params"]]
-        generator = torch.Generator().manual_seed(int(self._option("seed")) + 1_000_003 * self.step_index)
-        drawn = dict(zip(params, (torch.rand(len(params), generator=generator) < beta).tolist(), strict=True))
-        return Aim(
-            [
-                [g if drawn[p] else None for p, g in zip(rows.params, row_grads, strict=True)]
-                for rows, row_grads in zip(self._perturbation.rows, grads, strict=True)
-            ]
-        )
+            return g
+        count = sum(len(group["params"]) for group in self.param_groups)
+        generator = torch.Generator().manual_seed(int(self.first("seed")) + 1_000_003 * self.step_index)
+        return g.only((torch.rand(count, generator=generator) < beta).tolist())
 
     def first_pass(self, closure: Closure, **arguments: Any) -> Any:
-        if self._option("gamma") == 1:
+        if self.first("gamma") == 1:
             return self.run_pass(closure, **arguments)
-        self._clean_losses: Tensor = self.run_pass(closure, per_sample=True, **arguments)
+        self._clean_losses = self.run_pass(closure, per_sample=True, **arguments)
         return self._clean_losses.mean()
 
     def second_pass(self, closure: Closure) -> Any:
-        gamma = self._option("gamma")
+        gamma = self.first("gamma")
         if gamma == 1:
             return self.run_pass(closure)
         rise = self.run_pass(closure, per_sample=True, backward=False) - self._clean_losses
@@ -106,8 +99,5 @@ class ESAM(
         return self.run_pass(closure, subset=rise.topk(count).indices)
 
     def owns_passes(self) -> str | None:
-        gamma = self._option("gamma")
+        gamma = self.first("gamma")
         return super().owns_passes() or (f"the second pass takes {gamma} of the samples" if gamma < 1 else None)
-
-    def _option(self, name: str) -> float:
-        return float(self.param_groups[0][f"esam_{name}"])

@@ -13,19 +13,17 @@ in plain torch, and is freed before the second pass.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
-from lesam_dist.optim.engine.options import require_nonnegative
-from lesam_dist.optim.engine.rows import Gradients
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.vectors import Ascent, Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 
-class FisherSAM(FixedRadius, name="fishersam", along="g, less where the Fisher information is large"):
+class FisherSAM(SAM, name="fishersam", along="g, less where the Fisher information is large"):
     """Fisher SAM around any torch optimizer: ``FisherSAM(params, torch.optim.SGD, rho=0.1, eta=1.0, lr=0.1)``.
 
     Args:
@@ -39,6 +37,8 @@ class FisherSAM(FixedRadius, name="fishersam", along="g, less where the Fisher i
         ValueError: for a value out of range.
     """
 
+    group_names: ClassVar = {"eta": "fisher_eta"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -48,17 +48,9 @@ class FisherSAM(FixedRadius, name="fishersam", along="g, less where the Fisher i
         eta: NonNegative = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho, "fisher_eta": eta}, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, eta=eta, **kwargs)
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        require_nonnegative("FisherSAM", "eta", group["fisher_eta"])
-
-    def aim(self, grads: list[Gradients]) -> Aim:
-        grads = self._perturbation.of_perturbed(grads)
-        etas = [float(group["fisher_eta"]) for group in self.param_groups]
-        directions: list[Gradients] = []
-        for rows, row_grads in zip(self._perturbation.rows, grads, strict=True):
-            pairs = zip(row_grads, rows.groups, strict=True)
-            directions.append([None if g is None else g / (1 + etas[group] * g * g) for g, group in pairs])
-        return Aim(directions, sum_sq=self._perturbation.dot(grads, directions))
+    def climb(self, g: Vector) -> Ascent:
+        g = g.perturbed
+        d = g.map(lambda g, eta: g / (1 + eta * g * g), self.per_group("eta"))
+        return Ascent(d, norm_sq=g.dot(d))

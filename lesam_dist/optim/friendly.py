@@ -13,23 +13,20 @@ value, which a skipped step must not keep.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative, Share
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
-from lesam_dist.optim.engine.options import require_nonnegative
-from lesam_dist.optim.engine.reference import Direction
-from lesam_dist.optim.engine.rows import Gradients
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.vectors import Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 _AVERAGE = "friendly_ema"
 
 
 class FriendlySAM(
-    FixedRadius,
+    SAM,
     name="fsam",
     along="g less its moving average",
     keeps="the average; in the second pass also its next value",
@@ -49,6 +46,7 @@ class FriendlySAM(
     """
 
     memory_names = (_AVERAGE,)
+    group_names: ClassVar = {"sigma": "friendly_sigma", "lam": "friendly_lam"}
 
     def __init__(
         self,
@@ -60,20 +58,10 @@ class FriendlySAM(
         lam: Share = 0.6,
         **kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho, "friendly_sigma": sigma, "friendly_lam": lam}, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, sigma=sigma, lam=lam, **kwargs)
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        require_nonnegative("FriendlySAM", "sigma", group["friendly_sigma"])
-        if not 0 <= group["friendly_lam"] <= 1:
-            raise ValueError(f"FriendlySAM: lam is {group['friendly_lam']}; it must be in [0, 1].")
+    def climb(self, g: Vector) -> Vector:
+        return g - self.per_group("sigma") * self.kept(_AVERAGE, like=g)
 
-    def aim(self, grads: list[Gradients]) -> Aim:
-        directions = [Direction(ema_scale=float(group["friendly_sigma"])) for group in self.param_groups]
-        pairs = zip(self._perturbation.rows, grads, strict=True)
-        return Aim(grads, directions, [self._memory.read_or_zero(_AVERAGE, rows, g) for rows, g in pairs])
-
-    def ascended(self, grads: list[Gradients]) -> None:
-        weight = 1 - float(self.param_groups[0]["friendly_lam"])
-        for rows, row_grads in zip(self._perturbation.rows, grads, strict=True):
-            self._memory.blend(_AVERAGE, rows, row_grads, weight)
+    def remember_first(self, g: Vector) -> None:
+        self.keep_average(_AVERAGE, g, weight=1 - float(self.first("lam")))

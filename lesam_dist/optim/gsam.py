@@ -13,22 +13,18 @@ products.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
-from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.reference import Radius
-from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.vectors import Vector, ratio
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 
-class GSAM(FixedRadius, name="gsam", along="g; removes from it what does not change the perturbed loss", keeps="g"):
+class GSAM(SAM, name="gsam", along="g; removes from it what does not change the perturbed loss", keeps="g"):
     """GSAM around any torch optimizer: ``GSAM(params, torch.optim.SGD, rho=0.05, alpha=0.4, lr=0.1)``.
 
     Args:
@@ -46,6 +42,8 @@ class GSAM(FixedRadius, name="gsam", along="g; removes from it what does not cha
         ValueError: for a value out of range.
     """
 
+    group_names: ClassVar = {"alpha": "gsam_alpha"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -58,8 +56,8 @@ class GSAM(FixedRadius, name="gsam", along="g; removes from it what does not cha
         lr_min: NonNegative = 0.0,
         **kwargs: Any,
     ) -> None:
-        own = {"rho": rho, "gsam_alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
-        super().__init__(params, base_optimizer, own, **kwargs)
+        own: dict[str, Any] = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
+        super().__init__(params, base_optimizer, **own, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -69,26 +67,22 @@ class GSAM(FixedRadius, name="gsam", along="g; removes from it what does not cha
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        require_nonnegative("GSAM", "alpha", group["gsam_alpha"])
-        if group["rho_min"] is not None:
-            require_nonnegative("GSAM", "rho_min", group["rho_min"])
-            if group["rho_min"] > group["rho"]:
-                raise ValueError(f"GSAM: rho_min is {group['rho_min']}, above rho, {group['rho']}: it is the lowest.")
+        if group["rho_min"] is not None and group["rho_min"] > group["rho"]:
+            raise ValueError(f"GSAM: rho_min is {group['rho_min']}, above rho, {group['rho']}: it is the lowest.")
 
     def radius(self, group: dict[str, Any]) -> Radius:
         rho, low = float(group["rho"]), group["rho_min"]
         span = group["lr_max"] - group["lr_min"]
         if low is not None and span > 0:
             rho = max(0.0, low + (rho - low) * (float(group["lr"]) - group["lr_min"]) / span)
-        return Radius(sigma=math.inf, rho_max=rho, eps=0.0)
+        return Radius.fixed(rho)
 
-    def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
-        return 1.0, float(bool(self.param_groups[0]["gsam_alpha"]))
+    def needs_first(self, group: dict[str, Any]) -> bool:
+        return bool(self.first("alpha") > 0)
 
-    def mixture_factors(self, grads: list[Gradients]) -> Tensor | None:
-        alpha = float(self.param_groups[0]["gsam_alpha"])
+    def descend(self, g: Vector, g_hat: Vector) -> Vector:
+        alpha = float(self.first("alpha"))
         if alpha == 0:
-            return None
-        inner, _, square = self._perturbation.dot_kept(grads).unbind()
-        share = torch.where(square > 0, inner / square, 0.0)
-        return torch.stack([1 + alpha * share, torch.full_like(share, -alpha)])
+            return g_hat
+        share = ratio(g.dot(g_hat), g_hat.norm_sq())
+        return g_hat - alpha * (g - share * g_hat)

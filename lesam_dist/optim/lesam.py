@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
@@ -26,10 +26,8 @@ from torch.optim.optimizer import ParamsT
 from lesam_dist.optim.asam import is_adaptive, metric
 from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.base import SharpnessAware
-from lesam_dist.optim.engine.options import require_nonnegative
 from lesam_dist.optim.engine.reference import Radius
-from lesam_dist.optim.engine.rows import Gradients
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.vectors import Ascent, Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
@@ -65,6 +63,9 @@ class LESAM(
         ValueError: for a value out of range.
     """
 
+    # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.
+    group_names: ClassVar = {"eps": "norm_eps", "alpha": "plus_alpha"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -79,32 +80,26 @@ class LESAM(
         eta: NonNegative = 0.0,
         **kwargs: Any,
     ) -> None:
-        # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.
-        own = {"norm_eps": eps, "plus_alpha": alpha, "plus_form": plus_form}
-        defaults = {"sigma": sigma, "rho_max": rho_max, "adaptive": adaptive, "eta": eta, **own}
-        super().__init__(params, base_optimizer, defaults, **kwargs)
+        own = {"sigma": sigma, "rho_max": rho_max, "eps": eps, "alpha": alpha, "plus_form": plus_form}
+        super().__init__(params, base_optimizer, **own, adaptive=adaptive, eta=eta, **kwargs)
 
     @classmethod
     def settings_of(cls, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"adaptive": is_adaptive(name)} if arguments.get("adaptive") else {}
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        for key in ("sigma", "norm_eps", "plus_alpha", "eta"):
-            require_nonnegative("LESAM", key, group[key])
-        if group["rho_max"] is not None:
-            require_nonnegative("LESAM", "rho_max", group["rho_max"])
-        if group["plus_form"] not in ("paper", "released"):
-            raise ValueError(f"LESAM: plus_form is {group['plus_form']!r}; choose 'paper' or 'released'.")
-
     def radius(self, group: dict[str, Any]) -> Radius:
         rho_max = math.inf if group["rho_max"] is None else float(group["rho_max"])
         return Radius(float(group["sigma"]), rho_max, float(group["norm_eps"]))
 
-    def aim(self, grads: list[Gradients]) -> Aim:
+    def climb(self, g: Vector) -> Vector | Ascent:
         if not any(group["adaptive"] for group in self.param_groups):
-            return Aim(grads)
-        return Aim(grads, [metric(group) for group in self.param_groups])
+            return g
+        return Ascent(g, metric=[metric(group) for group in self.param_groups])
 
-    def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
-        alpha = float(group["plus_alpha"])
-        return (1 + alpha if group["plus_form"] == "paper" else 1.0), -alpha
+    def needs_first(self, group: dict[str, Any]) -> bool:
+        return bool(group["plus_alpha"] > 0)
+
+    def descend(self, g: Vector, g_hat: Vector) -> Vector:
+        alpha = self.per_group("alpha")
+        a = self.per_group(lambda group: group["plus_alpha"] if group["plus_form"] == "paper" else 0.0)
+        return (1 + a) * g_hat - alpha * g

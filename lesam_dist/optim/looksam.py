@@ -11,23 +11,20 @@ them per tensor. Cost: (k + 1) / k forward and backward passes a step, one copy 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import Count, NonNegative
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
-from lesam_dist.optim.engine.options import require_nonnegative
-from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.vectors import Vector, ratio
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 _KEPT = "look_back"
 
 
 class LookSAM(
-    FixedRadius,
+    SAM,
     name="looksam",
     along="g, every 5th step, whose effect the others go on using",
     passes="1.2",
@@ -49,6 +46,7 @@ class LookSAM(
     """
 
     memory_names = (_KEPT,)
+    group_names: ClassVar = {"alpha": "look_alpha"}
 
     def __init__(
         self,
@@ -60,32 +58,14 @@ class LookSAM(
         alpha: NonNegative = 0.7,
         **kwargs: Any,
     ) -> None:
-        own = {"rho": rho, "look_alpha": alpha}
-        super().__init__(params, base_optimizer, own, ascent_interval=interval, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, alpha=alpha, ascent_interval=interval, **kwargs)
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        require_nonnegative("LookSAM", "alpha", group["look_alpha"])
+    def needs_first(self, group: dict[str, Any]) -> bool:
+        return True
 
-    def mixture(self, group: dict[str, Any]) -> tuple[float, float]:
-        return 1.0, 1.0  # keeps g; see mixture_factors
+    def remember(self, g: Vector, g_hat: Vector) -> None:
+        self.keep(_KEPT, g_hat - ratio(g_hat.dot(g), g.norm_sq()) * g)
 
-    def mixture_factors(self, grads: list[Gradients]) -> Tensor | None:
-        inner, square, _ = self._perturbation.dot_kept(grads).unbind()
-        share = torch.where(square > 0, inner / square, 0.0)
-        for rows, second in zip(self._perturbation.rows, grads, strict=True):
-            parts: Gradients = []
-            for g_hat, g in zip(second, rows.kept, strict=True):
-                parts.append(g_hat if g_hat is None or g is None else torch.addcmul(g_hat, g, -share.to(g)))
-            self._memory.replace(_KEPT, rows, parts)
-        return torch.stack([torch.ones_like(share), torch.zeros_like(share)])
-
-    def between(self, grads: list[Gradients]) -> None:
-        weights = self._perturbation
-        kept = [self._memory.read(_KEPT, rows) for rows in weights.rows]
-        norm, kept_norm = weights.dot(grads, grads).sqrt(), weights.dot(kept, kept).sqrt()
-        factor = float(self.param_groups[0]["look_alpha"]) * torch.where(kept_norm > 0, norm / kept_norm, 0.0)
-        for row_grads, row_kept in zip(grads, kept, strict=True):
-            for g, g_v in zip(row_grads, row_kept, strict=True):
-                if g is not None and g_v is not None:
-                    g.addcmul_(g_v.to(g.dtype), factor.to(g))
+    def between(self, g: Vector) -> Vector:
+        g_v = self.kept(_KEPT)
+        return g + float(self.first("alpha")) * ratio(g.norm(), g_v.norm()) * g_v

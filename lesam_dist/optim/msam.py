@@ -14,19 +14,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
-from lesam_dist.optim.engine.single_pass import SinglePass
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.vectors import Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
-from lesam_dist.parallel.shards import local_shard
-
-_MOMENTA = ("momentum_buffer", "exp_avg")
+from lesam_dist.optim.sam import SAM
 
 
-class MSAM(SinglePass, name="msam", along="the base optimizer's momentum", passes="1", one_pass=True):
+class MSAM(SAM, name="msam", along="the base optimizer's momentum", passes="1", one_pass=True):
     """MSAM around SGD with momentum or Adam(W): ``MSAM(params, torch.optim.SGD, rho=3.0, lr=0.1, momentum=0.9)``.
 
     Args:
@@ -42,7 +38,7 @@ class MSAM(SinglePass, name="msam", along="the base optimizer's momentum", passe
     def __init__(
         self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 3.0, **kwargs: Any
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, **kwargs)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -50,18 +46,5 @@ class MSAM(SinglePass, name="msam", along="the base optimizer's momentum", passe
             name = type(self.base_optimizer).__name__
             raise ValueError(f"MSAM perturbs along the momentum, but {name} has none here: set momentum above 0.")
 
-    def look_ahead(self) -> Aim:
-        return Aim(
-            [
-                [self._against(p, self.param_groups[group]) for p, group in zip(rows.params, rows.groups, strict=True)]
-                for rows in self._perturbation.rows
-            ]
-        )
-
-    def _against(self, p: Tensor, group: dict[str, Any]) -> Tensor | None:
-        state = self.state.get(p, {})
-        momentum = next((state[name] for name in _MOMENTA if state.get(name) is not None), None)
-        if momentum is None:
-            return None
-        # What is maximized has a momentum of -g, and is perturbed against its direction.
-        return local_shard(momentum).detach() if group.get("maximize") else -local_shard(momentum)
+    def look_ahead(self) -> Vector:
+        return -self.momentum()

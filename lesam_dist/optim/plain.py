@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.engine.base import SharpnessAware
+from lesam_dist.optim.engine.base import Kind, SharpnessAware
 from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
@@ -25,7 +25,7 @@ class Plain(SharpnessAware):
     """
 
     def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, **kwargs: Any) -> None:
-        super().__init__(params, base_optimizer, {}, **kwargs)
+        super().__init__(params, base_optimizer, **kwargs)
 
     def radius(self, group: dict[str, Any]) -> Radius:
         return Radius(sigma=0.0, rho_max=0.0, eps=0.0)
@@ -33,5 +33,5 @@ class Plain(SharpnessAware):
     def owns_passes(self) -> str:
         return "the base optimizer alone makes one pass a step"
 
-    def _is_ascent_step(self) -> bool:
-        return False
+    def _next_kind(self) -> Kind:
+        return "plain"

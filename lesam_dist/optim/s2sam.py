@@ -16,16 +16,15 @@ from typing import Any
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
-from lesam_dist.optim.engine.rows import Gradients
-from lesam_dist.optim.engine.single_pass import SinglePass
-from lesam_dist.optim.engine.weights import Aim
+from lesam_dist.optim.engine.vectors import Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 _PREVIOUS = "previous_grad"
 
 
 class S2SAM(
-    SinglePass, name="s2sam", along="the gradient of the step before", passes="1", keeps="that gradient", one_pass=True
+    SAM, name="s2sam", along="the gradient of the step before", passes="1", keeps="that gradient", one_pass=True
 ):
     """S2-SAM around any torch optimizer: ``S2SAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``.
 
@@ -44,11 +43,10 @@ class S2SAM(
     def __init__(
         self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 0.05, **kwargs: Any
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, **kwargs)
 
-    def look_ahead(self) -> Aim:
-        return Aim([self._memory.read(_PREVIOUS, rows) for rows in self._perturbation.rows])
+    def look_ahead(self) -> Vector:
+        return self.kept(_PREVIOUS)
 
-    def update_memory(self, grads: list[Gradients]) -> None:
-        for rows, g in zip(self._perturbation.rows, grads, strict=True):
-            self._memory.replace(_PREVIOUS, rows, g)
+    def remember(self, g: Vector, g_hat: Vector) -> None:
+        self.keep(_PREVIOUS, g_hat)

@@ -14,11 +14,12 @@ from typing import Any
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
+from lesam_dist.optim.engine.base import SharpnessAware
+from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
-class SAM(FixedRadius, name="sam", along="g"):
+class SAM(SharpnessAware, name="sam", along="g"):
     """SAM around any torch optimizer: ``SAM(params, torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)``.
 
     Args:
@@ -34,11 +35,9 @@ class SAM(FixedRadius, name="sam", along="g"):
     """
 
     def __init__(
-        self,
-        params: ParamsT,
-        base_optimizer: BaseOptimizer,
-        *,
-        rho: NonNegative = 0.05,
-        **kwargs: Any,
+        self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 0.05, **kwargs: Any
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, **kwargs)
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        return Radius.fixed(float(group["rho"]))

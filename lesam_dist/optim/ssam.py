@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
-from lesam_dist.optim.engine.fixed_radius import FixedRadius
-from lesam_dist.optim.engine.rows import Gradients
+from lesam_dist.optim.engine.vectors import Vector, ratio
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
+from lesam_dist.optim.sam import SAM
 
 
-class SSAM(FixedRadius, name="ssam", along="g; the update is as long as g"):
+class SSAM(SAM, name="ssam", along="g; the update is as long as g"):
     """Stable SAM around any torch optimizer: ``SSAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``.
 
     Args:
@@ -37,13 +35,13 @@ class SSAM(FixedRadius, name="ssam", along="g; the update is as long as g"):
     def __init__(
         self, params: ParamsT, base_optimizer: BaseOptimizer, *, rho: NonNegative = 0.05, **kwargs: Any
     ) -> None:
-        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
+        super().__init__(params, base_optimizer, rho=rho, **kwargs)
+
+    def needs_first(self, group: dict[str, Any]) -> bool:
+        return False  # its norm is enough
 
     def shares_first_gradient(self) -> str | None:
         return "its update is as long as the first gradient, so that the processes' weights drift apart"
 
-    def mixture_factors(self, grads: list[Gradients]) -> Tensor | None:
-        second = self._perturbation.of_perturbed(grads)
-        norm = self._perturbation.dot(second, second).sqrt()
-        share = torch.where(norm > 0, self.telemetry["grad_norm"].to(norm.device) / norm, 1.0)
-        return torch.stack([share, torch.ones_like(share)])
+    def descend(self, g: Vector, g_hat: Vector) -> Vector:
+        return ratio(self.grad_norm, g_hat.perturbed.norm(), otherwise=1.0) * g_hat

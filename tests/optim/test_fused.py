@@ -131,7 +131,7 @@ def test_a_schedule_moves_scalars_and_nothing_else(seed: int, base: str, monkeyp
     plain = LESAM(twin.parameters(), cls, backend="reference", **kwargs)
     take_steps(fused, net, range(1))
     take_steps(plain, twin, range(1))
-    ops = fused._perturbation.ops[0]
+    ops = fused.weights.ops[0]
     assert isinstance(ops, TritonOps)
     addresses = ops._radii._tensor.data_ptr(), ops._scalars._tensor.data_ptr()  # type: ignore[union-attr]
     for step in range(1, 5):
@@ -141,7 +141,7 @@ def test_a_schedule_moves_scalars_and_nothing_else(seed: int, base: str, monkeyp
         take_steps(fused, net, range(step, step + 1))
         take_steps(plain, twin, range(step, step + 1))
     assert_same((net, fused), (twin, plain))
-    assert fused._perturbation.ops[0] is ops
+    assert fused.weights.ops[0] is ops
     assert (ops._radii._tensor.data_ptr(), ops._scalars._tensor.data_ptr()) == addresses  # type: ignore[union-attr]
 
 
@@ -154,7 +154,7 @@ def test_push_scalars_is_all_that_a_replay_needs(seed: int) -> None:
     plain = LESAM(twin.parameters(), SGD, backend="reference", **kwargs)
     take_steps(fused, net, range(2))
     take_steps(plain, twin, range(2))
-    ops, update = fused._perturbation.ops[0], None
+    ops, update = fused.weights.ops[0], None
     assert isinstance(ops, TritonOps)
     for optimizer in (fused, plain):
         optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["sigma"] = 0.03, 0.05

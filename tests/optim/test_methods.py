@@ -452,7 +452,7 @@ def test_asam_by_the_released_rule(seed: int) -> None:
         (optim.WSAM, {"gamma": 1.0}, "gamma is 1.0"),
         (optim.ESAM, {"beta": 0.0}, "beta is 0.0"),
         (optim.ESAM, {"ascent_fraction": 0.5}, "needs ascent_fraction=1"),
-        (optim.EigenSAM, {"interval": 0}, "interval 0"),
+        (optim.EigenSAM, {"interval": 0}, "interval is 0"),
         (optim.EigenSAM, {"scope": "local"}, "a checkpoint saves one"),
         (optim.MSAM, {}, "SGD has none here: set momentum above 0"),
         (optim.S2SAM, {"scope": "local"}, "it has no first pass to change"),

@@ -258,8 +258,8 @@ def test_channels_last_weights(seed: int) -> None:
         ({"sigma": -0.1}, "sigma is -0.1"),
         ({"sigma": float("nan")}, "sigma is nan"),
         ({"rho_max": -1.0}, "rho_max is -1.0"),
-        ({"eps": -1e-12}, "norm_eps"),
-        ({"alpha": -1.0}, "plus_alpha"),
+        ({"eps": -1e-12}, "eps"),
+        ({"alpha": -1.0}, "alpha"),
         ({"plus_form": "official"}, "plus_form is 'official'"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
     ],
@@ -326,7 +326,7 @@ def test_memory_is_one_copy_of_the_parameters(seed: int, alpha: float, backend: 
         assert not any(ref() is not None for ref in first), "the second pass must not pay for the first one's gradients"
         closure()
         optimizer.second_step(zero_grad=True)
-        buffers = [t for rows in optimizer._perturbation.rows for t in (*rows.copies, *rows.kept) if t is not None]
+        buffers = [t for rows in optimizer.weights.rows for t in (*rows.copies, *rows.kept) if t is not None]
         assert sum(t.numel() for t in buffers) == numel * (2 if alpha else 1)
         kept.append({t.data_ptr() for t in buffers})
     assert kept[0] == kept[1]
@@ -373,7 +373,7 @@ def test_disabled_is_the_plain_optimizer_and_copies_nothing(
         torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
     assert optimizer.telemetry["skipped"].item() == 1
     assert optimizer.telemetry["rho"].item() == 0
-    assert all(copy is None for rows in optimizer._perturbation.rows for copy in rows.copies)
+    assert all(copy is None for rows in optimizer.weights.rows for copy in rows.copies)
     optimizer.enabled = True
     optimizer.step(make_closure(net))
     assert optimizer.telemetry["rho"].item() == pytest.approx(0.3)

@@ -70,6 +70,9 @@ def test_no_other_reduction_of_tensors_is_used() -> None:
     )
     package = Path(lesam_dist.__file__).parent
     files = [path for path in package.rglob("*.py") if path.name != "simple.py"]  # to be read; nothing runs on it
+    # A rule's `norm()` is that of a `Vector`, which goes through `reference` as well.
+    rules = {path.name for path in (package / "optim").glob("*.py")} | {"vectors.py"}
     lines = ((path.name, line) for path in files for line in path.read_text().splitlines())
+    lines = ((name, re.sub(r"\bnorm\((self)?\)", "", line) if name in rules else line) for name, line in lines)
     found = [(name, match[1]) for name, line in lines if (match := banned.search(line.partition("#")[0]))]
     assert found == [("reference.py", "linalg.vector_norm")]

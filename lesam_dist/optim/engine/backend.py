@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lesam_dist.optim.engine.base_update import BaseUpdate
+from lesam_dist.optim.engine.options import Backend
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.rows import Gradients, Rows
-
-Backend = Literal["auto", "reference", "triton"]
 
 
 class Ops(Protocol):
@@ -22,9 +21,12 @@ class Ops(Protocol):
     An object serves one `Rows` and may cache for it. Scalars per param group come as a list over the groups.
     """
 
-    def aim(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
-        """Choose along what `perturb` moves: first gradients, averages of them that some directions read, and the
-        direction of each param group. Its squared norm over the perturbed rows, float64 0-d."""
+    def sum_sq_first(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+        """Take what `perturb` will move along: first gradients, averages of them that some directions read, and what
+        each param group makes of both. Returns its squared norm over the perturbed rows, float64 0-d."""
+
+    def stay(self) -> None:
+        """Take it that this step perturbs nothing."""
 
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         """Sum of squares of the second gradients over all rows, float64 0-d."""
@@ -53,12 +55,6 @@ class Ops(Protocol):
 
     def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
         """Copy scheduled values to where the kernels read them; see `SharpnessAware.push_scalars`."""
-
-
-def require_backend(backend: str) -> None:
-    """Raise ValueError for an unknown backend."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(get_args(Backend))}.")
 
 
 def choose(backend: Backend, rows: Rows) -> Backend:

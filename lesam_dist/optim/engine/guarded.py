@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.engine.backend import Backend
 from lesam_dist.optim.engine.contract import has_gradients
 from lesam_dist.optim.engine.eager import eager
 from lesam_dist.optim.engine.fused import unfuse_dtensors
 from lesam_dist.optim.engine.memory import ASCENT, Memory
-from lesam_dist.optim.engine.weights import Perturbation
+from lesam_dist.optim.engine.options import Backend, Options
+from lesam_dist.optim.engine.weights import Weights
 from lesam_dist.optim.engine.wrapper import BaseOptimizer, SharedOptimizer
 
 
 class GuardedOptimizer(SharedOptimizer):
-    """Owns the perturbation and the memory of a method, and keeps both right through every round trip.
+    """Owns the weights and the memory of a method, and keeps both right through every round trip.
 
     Args:
         params, base_optimizer, defaults, base_kwargs: see `SharedOptimizer`.
@@ -27,7 +27,8 @@ class GuardedOptimizer(SharedOptimizer):
 
     memory_names: tuple[str, ...] = ()  # of the tensors that a method keeps per parameter, see `Memory`
 
-    _perturbation: Perturbation
+    weights: Weights
+    options: Options
 
     def __init__(
         self,
@@ -49,16 +50,16 @@ class GuardedOptimizer(SharedOptimizer):
     @eager
     def restore(self) -> None:
         """Back to the exact weights without an update, e.g. after an exception; harmless when not perturbed."""
-        self._perturbation.restore()
+        self.weights.restore()
         self._memory.drop()
 
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are the perturbed ones: between `first_step` and `second_step` or `restore`."""
-        return self._perturbation.active
+        return self.weights.active
 
     def forget(self) -> None:
-        self._perturbation = Perturbation(self._backend)
+        self.weights = Weights(self._backend)
 
     # Each of these would lose the copies, or save perturbed weights.
 
@@ -132,3 +133,7 @@ class GuardedOptimizer(SharedOptimizer):
                 step.zero_()  # nothing was stepped
             elif step is not None:
                 state["step"] = 0
+
+    def zero_grads(self) -> None:
+        """Zero all gradients as the options say."""
+        self.zero_grad(set_to_none=not self.options.static_grads)

@@ -33,6 +33,11 @@ class Radius(NamedTuple):
     rho_max: float
     eps: float
 
+    @classmethod
+    def fixed(cls, rho: float) -> Radius:
+        """SAM's: ``rho`` whatever the norm; against the direction where it is negative."""
+        return cls(sigma=math.copysign(math.inf, rho), rho_max=abs(rho), eps=0.0)
+
 
 class Direction(NamedTuple):
     """Along what the weights of a param group move: ``T^2 * v`` with ``v = g - ema_scale*ema`` and ``T = p*|w| + q``.
@@ -45,7 +50,7 @@ class Direction(NamedTuple):
     ema_scale: float = 0.0
 
 
-def aim(w: Tensor, g: Tensor, ema: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor]:
+def directed(w: Tensor, g: Tensor, ema: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor]:
     """``T*v`` and ``T^2*v`` of one parameter, in at least float32; for the plain gradient both are ``g`` itself."""
     if direction == Direction():
         return g, g
@@ -99,7 +104,7 @@ def perturb(
 
     Args:
         params, directions, copies: parallel lists; shapes agree, a copy has its parameter's dtype and strides, and is
-            the caller's for this purpose alone. A direction is the gradient, or what `aim` makes of it.
+            the caller's for this purpose alone. A direction is the gradient, or what `directed` makes of it.
         sum_sq: 0-d, the squared global gradient norm, of which these lists may be a part.
         radius: how rho follows from the norm.
 
@@ -136,6 +141,9 @@ def mix(g_hat: Tensor, g: Tensor | None, a: float | Tensor, b: float | Tensor) -
 
     a and b are numbers, or 0-d tensors on the device.
     """
+    if isinstance(a, float) and a == 0.0 and g is not None:
+        torch.mul(g, b, out=g_hat)
+        return
     g_hat.mul_(a)
     if g is not None:
         if isinstance(b, Tensor):

@@ -18,21 +18,24 @@ class ReferenceOps:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._touched: list[int] = []
-        self._aims: Gradients = []
+        self._along: Gradients = []
 
-    def aim(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+    def sum_sq_first(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
         rows = self._rows
         require_dense([g for g in grads if g is not None])
-        self._aims, scaled = [], []
+        self._along, scaled = [], []
         for row, g in enumerate(grads):
             if g is None or not rows.perturbed[row]:
-                self._aims.append(None)
+                self._along.append(None)
                 continue
             average = ema[row] if ema else None
-            scaled_g, along = reference.aim(rows.shards[row], g, average, directions[rows.groups[row]])
+            scaled_g, along = reference.directed(rows.shards[row], g, average, directions[rows.groups[row]])
             scaled.append(scaled_g)
-            self._aims.append(along)
+            self._along.append(along)
         return self._sum_sq(scaled)
+
+    def stay(self) -> None:
+        self._along = []
 
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         return self._sum_sq(grads)
@@ -40,15 +43,15 @@ class ReferenceOps:
     def perturb(self, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
         rows = self._rows
         by_radius: dict[Radius, list[int]] = {}
-        for row in allocate_copies(rows, self._aims):
+        for row in allocate_copies(rows, self._along):
             by_radius.setdefault(radii[rows.groups[row]], []).append(row)
         stats = None
         for radius, members in by_radius.items():
-            shards, along = _take(rows.shards, members), _take(self._aims, members)
+            shards, along = _take(rows.shards, members), _take(self._along, members)
             result = reference.perturb(shards, along, _take(rows.copies, members), sum_sq, radius)
             self._touched += members
             stats = result if stats is None else stats
-        self._aims = []  # the second pass must not pay for them
+        self._along = []  # the second pass must not pay for them
         return torch.zeros(3, dtype=torch.float64, device=rows.device) if stats is None else stats
 
     def restore(self) -> None:

@@ -37,14 +37,8 @@ class TritonOps:
         self._second: Gradients | None = None  # what the table was told of in this step
         self._state_key: tuple[tuple[str, ...], list[bool], list[bool]] = ((), [], [])
 
-    def aim(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
-        # The copies say which rows are perturbed; they change only with the set of gradients.
-        present = [g is not None for g in grads]
-        if present != self._copied:
-            allocate_copies(self._rows, grads)
-            self._table.set("copy", self._rows.copies)
-            self._copied = present
-        self._set("g", grads)
+    def sum_sq_first(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+        self._take(grads)
         self._direction = {}
         if any((d.p, d.q) != (0.0, 1.0) for d in directions):
             self._direction["metric"] = self._metric.on_device([(d.p, d.q) for d in directions], torch.float32)
@@ -53,6 +47,9 @@ class TritonOps:
             scales = self._ema_scale.on_device([(d.ema_scale,) for d in directions], torch.float32)
             self._direction["ema_scale"] = scales.view(-1)
         return lesam_kernels.sum_sq(self._table, "g", perturbed_only=True, **self._direction)
+
+    def stay(self) -> None:
+        self._take([None] * len(self._rows.params))
 
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         self._set("g_hat", grads)
@@ -104,6 +101,15 @@ class TritonOps:
         self._radii.on_device(radii, torch.float64)
         if update is not None:
             self._scalars.on_device(update.scalars, update.dtype)
+
+    def _take(self, grads: Gradients) -> None:
+        """Let rows with a first gradient and a copy be those that are perturbed."""
+        present = [g is not None for g in grads]
+        if present != self._copied:  # copies change only with the set of gradients
+            allocate_copies(self._rows, grads)
+            self._table.set("copy", self._rows.copies)
+            self._copied = present
+        self._set("g", grads)
 
     def _set(self, column: str, grads: Gradients) -> None:
         try:

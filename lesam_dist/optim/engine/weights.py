@@ -1,161 +1,148 @@
-"""What a step does to the weights: save, perturb, restore, update. Rows and kernels behind it, no order of passes."""
+"""What a step does to the weights: save, climb, restore, update. Rows and kernels behind it, no order of passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lesam_dist.optim.engine import backend as backends
 from lesam_dist.optim.engine import reference
-from lesam_dist.optim.engine.backend import Backend, Ops
+from lesam_dist.optim.engine.backend import Ops, select
 from lesam_dist.optim.engine.base_update import Mixture, base_update
+from lesam_dist.optim.engine.coefficients import ZERO, Coefficient, lower
+from lesam_dist.optim.engine.options import Backend
 from lesam_dist.optim.engine.reference import Direction, Radius
-from lesam_dist.optim.engine.rows import Gradients, RowCache, Rows
+from lesam_dist.optim.engine.rows import RowCache, Rows
+from lesam_dist.optim.engine.vectors import Ascent, Column, Update, Vector, add_scaled
 from lesam_dist.parallel.shards import reduce_over_shards
 
 
-class Aim(NamedTuple):
-    """Along what the weights are perturbed.
-
-    Attributes:
-        grads: for each of the rows; None moves along nothing.
-        directions: what is made of them, of each param group; None leaves them as they are.
-        emas: for each of the rows, what a direction with an ``ema_scale`` subtracts.
-        sum_sq: squared norm of the whole direction, float64 0-d; None computes it.
-    """
-
-    grads: list[Gradients]
-    directions: list[Direction] | None = None
-    emas: list[Gradients | None] | None = None
-    sum_sq: Tensor | None = None
-
-
-class Perturbation:
+class Weights:
     """The weights of one optimizer, as rows, and whether they are perturbed.
 
     Attributes:
+        groups: the optimizer's param groups.
         rows: parameters by device and mesh axes.
         ops: who does the maths of each of the rows.
-        active: whether the weights are the perturbed ones.
-        mixing: ``(a, b)`` of each param group in this step, see `SharpnessAware.mixture`.
+        active: whether the weights are the perturbed ones, or a step without perturbation has begun.
         overflow: float32 0-d, 1 where a gradient of this step is not finite.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._cache = RowCache()
+        self.groups: list[dict[str, Any]] = []
         self.rows: list[Rows] = []
         self.ops: list[Ops] = []
         self.active = False
-        self._touched: list[Ops] = []
-        self.mixing: list[Mixture] = []
         self.overflow = torch.zeros(())
+        self._still = torch.zeros(3, dtype=torch.float64)  # what is told of a step that climbs nowhere
+        self._touched: list[Ops] = []
+        self._pair: tuple[Column, Column] | None = None  # g, where it is kept, and g_hat
 
     def refresh(self, groups: list[dict[str, Any]]) -> bool:
         """Bring the rows up to date with the param groups; returns whether they are new objects."""
+        self.groups = groups
         if not self._cache.refresh(groups):
             return False
         self.rows = self._cache.rows
-        self.ops = [backends.select(self._backend, rows) for rows in self.rows]
+        self.ops = [select(self._backend, rows) for rows in self.rows]
         self.overflow = self.overflow.to(self.rows[0].device)
+        self._still = torch.zeros(3, dtype=torch.float64, device=self.rows[0].device)
         return True
 
-    def gradients(self) -> list[Gradients]:
-        """The current gradients of each of the rows."""
-        return [rows.gradients() for rows in self.rows]
+    def gradients(self) -> Column:
+        """The current gradients."""
+        return Column([rows.gradients() for rows in self.rows])
 
-    def of_perturbed(self, grads: list[Gradients]) -> list[Gradients]:
-        """``grads`` without those of rows that are left out of norm and perturbation."""
-        return [
-            [g if on else None for g, on in zip(row_grads, rows.perturbed, strict=True)]
-            for rows, row_grads in zip(self.rows, grads, strict=True)
-        ]
+    def of_perturbed(self, column: Column) -> Column:
+        """``column`` without the parameters that are left out of norm and perturbation; itself where none is."""
+        if all(all(rows.perturbed) for rows in self.rows):
+            return column
+        if column.perturbed is None:
+            pairs = zip(self.rows, column.tensors, strict=True)
+            column.perturbed = Column(
+                [[t if on else None for t, on in zip(tensors, rows.perturbed, strict=True)] for rows, tensors in pairs]
+            )
+        return column.perturbed
 
-    def perturb(self, aim: Aim, radii: Sequence[Radius], fresh: bool = True) -> Tensor:
+    # ---- climb ---------------------------------------------------------------------------------------------------
+
+    def climb(self, ascent: Ascent, radii: Sequence[Radius], fresh: bool = True) -> Tensor:
         """Save the weights and perturb them.
 
         Args:
-            aim: along what.
+            ascent: along what.
             radii: of each param group.
             fresh: the first perturbation of a step; later ones add to its overflow flag.
 
         Returns:
             float64 (3,): grad_norm, the first group's rho, and 1 where the norm is not finite.
         """
-        emas = aim.emas or [None] * len(self.rows)
-        directions = aim.directions or [Direction()] * len(radii)
-        parts = [ops.aim(g, ema, directions) for ops, g, ema in zip(self.ops, aim.grads, emas, strict=True)]
-        sum_sq = self._sum(parts) if aim.sum_sq is None else aim.sum_sq
+        column, average, directions, signs = self._lower(ascent)
+        averages = [None] * len(self.rows) if average is None else average.tensors
+        zipped = zip(self.ops, column.tensors, averages, strict=True)
+        parts = [ops.sum_sq_first(g, ema, directions) for ops, g, ema in zipped]
+        sum_sq = self._sum(parts) if ascent.norm_sq is None else ascent.norm_sq
+        signed = [r if sign > 0 else r._replace(sigma=-r.sigma) for r, sign in zip(radii, signs, strict=True)]
         self.active, self._touched = True, []
         stats = []
         for rows, ops in zip(self.rows, self.ops, strict=True):
             self._touched.append(ops)
-            stats.append(ops.perturb(sum_sq.to(rows.device), radii))
+            stats.append(ops.perturb(sum_sq.to(rows.device), signed))
         torch.clear_autocast_cache()  # an autocast around the whole step keeps casts of the weights
-        if fresh:
-            self.overflow.copy_(stats[0][2])
-        else:
-            self.overflow.copy_(torch.maximum(self.overflow, stats[0][2]))
+        self._flag(stats[0][2], fresh)
         return stats[0]
+
+    def _lower(self, ascent: Ascent) -> tuple[Column, Column | None, list[Direction], Sequence[float]]:
+        """A column, an average that is taken off it, what each group makes of both, and a sign for each group."""
+        groups = len(self.groups)
+        plain, ahead = ascent.metric or [Direction()] * groups, [1.0] * groups
+        terms = ascent.along.terms
+        if ascent.norm_sq is None and all(c.is_number for c, _ in terms):
+            if len(terms) == 1 and len({abs(number) for number in terms[0][0].shift}) == 1:
+                numbers = [float(terms[0][0].of(group)) for group in range(groups)]
+                if numbers[0] != 0.0:
+                    return terms[0][1], None, plain, numbers  # as far as along the column itself
+            if len(terms) == 2 and terms[0][0].is_one and ascent.metric is None:
+                scales = [Direction(ema_scale=-float(terms[1][0].of(group))) for group in range(groups)]
+                return terms[0][1], terms[1][1], scales, ahead
+        return ascent.along.column(), None, plain, ahead
+
+    def stay(self, fresh: bool = True) -> Tensor:
+        """Begin a step that moves no weights before its update; returns what `climb` does."""
+        for ops in self.ops:
+            ops.stay()
+        self.active, self._touched = True, []
+        self._flag(self._still[2], fresh)
+        return self._still
+
+    def _flag(self, overflow: Tensor, fresh: bool) -> None:
+        self.overflow.copy_(overflow if fresh else torch.maximum(self.overflow, overflow))
 
     def moved(self) -> Tensor:
         """||w' - w|| as stored, float64 0-d."""
         return self._sum([ops.moved_sq() for ops in self.ops]).sqrt()
 
-    def check_second(self, grads: list[Gradients]) -> Tensor:
-        """Raise the overflow flag where a second gradient is not finite; returns their global norm, float64 0-d."""
-        sum_sq = self._sum([ops.sum_sq_second(g) for ops, g in zip(self.ops, grads, strict=True)])
-        self.overflow.masked_fill_(~torch.isfinite(sum_sq), 1.0)
-        return sum_sq.sqrt()
+    def keep_first(self, g: Column, wanted: Sequence[bool], fresh: bool = True) -> Column:
+        """Save g for the groups that need it; returns what is saved.
 
-    def restore(self) -> None:
-        """Give the weights back; harmless when they are not perturbed."""
-        if not self.active:
-            return
-        for ops in self._touched:
-            ops.restore()
-        self.active = False
-        torch.clear_autocast_cache()
-
-    def update(self, base: Optimizer, grads: list[Gradients], factors: Tensor | None) -> bool:
-        """Restore and make the base optimizer's update in one launch, where a kernel does; returns whether."""
-        update = base_update(base, self.mixing) if all(ops.fuses() for ops in self.ops) else None
-        if update is None:
-            return False
-        for rows, ops, g in zip(self.rows, self.ops, grads, strict=True):
-            ops.restore_and_update(update, g, self.overflow.to(rows.device), factors)
-        self.active = False
-        torch.clear_autocast_cache()
-        return True
-
-    def mix(self, grads: list[Gradients], factors: Tensor | None) -> None:
-        """Turn the second gradients into ``a * g_hat + b * g``, in place; ``factors`` (2,) multiply a and b."""
-        for rows, second in zip(self.rows, grads, strict=True):
-            for g_hat, g, index in zip(second, rows.kept, rows.groups, strict=True):
-                a, b = self.mixing[index]
-                if g_hat is not None and factors is not None:
-                    reference.mix(g_hat, g, a * factors[0].to(g_hat.device), b * factors[1].to(g_hat.device))
-                elif g_hat is not None and (a, b) != (1.0, 0.0):
-                    reference.mix(g_hat, g, a, b)
-
-    def dot_kept(self, grads: list[Gradients]) -> Tensor:
-        """``(g . g_hat, ||g||^2, ||g_hat||^2)`` over the rows that have both gradients, float64 (3,); one reduction."""
-        return self._sum([ops.dots_kept(g_hat) for ops, g_hat in zip(self.ops, grads, strict=True)])
-
-    def dot(self, first: list[Gradients], second: list[Gradients]) -> Tensor:
-        """Sum of the products of two lists over all rows and shards, float64 0-d; a missing tensor counts as zero."""
-        parts = []
-        for rows, a, b in zip(self.rows, first, second, strict=True):
-            pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-            if pairs:
-                parts.append(reference.dot([x for x, _ in pairs], [y for _, y in pairs]))
-            else:
-                parts.append(torch.zeros((), dtype=torch.float64, device=rows.device))
-        return self._sum(parts)
+        Copied: a DDP bucket is overwritten by the second backward.
+        """
+        if any(wanted):
+            for rows, first in zip(self.rows, g.tensors, strict=True):
+                for row, tensor in enumerate(first):
+                    kept = rows.kept[row]
+                    if not wanted[rows.groups[row]] or (tensor is None and fresh):
+                        rows.kept[row] = None
+                    elif tensor is not None and kept is None:
+                        rows.kept[row] = tensor.clone()
+                    elif tensor is not None and kept is not None:
+                        kept.copy_(tensor) if fresh else kept.add_(tensor)
+        return Column([rows.kept for rows in self.rows])
 
     def average_first(self, count: int) -> None:
         """Divide the kept first gradients, each the sum of ``count``."""
@@ -164,29 +151,147 @@ class Perturbation:
             if kept:
                 torch._foreach_div_(kept, count)
 
-    def push(self, base: Optimizer, radii: Sequence[Radius], mixing: list[Mixture]) -> None:
+    def write(self, vector: Vector, grads: Column) -> None:
+        """Let the tensors of ``grads``, one of its columns, hold the vector, in place."""
+        others = [(c, column) for c, column in vector.terms if column is not grads]
+        if len(others) == len(vector.terms) or not vector.terms[0][0].is_one or vector.terms[0][1] is not grads:
+            self._replace(grads, vector.column())
+            return
+        for row, (rows, tensors) in enumerate(zip(self.rows, grads.tensors, strict=True)):
+            for index, (g, group) in enumerate(zip(tensors, rows.groups, strict=True)):
+                for coefficient, column in others:
+                    other = column.tensors[row][index]
+                    if g is not None and other is not None:
+                        add_scaled(g, other, coefficient.of(group), in_place=True)
+
+    def _replace(self, grads: Column, values: Column) -> None:
+        for tensors, made in zip(grads.tensors, values.tensors, strict=True):
+            for tensor, value in zip(tensors, made, strict=True):
+                if tensor is not None:
+                    tensor.zero_() if value is None else tensor.copy_(value)
+
+    # ---- descend -------------------------------------------------------------------------------------------------
+
+    def check_second(self, g_hat: Column) -> Tensor:
+        """Raise the overflow flag where a second gradient is not finite; returns their global norm, float64 0-d."""
+        g_hat.sum_sq = self._sum([ops.sum_sq_second(g) for ops, g in zip(self.ops, g_hat.tensors, strict=True)])
+        self.overflow.masked_fill_(~torch.isfinite(g_hat.sum_sq), 1.0)
+        return g_hat.sum_sq.sqrt()
+
+    def restore(self) -> None:
+        """Give the weights back; harmless when they are not perturbed."""
+        if not self.active:
+            return
+        for ops in self._touched:
+            ops.restore()
+        self.active, self._pair = False, None
+        torch.clear_autocast_cache()
+
+    def pair(self, g: Column, g_hat: Column) -> None:
+        """Let products of these two be made by the launch that makes all three of them."""
+        self._pair = (g, g_hat)
+
+    def update(self, base: Optimizer, update: Update, g: Column, g_hat: Column) -> bool:
+        """Restore and make the base optimizer's update in one launch, where a kernel does; returns whether.
+
+        Where not, the weights are restored and ``.grad`` is what the base optimizer must step with.
+        """
+        mixing, factors = self._mixture(update.along, g, g_hat)
+        fused = base_update(base, mixing) if all(ops.fuses() for ops in self.ops) else None
+        if fused is None:
+            self.restore()
+            self._mix(g_hat, mixing, factors, update.beside)
+            return False
+        for rows, ops, second in zip(self.rows, self.ops, g_hat.tensors, strict=True):
+            ops.restore_and_update(fused, second, self.overflow.to(rows.device), factors)
+        self.active, self._pair = False, None
+        torch.clear_autocast_cache()
+        if update.beside is not None:
+            self._keep_beside(update.beside, g_hat)
+        return True
+
+    def _mixture(self, along: Vector, g: Column, g_hat: Column) -> tuple[list[Mixture], Tensor | None]:
+        """``(a, b)`` of each param group in ``a * g_hat + b * g``, and their factors, see `lower`."""
+        coefficients: dict[int, Coefficient] = {id(column): c for c, column in along.terms}
+        if coefficients.keys() <= {id(g), id(g_hat)}:
+            return lower(coefficients.get(id(g_hat), ZERO), coefficients.get(id(g), ZERO), len(self.groups))
+        self._replace(g_hat, along.column())
+        return [(1.0, 0.0)] * len(self.groups), None
+
+    def _mix(self, g_hat: Column, mixing: list[Mixture], factors: Tensor | None, beside: Vector | None) -> None:
+        """Turn the second gradients into ``a * g_hat + b * g``, in place, and g into what goes beside."""
+        for row, (rows, second) in enumerate(zip(self.rows, g_hat.tensors, strict=True)):
+            for index, (tensor, group) in enumerate(zip(second, rows.groups, strict=True)):
+                own = None if beside is None or tensor is None else beside.of(row, index)
+                g, (a, b) = rows.kept[index], mixing[group]
+                if tensor is not None and factors is not None:
+                    pair = factors if factors.dim() == 1 else factors[group]
+                    reference.mix(tensor, g, a * pair[0].to(tensor.device), b * pair[1].to(tensor.device))
+                elif tensor is not None and (a, b) != (1.0, 0.0):
+                    reference.mix(tensor, g, a, b)
+                if beside is not None:
+                    rows.kept[index] = own
+
+    def _keep_beside(self, beside: Vector, g_hat: Column) -> None:
+        """Put what goes beside in the place of g, which is not needed any more; nothing where there is no update."""
+        for row, (rows, second) in enumerate(zip(self.rows, g_hat.tensors, strict=True)):
+            for index, tensor in enumerate(second):
+                rows.kept[index] = None if tensor is None else beside.of(row, index)
+
+    def descend_beside(self) -> None:
+        """``w <- w - lr * beside``, unless a gradient was not finite; after the base optimizer's step."""
+        finite = self.overflow == 0
+        for rows in self.rows:
+            for w, beside, index in zip(rows.shards, rows.kept, rows.groups, strict=True):
+                if beside is not None:
+                    group = self.groups[index]
+                    step = beside * (-group["lr"] if group.get("maximize") else group["lr"])
+                    w.sub_(torch.where(finite.to(w.device), step, 0.0))
+
+    def push(self, base: Optimizer, radii: Sequence[Radius], update: Update, g: Column, g_hat: Column) -> None:
         """Copy scheduled values to where the kernels read them."""
+        mixing, _ = self._mixture(update.along, g, g_hat)
         for ops in self.ops:
             ops.push(radii, base_update(base, mixing))
 
-    def keep_first(self, grads: list[Gradients], mixing: list[Mixture], fresh: bool = True) -> None:
-        """Choose the mixture of each group, and save g for those that need it.
+    # ---- products ------------------------------------------------------------------------------------------------
 
-        Copied: a DDP bucket is overwritten by the second backward.
-        """
-        self.mixing = mixing
-        wanted = [b != 0 for _, b in self.mixing]
-        if not any(wanted):
-            return
-        for rows, first in zip(self.rows, grads, strict=True):
-            for row, g in enumerate(first):
-                kept = rows.kept[row]
-                if not wanted[rows.groups[row]] or (g is None and fresh):
-                    rows.kept[row] = None
-                elif g is not None and kept is None:
-                    rows.kept[row] = g.clone()
-                elif g is not None and kept is not None:
-                    kept.copy_(g) if fresh else kept.add_(g)
+    def dot(self, first: Column, second: Column) -> Tensor:
+        """Sum of the products over all rows and shards, float64 0-d; a missing tensor counts as zero."""
+        if first.is_blank or second.is_blank:
+            return torch.zeros((), dtype=torch.float64, device=self.overflow.device)
+        if first is second:
+            if first.sum_sq is None:
+                if self._pair and first in self._pair:
+                    self._dot_pair()
+                if first.sum_sq is None:
+                    first.sum_sq = self._dot(first, first)
+            return first.sum_sq
+        if self._pair and {first, second} == set(self._pair):
+            return self._dot_pair()
+        return self._dot(first, second)
+
+    def _dot_pair(self) -> Tensor:
+        """The product of g and g_hat; their squared norms come with it, where both have the same parameters."""
+        assert self._pair is not None
+        g, g_hat = self._pair
+        product, sum_sq, sum_sq_hat = self._sum(
+            [ops.dots_kept(second) for ops, second in zip(self.ops, g_hat.tensors, strict=True)]
+        ).unbind()
+        if _presence(g) == _presence(g_hat):
+            g.sum_sq = sum_sq
+            g_hat.sum_sq = sum_sq_hat if g_hat.sum_sq is None else g_hat.sum_sq
+        return product
+
+    def _dot(self, first: Column, second: Column) -> Tensor:
+        parts = []
+        for rows, a, b in zip(self.rows, first.tensors, second.tensors, strict=True):
+            pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+            if pairs:
+                parts.append(reference.dot([x for x, _ in pairs], [y for _, y in pairs]))
+            else:
+                parts.append(torch.zeros((), dtype=torch.float64, device=rows.device))
+        return self._sum(parts)
 
     def _sum(self, parts: list[Tensor]) -> Tensor:
         """One scalar over all rows and shards: a reduction for each set of mesh axes, none for whole tensors."""
@@ -196,3 +301,7 @@ class Perturbation:
             total = reduced if total is None else total + reduced.to(total.device)
         assert total is not None
         return total
+
+
+def _presence(column: Column) -> list[bool]:
+    return [tensor is not None for tensors in column.tensors for tensor in tensors]

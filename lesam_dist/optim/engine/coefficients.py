@@ -1,0 +1,131 @@
+"""What a vector is multiplied by: numbers of each param group, and scalars that are known on the device alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Numbers = tuple[float, ...]  # one, or one for each param group
+
+
+class Coefficient:
+    """``shift + scale * tensor``; ``shift`` and ``scale`` are numbers, alike in all param groups or of each.
+
+    So numbers that are combined with a device scalar cost no launch before the result is needed.
+    """
+
+    def __init__(self, shift: Numbers, scale: Numbers = (0.0,), tensor: Tensor | None = None) -> None:
+        self.shift, self.scale, self.tensor = _shortest(shift), _shortest(scale), tensor
+
+    @staticmethod
+    def make(value: float | Tensor | Coefficient) -> Coefficient:
+        """Of a number, a 0-d tensor, or what is one already."""
+        if isinstance(value, Coefficient):
+            return value
+        return Coefficient((0.0,), (1.0,), value) if isinstance(value, Tensor) else Coefficient((float(value),))
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is known on the host."""
+        return self.tensor is None
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it is the number 1 in every param group."""
+        return self.tensor is None and self.shift == (1.0,)
+
+    def of(self, group: int) -> float | Tensor:
+        """Its value in a param group."""
+        shift, scale = self.shift[group % len(self.shift)], self.scale[group % len(self.scale)]
+        if self.tensor is None:
+            return shift
+        value = self.tensor[group] if self.tensor.dim() else self.tensor
+        value = value if scale == 1.0 else value * scale
+        return value if shift == 0.0 else value + shift
+
+    def __add__(self, other: float | Tensor | Coefficient) -> Coefficient:
+        other = Coefficient.make(other)
+        shift = _each(float.__add__, self.shift, other.shift)
+        if self.tensor is None or other.tensor is None:
+            source = other if self.tensor is None else self
+            return Coefficient(shift, source.scale, source.tensor)
+        if self.tensor is other.tensor:
+            return Coefficient(shift, _each(float.__add__, self.scale, other.scale), self.tensor)
+        return Coefficient(shift, (1.0,), _scaled(self) + _scaled(other))
+
+    def __mul__(self, other: float | Tensor | Coefficient) -> Coefficient:
+        if not isinstance(other, (float, int, Tensor, Coefficient)):
+            return NotImplemented  # a vector, whose turn it then is
+        other = Coefficient.make(other)
+        if self.tensor is not None and other.tensor is not None:
+            return Coefficient((0.0,), (1.0,), _value(self) * _value(other))
+        numbers, source = (self, other) if self.tensor is None else (other, self)
+        shift, scale = (_each(float.__mul__, numbers.shift, own) for own in (source.shift, source.scale))
+        return Coefficient(shift, scale, source.tensor)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self) -> Coefficient:
+        return self * -1.0
+
+    def __sub__(self, other: float | Tensor | Coefficient) -> Coefficient:
+        return self + Coefficient.make(other) * -1.0
+
+    def __rsub__(self, other: float | Tensor | Coefficient) -> Coefficient:
+        return Coefficient.make(other) - self
+
+
+def _shortest(numbers: Numbers) -> Numbers:
+    return numbers[:1] if all(number == numbers[0] for number in numbers) else numbers
+
+
+def _each(operation: Callable[[float, float], float], first: Numbers, second: Numbers) -> Numbers:
+    count = max(len(first), len(second))
+    return tuple(operation(first[i % len(first)], second[i % len(second)]) for i in range(count))
+
+
+def _scaled(c: Coefficient) -> Any:
+    """``scale * tensor``: 0-d, or (groups,) where the param groups differ."""
+    assert c.tensor is not None
+    if len(c.scale) > 1:
+        return torch.stack([c.tensor * scale for scale in c.scale])
+    return c.tensor if c.scale == (1.0,) else c.tensor * c.scale[0]
+
+
+def _value(c: Coefficient) -> Any:
+    if len(c.shift) > 1 or len(c.scale) > 1:
+        return torch.stack([torch.as_tensor(c.of(i)) for i in range(max(len(c.shift), len(c.scale)))])
+    return c.of(0)
+
+
+def lower(a: Coefficient, b: Coefficient, groups: int) -> tuple[list[tuple[float, float]], Tensor | None]:
+    """Coefficients of g_hat and g for the fused update: numbers of each param group, and their common factors.
+
+    Returns:
+        ``(a, b)`` of each of the groups, and float64 (2,) or (groups, 2) that multiplies them; None for ones.
+    """
+    parts = [_split(coefficient, groups) for coefficient in (a, b)]
+    mixtures = list(zip(*(numbers for numbers, _ in parts), strict=True))
+    factors = [factor for _, factor in parts]
+    known = next((factor for factor in factors if factor is not None), None)
+    if known is None:
+        return mixtures, None
+    shape = torch.broadcast_shapes(*(factor.shape for factor in factors if factor is not None))
+    whole = [torch.ones_like(known).expand(shape) if f is None else f.expand(shape) for f in factors]
+    return mixtures, torch.stack(whole, dim=-1)
+
+
+def _split(c: Coefficient, groups: int) -> tuple[Sequence[float], Tensor | None]:
+    """Numbers of each group and one tensor, whose product is the coefficient."""
+    if c.tensor is None:
+        return [c.shift[i % len(c.shift)] for i in range(groups)], None
+    if c.shift == (0.0,) and c.tensor.dim() == 0:
+        return [c.scale[i % len(c.scale)] for i in range(groups)], c.tensor
+    return [1.0] * groups, _value(c)
+
+
+ONE = Coefficient((1.0,))
+ZERO = Coefficient((0.0,))
