@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesam_dist import optim
+from tests.halves import Halved
 
 Vector = NDArray[np.float64]
 Gradient = Callable[[Vector], Vector]
@@ -114,6 +115,13 @@ def eigen(w: Vector, grad: Gradient, t: int, s: State) -> tuple[Vector, float]:
     return grad(w + RHO * (unit(g) + 0.3 * np.sign(along) * (s["v"] - along * unit(g)))), 0.0
 
 
+def halved(w: Vector, grad: Gradient, t: int, s: State) -> tuple[Vector, float]:
+    g = grad(w)
+    d = g + 0.5 * s.get("g", 0.0)
+    s["g"] = g
+    return grad(w + 0.5 * RHO * unit(d)), 0.0
+
+
 @dataclass
 class Case:
     """A method with hyper-parameters that differ from every default, its rule, and closure calls in steps 0 and 1."""
@@ -141,6 +149,7 @@ CASES = {
     "msam": Case(optim.MSAM, msam, {"rho": RHO}, (1, 1)),
     "s2sam": Case(optim.S2SAM, s2sam, {"rho": RHO}, (1, 1)),
     "eigen": Case(optim.EigenSAM, eigen, {"rho": RHO, "alpha": 0.3, "interval": 2, "power_steps": 3}),
+    "own": Case(Halved, halved, {"rho": RHO, "part": 0.5}),  # which the project does not have
     "esam": Case(optim.ESAM, sam, {"rho": RHO, "beta": 1.0, "gamma": 1.0}),
 }
 

@@ -47,22 +47,8 @@ __all__ = [
     "norm_groups",
 ]
 
-_FILES = {
-    "ASAM": "asam",
-    "ESAM": "esam",
-    "GSAM": "gsam",
-    "LESAM": "lesam",
-    "MSAM": "msam",
-    "S2SAM": "s2sam",
-    "SAM": "sam",
-    "SAMON": "samon",
-    "SSAM": "ssam",
-    "WSAM": "wsam",
+_OTHERS = {
     "CosineBudget": "budget",
-    "EigenSAM": "eigen",
-    "FisherSAM": "fisher",
-    "FriendlySAM": "friendly",
-    "LookSAM": "looksam",
     "SharpnessAware": "engine.base",
     "adaptive_groups": "asam",
     "norm_groups": "samon",
@@ -70,11 +56,20 @@ _FILES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    module = f"{__name__}.{_OTHERS[name]}" if name in _OTHERS else _module_of(name)
+    value = getattr(import_module(module), name)
     globals()[name] = value
     return value
+
+
+def _module_of(name: str) -> str:
+    """Where the method of a class is."""
+    from lesam_dist.optim.engine.registry import built_in  # reads files: only where a name is asked for
+
+    for method in built_in():
+        if method.class_name == name:
+            return method.module
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -61,7 +61,7 @@ class FriendlySAM(
         super().__init__(params, base_optimizer, rho=rho, sigma=sigma, lam=lam, **kwargs)
 
     def climb(self, g: Vector) -> Vector:
-        return g - self.per_group("sigma") * self.kept(_AVERAGE, like=g)
+        return g - self.per_group("sigma") * self.kept(_AVERAGE)
 
     def remember_first(self, g: Vector) -> None:
         self.keep_average(_AVERAGE, g, weight=1 - float(self.first("lam")))

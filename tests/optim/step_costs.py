@@ -64,7 +64,11 @@ _PERTURBS_ONLY = {"sam", "lesam-adaptive", "asam", "fisher", "esam"}
 def settings() -> dict[str, Setting]:
     """By name: the methods of `tests.methods` on SGD, some on AdamW, and what the options cost."""
     # Eigen-SAM's first power iteration, in step 2, starts from another vector than those after it.
-    of_cases = {name: Setting(c.method, c.kwargs, warm_up=4 if name == "eigen" else 2) for name, c in CASES.items()}
+    of_cases = {
+        name: Setting(c.method, c.kwargs, warm_up=4 if name == "eigen" else 2)
+        for name, c in CASES.items()
+        if name != "own"
+    }
     result = dict(of_cases)
     for name in sorted(of_cases.keys() - _PERTURBS_ONLY):
         result[f"{name}, AdamW"] = replace(of_cases[name], base=AdamW)

@@ -282,7 +282,9 @@ class SharpnessAware(Scaled):
             # Now: the second pass overwrites g, and a copy would cost as much again.
             self._memory.commit(self.overflow)
         if grads is not None:
+            self._overwritten = grads.tensors
             self.remember_first(g)
+            self._overwritten = ()
 
     def _stay(self, fresh: bool) -> None:
         """Begin a plain step, whose gradients are there: nothing is copied or moved."""

@@ -72,14 +72,6 @@ class Memory:
         own, pending = self._tensors.get(name, {}), self._pending.get(name, {})
         return [pending.get(p, local_shard(own[p]).detach()) if p in own else None for p in rows.params]
 
-    def read_or_zero(self, name: str, rows: Rows, like: Gradients) -> Gradients:
-        """As `read`, with new tensors of zeros where ``like`` has one and there is nothing yet."""
-        own = self._tensors.setdefault(name, {})
-        for p, other in zip(rows.params, like, strict=True):
-            if other is not None and p not in own:
-                own[p] = _unwritten(p)
-        return self.read(name, rows)
-
     def create(self, name: str, groups: Groups) -> None:
         """Zeros where there is nothing yet: what torch.distributed.checkpoint then loads into."""
         own = self._tensors.setdefault(name, {})

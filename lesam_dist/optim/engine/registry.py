@@ -93,7 +93,7 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """All methods by name: those of `lesam_dist.optim`, then those that were imported from elsewhere."""
-    known = {method.name: method for method in _built_in()}
+    known = {method.name: method for method in built_in()}
     for cls in _imported():
         known.setdefault(cls.registration.name, describe(cls))
     return known
@@ -162,7 +162,7 @@ def _imported() -> Iterator[type[SharpnessAware]]:
 
 
 @cache
-def _built_in() -> tuple[Method, ...]:
+def built_in() -> tuple[Method, ...]:
     """The methods whose files are in `lesam_dist.optim`, read from their text."""
     sources = sorted((item for item in files(_PACKAGE).iterdir() if item.name.endswith(".py")), key=lambda x: x.name)
     classes: dict[str, tuple[str, ast.ClassDef]] = {}

@@ -6,7 +6,7 @@ numbers of each param group; what they cost is said there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from lesam_dist.optim.engine.contract import require_loss
 from lesam_dist.optim.engine.guarded import GuardedOptimizer
 from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.registry import Registration, arguments_of
+from lesam_dist.optim.engine.rows import Gradients
 from lesam_dist.optim.engine.vectors import Ascent, Column, Update, Vector
 from lesam_dist.parallel.scope import require_scope
 from lesam_dist.parallel.shards import local_shard
@@ -42,6 +43,7 @@ class Rule(GuardedOptimizer):
     """whether the rule asks for `step_index`"""
 
     telemetry: dict[str, Tensor]
+    _overwritten: Sequence[Gradients] = ()  # gradients that the next pass may write into
 
     def __init_subclass__(cls, name: str = "", **keywords: Any) -> None:
         super().__init_subclass__()
@@ -143,23 +145,19 @@ class Rule(GuardedOptimizer):
         name = self.group_names.get(argument, argument)
         return Coefficient(tuple(float(group[name]) for group in self.param_groups))
 
-    def kept(self, name: str, like: Vector | None = None) -> Vector:
-        """What was kept under a name of `memory_names`; nothing counts as zero.
-
-        Args:
-            name: one of them.
-            like: where this has a tensor and nothing is kept, there are zeros afterwards.
-        """
-        rows = self.weights.rows
-        if like is None:
-            return self.vector(Column([self._memory.read(name, row) for row in rows]))
-        pairs = zip(rows, like.column().tensors, strict=True)
-        return self.vector(Column([self._memory.read_or_zero(name, row, tensors) for row, tensors in pairs]))
+    def kept(self, name: str) -> Vector:
+        """What was kept under a name of `memory_names`; nothing counts as zero."""
+        return self.vector(Column([self._memory.read(name, rows) for rows in self.weights.rows]))
 
     def keep(self, name: str, value: Vector) -> None:
-        """Keep a vector from this step on, unless the step is skipped."""
+        """Keep a vector from this step on, unless the step is skipped.
+
+        In `remember_first` a gradient itself is copied, as the second pass may write into its memory.
+        """
+        live = {t.data_ptr() for row in self._overwritten for t in row if t is not None}
         for rows, tensors in zip(self.weights.rows, value.column().tensors, strict=True):
-            self._memory.replace(name, rows, tensors)
+            own = [t.clone() if t is not None and t.data_ptr() in live else t for t in tensors] if live else tensors
+            self._memory.replace(name, rows, own)
 
     def keep_average(self, name: str, value: Vector, weight: float) -> None:
         """``kept <- (1 - weight) * kept + weight * value``, the value itself the first time."""

@@ -107,7 +107,7 @@ class Weights:
                 numbers = [float(terms[0][0].of(group)) for group in range(groups)]
                 if numbers[0] != 0.0:
                     return terms[0][1], None, plain, numbers  # as far as along the column itself
-            if len(terms) == 2 and terms[0][0].is_one and ascent.metric is None:
+            if len(terms) == 2 and terms[0][0].is_one and ascent.metric is None and _covers(terms[1][1], terms[0][1]):
                 scales = [Direction(ema_scale=-float(terms[1][0].of(group))) for group in range(groups)]
                 return terms[0][1], terms[1][1], scales, ahead
         return ascent.along.column(), None, plain, ahead
@@ -305,3 +305,8 @@ class Weights:
 
 def _presence(column: Column) -> list[bool]:
     return [tensor is not None for tensors in column.tensors for tensor in tensors]
+
+
+def _covers(column: Column, other: Column) -> bool:
+    """Whether a column has a tensor wherever the other has one."""
+    return all(has or not needed for has, needed in zip(_presence(column), _presence(other), strict=True))
