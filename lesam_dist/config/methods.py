@@ -13,13 +13,14 @@ from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.config.strict_yaml import read_value
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.optim.engine.arguments import Argument, Count
+from lesam_dist.optim.engine.options import Options
 from lesam_dist.optim.engine.registry import Method, find, methods
 
 PLAIN = ("sgd", "adamw")
-OPTIONS = ("backend", "scope", "max_grad_norm", "ascent_fraction", "ascent_interval", "ascent_between")
+_FIELDS = tuple(item.name for item in fields(OptimizerConfig))
+OPTIONS = tuple(item.name for item in fields(Options) if item.name in _FIELDS)
 """The options of every method that a config has."""
 
-_FIELDS = tuple(item.name for item in fields(OptimizerConfig))
 _OF_BASE = {"sgd": ("momentum", "nesterov"), "adamw": ("betas",)}
 _OF_BUDGET = ("schedule.sigma_warmup_epochs", "schedule.anneal_start_epoch")
 _ARGS = "optimizer.args"

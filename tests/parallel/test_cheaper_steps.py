@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import SGD
 
 from lesam_dist import LESAM, S2SAM, FriendlySAM, LookSAM
@@ -156,3 +159,29 @@ def test_what_a_method_keeps_is_resharded(seed: int, tmp_path: Path) -> None:
         for n, value in expected.items():
             atol = 1e-11 * largest(expected)
             np.testing.assert_allclose(actual[n], value, rtol=0, atol=atol, err_msg=f"{name} {n}")
+
+
+def moving_shards(world: Distributed, seed: int) -> tuple[Tensor, Tensor]:
+    """A step perturbed by a kept gradient, whose pass puts the shard elsewhere; the weights after it, and by hand."""
+    torch.manual_seed(seed)
+    w, kept = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    mesh = init_device_mesh("cpu", (world.world_size,))
+    p = nn.Parameter(distribute_tensor(w, mesh, [Shard(0)]))
+    optimizer = S2SAM([p], SGD, rho=0.1, lr=0.1)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"previous_grad": distribute_tensor(kept, mesh, [Shard(0)])}}
+    optimizer.load_state_dict(saved)
+
+    def closure() -> Tensor:
+        p._local_tensor = p._local_tensor.clone()  # type: ignore[attr-defined]
+        loss = (p.full_tensor() ** 2).sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return p.full_tensor().detach(), w - 0.1 * (w + 0.1 * kept / kept.norm())
+
+
+def test_shards_that_move_in_the_first_forward(seed: int) -> None:
+    for actual, expected in run(moving_shards, 2, seed):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)

@@ -17,7 +17,7 @@ from lesam_dist.optim.engine.options import Backend
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.rows import RowCache, Rows
 from lesam_dist.optim.engine.vectors import Ascent, Column, Update, Vector, add_scaled
-from lesam_dist.parallel.shards import reduce_over_shards
+from lesam_dist.parallel.shards import local_shard, reduce_over_shards
 
 
 class Weights:
@@ -40,6 +40,7 @@ class Weights:
         self.active = False
         self.overflow = torch.zeros(())
         self._still = torch.zeros(3, dtype=torch.float64)  # what is told of a step that climbs nowhere
+        self._unsettled = True  # the model may not have run since the rows were made
         self._touched: list[Ops] = []
         self._pair: tuple[Column, Column] | None = None  # g, where it is kept, and g_hat
 
@@ -52,6 +53,7 @@ class Weights:
         self.ops = [select(self._backend, rows) for rows in self.rows]
         self.overflow = self.overflow.to(self.rows[0].device)
         self._still = torch.zeros(3, dtype=torch.float64, device=self.rows[0].device)
+        self._unsettled = True
         return True
 
     def gradients(self) -> Column:
@@ -184,8 +186,26 @@ class Weights:
             return
         for ops in self._touched:
             ops.restore()
+        self._settle()
         self.active, self._pair = False, None
         torch.clear_autocast_cache()
+
+    def _settle(self) -> None:
+        """Bring the exact weights to where the model now keeps its shards.
+
+        Up to torch 2.9 the first forward of FSDP2, also after a checkpoint was loaded, moves shards that it must pad.
+        Where the weights were perturbed before it, the copies belong to the old place.
+        """
+        if not self._unsettled:
+            return
+        self._unsettled = False
+        for rows in self.rows:
+            if not rows.dtensors:
+                continue
+            for p, shard in zip(rows.params, rows.shards, strict=True):
+                now = local_shard(p).detach()
+                if now.data_ptr() != shard.data_ptr():
+                    now.copy_(shard)
 
     def pair(self, g: Column, g_hat: Column) -> None:
         """Let products of these two be made by the launch that makes all three of them."""
@@ -204,6 +224,7 @@ class Weights:
             return False
         for rows, ops, second in zip(self.rows, self.ops, g_hat.tensors, strict=True):
             ops.restore_and_update(fused, second, self.overflow.to(rows.device), factors)
+        self._settle()
         self.active, self._pair = False, None
         torch.clear_autocast_cache()
         if update.beside is not None:
