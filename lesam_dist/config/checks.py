@@ -6,11 +6,12 @@ import math
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
-from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config
+from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataBackend, DataConfig
 from lesam_dist.config.values import default_values, flatten
 from lesam_dist.errors import UserError
 from lesam_dist.optim.engine.options import Options
@@ -59,7 +60,7 @@ _AT_LEAST = {
 
 
 def checked(config: Config) -> Config:
-    """The config with all arguments of its method, and with the home folder in place of ``~``.
+    """The config with all arguments of its method, the data backend, and the home folder in place of ``~``.
 
     Raises:
         UserError: for the first value that is out of range, or contradicts another, with the value and the remedy.
@@ -71,10 +72,22 @@ def checked(config: Config) -> Config:
         config,
         optimizer=optimizer,
         run_dir=folder("run_dir", config.run_dir),
-        data=replace(config.data, root=None if root is None else folder("data.root", root)),
+        data=replace(
+            config.data, root=None if root is None else folder("data.root", root), backend=_data_backend(config.data)
+        ),
     )
     _check(config)
     return config
+
+
+def _data_backend(data: DataConfig) -> DataBackend:
+    """What "auto" is on this host, so that the run's config says it; both backends read the same images."""
+    if data.backend != "auto" or data.builtin in ("cifar10", "cifar100"):
+        return data.backend
+    try:
+        return "dali" if find_spec("nvidia.dali") else "torchvision"
+    except ModuleNotFoundError:  # no package of NVIDIA at all
+        return "torchvision"
 
 
 def _check(config: Config) -> None:

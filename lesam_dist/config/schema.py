@@ -12,6 +12,8 @@ from typing import Any, Literal
 from lesam_dist.optim.engine.options import Between
 from lesam_dist.parallel.scope import Scope
 
+DataBackend = Literal["auto", "dali", "torchvision"]
+
 
 @dataclass
 class ModelConfig:
@@ -43,8 +45,8 @@ class DataConfig:
     builtin: Literal["digits", "digits_noisy", "cifar10", "cifar100"] | None = None
     """write this data set to root first if it is not there: scikit-learn's scanned digits; 300 of them with 20 % wrong
     labels and the same validation images; or CIFAR, which is downloaded, and kept on the device"""
-    backend: Literal["dali", "torchvision"] = "dali"
-    """who reads, decodes and augments class folders; CIFAR needs neither"""
+    backend: DataBackend = "auto"
+    """who reads, decodes and augments class folders; CIFAR needs neither. auto takes DALI where it is installed"""
     batch_size: int = 256
     """images per optimizer step, over all processes"""
     micro_batches: int = 1

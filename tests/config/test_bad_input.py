@@ -32,7 +32,7 @@ FLAGS = [
     (["--epochs", "many"], "epochs is many: it must be a whole number"),
     (
         ["--data.backend", "dalli"],
-        "data.backend is dalli: it must be one of dali, torchvision. Did you mean 'dali'?",
+        "data.backend is dalli: it must be one of auto, dali, torchvision. Did you mean 'dali'?",
     ),
     (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
     (["--schedule.anneal_start_epoch", "15"], "anneal_start_epoch is 15.0 but the run has 15 epochs"),

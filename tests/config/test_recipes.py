@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from lesam_dist.config import checks
 from lesam_dist.config.command_line import dump, parse, read_command_line
 from lesam_dist.config.recipes import ALIASES, bases, compose, merge, methods, recipes, split
 from lesam_dist.config.schema import Config, OptimizerConfig
@@ -128,14 +129,34 @@ def test_imagenet_recipes_are_what_they_were_as_files(depth: int) -> None:
     name = f"imagenet_resnet{depth}_lesam"
     expected = {"model.name": f"resnet{depth}", "model.num_classes": 1000, "data.batch_size": 512, "data.workers": 8}
     expected |= {"optimizer.lr": 0.2, "schedule.anneal_start_epoch": 60, "run_dir": f"runs/{name}"}
-    expected |= {"precision.compute": "bf16", "precision.channels_last": True}
+    expected |= {"precision.compute": "bf16", "precision.channels_last": True, "data.backend": "dali"}
     assert flatten(parse(["--config", name])) == flatten(Config()) | expected
+
+
+@pytest.mark.parametrize(("installed", "backend"), [(True, "dali"), (False, "torchvision"), (None, "torchvision")])
+def test_class_folders_are_read_by_dali_where_it_is_installed(
+    installed: bool | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the config says by which; None: nothing of NVIDIA is there."""
+
+    def find(name: str) -> object:
+        assert name == "nvidia.dali"
+        if installed is None:
+            raise ModuleNotFoundError(name)
+        return object() if installed else None
+
+    monkeypatch.setattr(checks, "find_spec", find)
+    assert parse(["--config", "digits"]).data.backend == backend
+    assert parse(["--config", "digits", "--data.backend", "dali"]).data.backend == "dali"
+    assert parse(["--config", "imagenet_resnet50_lesam"]).data.backend == "dali"
+    assert parse(["--config", "cifar10_resnet18_lesam"]).data.backend == "auto"  # which reads no class folders
 
 
 def test_digits_is_what_it_was_as_a_file() -> None:
     expected = {
         "model.name": "cifar_resnet8",
         "data.builtin": "digits",
+        "data.backend": "torchvision",
         "data.root": "data/digits",
         "data.batch_size": 32,
         "data.image_size": 32,
@@ -155,7 +176,7 @@ def test_digits_is_what_it_was_as_a_file() -> None:
         "run_dir": "runs/digits",
         "precision.channels_last": True,
     }
-    assert flatten(parse(["--config", "digits"])) == flatten(Config()) | expected
+    assert flatten(parse(["--config", "digits", "--data.backend", "torchvision"])) == flatten(Config()) | expected
 
 
 def test_flags_win_wherever_they_stand_between_recipes_and_files(tmp_path: Path) -> None:
