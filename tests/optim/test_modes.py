@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lesam_dist import LESAM
+from lesam_dist.optim.engine.backend import choose
+from lesam_dist.optim.engine.rows import Rows
 from tests.optim.nets import DEVICE, make_net
 
 BACKENDS = ["reference", "triton"]
@@ -76,3 +78,20 @@ def test_restore_in_inference_mode(seed: int) -> None:
     optimizer.first_step()
     optimizer.second_step()
     assert not torch.equal(net[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend", "expected"),
+    [
+        ("cuda", torch.float32, "auto", "triton"),
+        ("cuda", torch.bfloat16, "auto", "triton"),
+        ("cuda", torch.float64, "auto", "reference"),
+        ("cuda", torch.float64, "triton", "triton"),  # which says that it has no float64
+        ("cpu", torch.float32, "auto", "reference"),
+        ("cuda", torch.float32, "reference", "reference"),
+    ],
+)
+def test_auto_is_what_can_treat_the_parameters(device: str, dtype: torch.dtype, backend: str, expected: str) -> None:
+    params: list[Tensor] = [torch.empty(3, device="meta"), torch.empty(3, dtype=dtype, device="meta")]
+    rows = Rows(torch.device(device), None, params=params)
+    assert choose(backend, rows) == expected  # type: ignore[arg-type]

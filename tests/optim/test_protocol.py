@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from lesam_dist import LESAM, SAM, CosineBudget
 from lesam_dist.optim import ESAM, FriendlySAM, LookSAM
-from lesam_dist.optim.engine.backend import choose
-from lesam_dist.optim.engine.rows import Rows
 from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
 
 BACKENDS = ["reference", "triton"]
@@ -381,20 +379,3 @@ def test_disabled_is_the_plain_optimizer_and_copies_nothing(
     optimizer.enabled = False
     optimizer.step(make_closure(net, lambda call: float("nan")))
     assert same(net, before), "copies of an earlier step must not come back"
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "backend", "expected"),
-    [
-        ("cuda", torch.float32, "auto", "triton"),
-        ("cuda", torch.bfloat16, "auto", "triton"),
-        ("cuda", torch.float64, "auto", "reference"),
-        ("cuda", torch.float64, "triton", "triton"),  # which says that it has no float64
-        ("cpu", torch.float32, "auto", "reference"),
-        ("cuda", torch.float32, "reference", "reference"),
-    ],
-)
-def test_auto_is_what_can_treat_the_parameters(device: str, dtype: torch.dtype, backend: str, expected: str) -> None:
-    params: list[Tensor] = [torch.empty(3, device="meta"), torch.empty(3, dtype=dtype, device="meta")]
-    rows = Rows(torch.device(device), None, params=params)
-    assert choose(backend, rows) == expected  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,18 +86,17 @@ def _each(operation: Callable[[float, float], float], first: Numbers, second: Nu
     return tuple(operation(first[i % len(first)], second[i % len(second)]) for i in range(count))
 
 
-def _scaled(c: Coefficient) -> Any:
-    """``scale * tensor``: 0-d, or (groups,) where the param groups differ."""
+def _scaled(c: Coefficient) -> Tensor:
+    """Its part with the tensor."""
+    return _value(Coefficient((0.0,), c.scale, c.tensor))
+
+
+def _value(c: Coefficient) -> Tensor:
+    """The coefficient of a tensor as one: 0-d, or (groups,) where the param groups differ."""
     assert c.tensor is not None
-    if len(c.scale) > 1:
-        return torch.stack([c.tensor * scale for scale in c.scale])
-    return c.tensor if c.scale == (1.0,) else c.tensor * c.scale[0]
-
-
-def _value(c: Coefficient) -> Any:
-    if len(c.shift) > 1 or len(c.scale) > 1:
-        return torch.stack([torch.as_tensor(c.of(i)) for i in range(max(len(c.shift), len(c.scale)))])
-    return c.of(0)
+    groups = max(len(c.shift), len(c.scale), c.tensor.numel())
+    values = [torch.as_tensor(c.of(group)) for group in range(groups)]
+    return values[0] if groups == 1 else torch.stack(values)
 
 
 def lower(a: Coefficient, b: Coefficient, groups: int) -> tuple[list[tuple[float, float]], Tensor | None]:
