@@ -144,7 +144,7 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 OWN = {"local": EVERYWHERE | OPTIONS, "replica": EVERYWHERE}  # what options do is alike; HSDP's steps are dear
 USES_G = {"plus", "plus, released", "gsam", "ssam", "wsam", "wsam-coupled", "looksam"}
-KEEPS_G = {"friendly", "eigen"}
+KEEPS_G = {"own", "friendly", "eigen"}
 ONE_PASS = {"msam", "s2sam"}
 
 
