@@ -148,6 +148,22 @@ def test_loss_scaling_changes_nothing_and_an_overflow_is_survived(seed: int, nam
     assert scaled.telemetry["skipped"].item() == 1
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_pushing_scalars_changes_no_bit(seed: int, name: str, backend: str) -> None:
+    """As before each replay of a CUDA graph; also before there was any step."""
+    nets = [Quadratic(torch.float32) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].a, nets[1].c = nets[0].a, nets[0].c
+    optimizers = [make(name, net, backend=backend) for net in nets]
+    for t in range(3):
+        optimizers[1].push_scalars()
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.param_groups[0]["lr"] = LR / (t + 1)
+            optimizer.step(net.closure(t))
+    assert np.array_equal(nets[0].flat(), nets[1].flat())
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("wsam", "wsam-coupled")])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_without_a_radius_it_is_the_base_optimizer(seed: int, name: str, backend: str) -> None:

@@ -127,7 +127,8 @@ class Rule(GuardedOptimizer):
     @property
     def grad_norm(self) -> Tensor:
         """float64 0-d: the length of the last climb's direction; of the perturbed part of g, where it is g."""
-        return self.telemetry["grad_norm"]
+        known = self.telemetry.get("grad_norm")
+        return self.overflow.double() if known is None else known  # before the first step
 
     @property
     def step_index(self) -> int:

@@ -143,7 +143,7 @@ class Vector:
         """The vector's own tensors; a sum is computed the first time, and kept."""
         if len(self._terms) != 1 or not self._terms[0][0].is_one:
             sizes = enumerate(len(rows.params) for rows in self._weights.rows)
-            self._terms = [(ONE, Column([[self.of(row, i) for i in range(size)] for row, size in sizes]))]
+            self._terms = self._made([[self.of(row, i) for i in range(size)] for row, size in sizes]).terms
         return self._terms[0][1]
 
     def of(self, row: int, index: int) -> Tensor | None:
@@ -152,7 +152,8 @@ class Vector:
         return combine([(c.of(group), column.tensors[row][index]) for c, column in self._terms])
 
     def _made(self, tensors: list[Gradients]) -> Vector:
-        return Vector(self._weights, [(ONE, Column(tensors))])
+        is_blank = any(column.is_blank for _, column in self._terms)
+        return Vector(self._weights, [(ONE, Column(tensors, is_blank))])
 
 
 class Ascent(NamedTuple):

@@ -67,7 +67,8 @@ class Weights:
         if column.perturbed is None:
             pairs = zip(self.rows, column.tensors, strict=True)
             column.perturbed = Column(
-                [[t if on else None for t, on in zip(tensors, rows.perturbed, strict=True)] for rows, tensors in pairs]
+                [[t if on else None for t, on in zip(tensors, rows.perturbed, strict=True)] for rows, tensors in pairs],
+                column.is_blank,
             )
         return column.perturbed
 
