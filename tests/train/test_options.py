@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchvision.models import VisionTransformer
 
+from lesam_dist.config.checks import checked
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.same_run import check_same_run
 from lesam_dist.config.schema import Config
@@ -86,7 +87,7 @@ def test_recomputation_reaches_the_model(monkeypatch: pytest.MonkeyPatch, seed: 
 
 
 def test_what_may_differ_on_resume() -> None:
-    saved = flatten(Config())
+    saved = flatten(checked(Config()))
     free = parse(["--model.compile", "true", "--model.activation_checkpointing", "true"])
     check_same_run(free, saved)
     flags = "--ema.decay 0.9 --precision.gather_dtype bf16 --precision.compute bf16 --parallel.strategy fsdp"
@@ -98,6 +99,6 @@ def test_what_may_differ_on_resume() -> None:
     # A checkpoint of a version that did not know these fields.
     for path in ("ema.decay", "precision.gather_dtype"):
         del saved[path]
-    check_same_run(Config(), saved)
+    check_same_run(checked(Config()), saved)
     with pytest.raises(UserError, match=r"ema\.decay: None then"):
         check_same_run(changed, saved)
