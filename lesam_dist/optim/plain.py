@@ -33,5 +33,5 @@ class Plain(SharpnessAware):
     def owns_passes(self) -> str:
         return "the base optimizer alone makes one pass a step"
 
-    def _next_kind(self) -> Kind:
+    def kind_of_step(self) -> Kind:
         return "plain"

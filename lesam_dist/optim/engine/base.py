@@ -142,7 +142,7 @@ class SharpnessAware(Scaled):
 
     def _passes(self, closures: Sequence[Closure]) -> list[tuple[Any, Any]]:
         """All passes of a step; returns the losses of each closure, and leaves the weights perturbed."""
-        self._kind = self._next_kind()
+        self._kind = self.kind_of_step()
         if len(closures) == 1:
             return [self._passes_of(closures[0], fresh=True)]
         if self.known_scaler() is not None:
@@ -200,7 +200,7 @@ class SharpnessAware(Scaled):
             raise RuntimeError(
                 f"{name}.first_step: {reason}, which a loop that makes both passes cannot do: call step(closure)."
             )
-        self._kind = self._next_kind()
+        self._kind = self.kind_of_step()
         if self._kind == "plain":
             self._stay(fresh=True)
         else:
@@ -250,7 +250,7 @@ class SharpnessAware(Scaled):
 
     # ---- steps of the protocol -----------------------------------------------------------------------------------
 
-    def _next_kind(self) -> Kind:
+    def kind_of_step(self) -> Kind:
         """What the step that begins now is."""
         if not self.enabled:
             return "plain"
@@ -277,14 +277,15 @@ class SharpnessAware(Scaled):
         self._tell(stats)
         if self.measure_rho:
             self.telemetry["realized_rho"] = weights.moved()
-        if grads is not None and self.options.reuses:
+        if grads is None:
+            return
+        if self.options.reuses:
             self.keep(ASCENT, g)
             # Now: the second pass overwrites g, and a copy would cost as much again.
             self._memory.commit(self.overflow)
-        if grads is not None:
-            self._overwritten = grads.tensors
-            self.remember_first(g)
-            self._overwritten = ()
+        self._overwritten = grads.tensors
+        self.remember_first(g)
+        self._overwritten = ()
 
     def _stay(self, fresh: bool) -> None:
         """Begin a plain step, whose gradients are there: nothing is copied or moved."""

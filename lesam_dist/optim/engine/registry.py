@@ -83,13 +83,6 @@ class Method:
         cls: type[SharpnessAware] = getattr(import_module(self.module), self.class_name)
         return cls
 
-    def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise UserError for an argument that it does not have, ValueError for one of another type or out of range."""
-        for name, value in arguments.items():
-            if name not in self.arguments:
-                raise unknown_name(f"argument of {self.name}", name, self.arguments)
-            self.arguments[name].check(self.name, value)
-
 
 def methods() -> dict[str, Method]:
     """All methods by name: those of `lesam_dist.optim`, then those that were imported from elsewhere."""

@@ -135,16 +135,15 @@ class Weights:
 
         Copied: a DDP bucket is overwritten by the second backward.
         """
-        if any(wanted):
-            for rows, first in zip(self.rows, g.tensors, strict=True):
-                for row, tensor in enumerate(first):
-                    kept = rows.kept[row]
-                    if not wanted[rows.groups[row]] or (tensor is None and fresh):
-                        rows.kept[row] = None
-                    elif tensor is not None and kept is None:
-                        rows.kept[row] = tensor.clone()
-                    elif tensor is not None and kept is not None:
-                        kept.copy_(tensor) if fresh else kept.add_(tensor)
+        for rows, first in zip(self.rows, g.tensors, strict=True):
+            for row, tensor in enumerate(first):
+                kept = rows.kept[row]
+                if not wanted[rows.groups[row]] or (tensor is None and fresh):
+                    rows.kept[row] = None
+                elif tensor is not None and kept is None:
+                    rows.kept[row] = tensor.clone()
+                elif tensor is not None and kept is not None:
+                    kept.copy_(tensor) if fresh else kept.add_(tensor)
         return Column([rows.kept for rows in self.rows])
 
     def average_first(self, count: int) -> None:
@@ -155,14 +154,13 @@ class Weights:
                 torch._foreach_div_(kept, count)
 
     def write(self, vector: Vector, grads: Column) -> None:
-        """Let the tensors of ``grads``, one of its columns, hold the vector, in place."""
-        others = [(c, column) for c, column in vector.terms if column is not grads]
-        if len(others) == len(vector.terms) or not vector.terms[0][0].is_one or vector.terms[0][1] is not grads:
+        """Let the tensors of ``grads`` hold the vector, in place; what is added to them themselves needs no other."""
+        if not (vector.terms and vector.terms[0][0].is_one and vector.terms[0][1] is grads):
             self._replace(grads, vector.column())
             return
         for row, (rows, tensors) in enumerate(zip(self.rows, grads.tensors, strict=True)):
             for index, (g, group) in enumerate(zip(tensors, rows.groups, strict=True)):
-                for coefficient, column in others:
+                for coefficient, column in vector.terms[1:]:
                     other = column.tensors[row][index]
                     if g is not None and other is not None:
                         add_scaled(g, other, coefficient.of(group), in_place=True)
