@@ -307,7 +307,7 @@ def test_odd_images_train_through_dali(command: Command, seed: int, tmp_path: Pa
                 is_png = i % 3 != 2 and i % 2 == 0
                 image.save(folder / f"{i}.JPEG", "PNG" if is_png else "JPEG")
     flags = ("--config", "digits", "--data.builtin", "null", "--data.root", tmp_path / "data", "--data.batch_size", "8")
-    status, _, err = command(*flags, "--epochs", "6", "--run_dir", tmp_path / "run")
+    status, _, err = command(*flags, "--optimizer.lr", "0.01", "--epochs", "6", "--run_dir", tmp_path / "run")
     assert (status, err) == (0, "")
     val = [line for line in read_metrics(tmp_path / "run") if line["split"] == "val"]
     assert val[-1]["samples"] == 10
