@@ -38,9 +38,13 @@ def load_address(ptrs, row):
 
 
 @triton.jit
-def is_allowed(found_inf_ptr):
-    """Whether an update is to be made: found_inf is 0."""
-    return tl.load(found_inf_ptr) == 0
+def block_of_launch(first_block, WALK_BACK: tl.constexpr):
+    """The block of this program in a launch over a segment.
+
+    From the end where WALK_BACK: `sum_sq` has just left the last gradients in the L2 cache.
+    """
+    program = tl.program_id(0)
+    return first_block + (tl.num_programs(0) - 1 - program if WALK_BACK else program)
 
 
 @triton.jit

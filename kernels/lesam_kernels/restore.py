@@ -8,7 +8,7 @@ import triton.language as tl
 from torch.autograd.graph import increment_version
 
 from lesam_kernels.alignment import pointer, vectorised
-from lesam_kernels.program import locate
+from lesam_kernels.program import block_of_launch, locate
 from lesam_kernels.tensor_table import TensorTable
 
 
@@ -62,12 +62,13 @@ def _restore_kernel(
     DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    WALK_BACK: tl.constexpr,
 ):
     """w <- copy.
 
     Per element: reads copy, writes w. Exact, bit for bit.
     """
-    row, start, count = locate(rows_ptr, blocks_ptr, first_block + tl.program_id(0), CHUNK)
+    row, start, count = locate(rows_ptr, blocks_ptr, block_of_launch(first_block, WALK_BACK), CHUNK)
     w_address, exact_address, perturbed = load_exact(w_ptrs, copy_ptrs, g_ptrs, row)
     copy_chunk(w_address, exact_address, start, tl.where(perturbed, count, 0), DTYPE, BLOCK)
 

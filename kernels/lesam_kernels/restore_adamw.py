@@ -12,9 +12,10 @@ from torch.autograd.graph import increment_version
 from lesam_kernels.alignment import is_aligned, pointer, vectorised
 from lesam_kernels.arguments import check_argument
 from lesam_kernels.launch_config import MAX_REGISTERS
-from lesam_kernels.program import group_of, is_allowed, is_last, load_address, locate
+from lesam_kernels.program import block_of_launch, group_of, is_last, load_address, locate
 from lesam_kernels.restore import copy_chunk, load_exact
 from lesam_kernels.tensor_table import TensorTable
+from lesam_kernels.update import check_update, is_allowed, scaled_mixture, skip_nothing, tell_skipped
 
 _STEPS_BLOCK = 256
 
@@ -31,11 +32,12 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _load_scalars(scalars_ptr, group, step):
+def _load_scalars(scalars_ptr, factors_ptr, group, step):
     """What update number ``step`` multiplies with: in fp64, then rounded to fp32."""
     ptr = scalars_ptr + 7 * group
     lr, beta1, beta2, eps = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
     weight_decay, a, b = tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
+    a, b = scaled_mixture(a, b, factors_ptr, group)
     step_size = lr / (1.0 - _power(beta1, step))
     root_factor = 1.0 / tl.sqrt(1.0 - _power(beta2, step))
     return (
@@ -105,7 +107,7 @@ def _count_steps(g_hat_ptrs, step_ptrs, first_row, num_rows, BLOCK: tl.constexpr
 
 @triton.jit(
     do_not_specialize=["first_block", "first_row", "num_rows"],
-    do_not_specialize_on_alignment=["scalars_ptr", "found_inf_ptr"],
+    do_not_specialize_on_alignment=["scalars_ptr", "factors_ptr", "found_inf_ptr", "sum_sq_ptr", "skipped_ptr"],
 )
 def _restore_adamw_kernel(
     w_ptrs,
@@ -119,7 +121,10 @@ def _restore_adamw_kernel(
     rows_ptr,
     blocks_ptr,
     scalars_ptr,
+    factors_ptr,
     found_inf_ptr,
+    sum_sq_ptr,
+    skipped_ptr,
     ticket_ptr,
     first_block,
     first_row,
@@ -127,6 +132,7 @@ def _restore_adamw_kernel(
     DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    WALK_BACK: tl.constexpr,
     STEPS_BLOCK: tl.constexpr,
 ):
     """With w the copy where `perturb` moved the row, and t the row's step + 1:
@@ -137,19 +143,22 @@ def _restore_adamw_kernel(
 
     Per element: reads copy, g_hat, m, v and g_kept where there is one, writes w, m and v. The last program stores t.
     fp32, scalars in fp64; what is stored is rounded to w's dtype, the last line uses m and v before that. Without
-    g_hat, or where found_inf is not 0: w <- copy alone, exact.
+    g_hat, or where found_inf is not 0 or sum_sq not finite: w <- copy alone, exact.
     """
-    row, start, count = locate(rows_ptr, blocks_ptr, first_block + tl.program_id(0), CHUNK)
+    block = block_of_launch(first_block, WALK_BACK)
+    row, start, count = locate(rows_ptr, blocks_ptr, block, CHUNK)
     w_address, exact_address, perturbed = load_exact(w_ptrs, copy_ptrs, g_ptrs, row)
     m_address, v_address = tl.load(m_ptrs + row), tl.load(v_ptrs + row)
     g_hat_address = tl.load(g_hat_ptrs + row)
     g_kept_address = load_address(g_kept_ptrs, row)
     KEPT: tl.constexpr = g_kept_ptrs is not None
     addresses = w_address, exact_address, m_address, v_address, g_hat_address, g_kept_address
-    allowed = is_allowed(found_inf_ptr)
+    allowed = is_allowed(found_inf_ptr, sum_sq_ptr)
+    if block == 0:
+        tell_skipped(allowed, found_inf_ptr, skipped_ptr)
     if (g_hat_address != 0) & allowed:
         step = tl.load(tl.load(step_ptrs + row).to(tl.pointer_type(tl.float32))).to(tl.int32) + 1
-        scalars = _load_scalars(scalars_ptr, group_of(rows_ptr, row), step)
+        scalars = _load_scalars(scalars_ptr, factors_ptr, group_of(rows_ptr, row), step)
         vector_count = vectorised(w_address | exact_address | m_address | v_address, count)
         # Gradients are often views at any offset (FSDP2): weights and state stay vectorised next to them.
         all_count = vector_count * is_aligned(g_hat_address | g_kept_address)
@@ -164,7 +173,15 @@ def _restore_adamw_kernel(
         tl.store(ticket_ptr, 0)
 
 
-def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> None:
+def restore_adamw(
+    table: TensorTable,
+    scalars: Tensor,
+    found_inf: Tensor,
+    *,
+    sum_sq: Tensor | None = None,
+    factors: Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> None:
     """Restore the exact weights and step as torch.optim.AdamW (no amsgrad) with the gradient ``a*g_hat + b*g_kept``.
 
     Every row with a tensor in column "g_hat" is updated from its exact weights: the copy where `perturb` moved it
@@ -181,6 +198,10 @@ def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> Non
         scalars: float64 (G, 7), of each param group: lr, beta1, beta2, eps, weight_decay, a, b. To maximize, negate
             a and b.
         found_inf: one float32 element; where it is not 0 rows are restored and nothing else is written.
+        sum_sq: one float64 element, the sum of squares of the whole "g_hat": where it is not finite, found_inf becomes
+            1.0, and the update is left out.
+        factors: float64 (G, 2), by which a and b are multiplied; None for ones.
+        skipped: one float32 element, to which 1 is added where the update is left out.
 
     Raises:
         ValueError: a column that is read is not set or lacks a tensor; an argument of another shape or device.
@@ -190,7 +211,7 @@ def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> Non
     for name in ("exp_avg", "exp_avg_sq", "step"):
         table.require(name, where="g_hat")
     check_argument("scalars", scalars, torch.float64, (table.num_groups, 7), table.device)
-    check_argument("found_inf", found_inf, torch.float32, (), table.device)
+    check_update(table, factors, found_inf, sum_sq, skipped)
     with table.device_guard():
         for segment in table.segments:
             _restore_adamw_kernel[(segment.num_blocks,)](
@@ -205,7 +226,10 @@ def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> Non
                 table.rows,
                 table.blocks,
                 scalars,
+                factors,
                 found_inf,
+                sum_sq,
+                skipped,
                 table.ticket,
                 segment.first_block,
                 segment.first_row,
@@ -214,4 +238,5 @@ def restore_adamw(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> Non
                 maxnreg=MAX_REGISTERS,
                 **segment.constants,
             )
+        skip_nothing(table, found_inf, sum_sq, skipped)
     increment_version(table.written)

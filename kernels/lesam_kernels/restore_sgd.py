@@ -11,17 +11,19 @@ from torch.autograd.graph import increment_version
 
 from lesam_kernels.alignment import is_aligned, pointer, vectorised
 from lesam_kernels.arguments import check_argument
-from lesam_kernels.program import group_of, is_allowed, load_address, locate
+from lesam_kernels.program import block_of_launch, group_of, load_address, locate
 from lesam_kernels.restore import copy_chunk, load_exact
 from lesam_kernels.tensor_table import TensorTable
+from lesam_kernels.update import check_update, is_allowed, scaled_mixture, skip_nothing, tell_skipped
 
 
 @triton.jit
-def _load_scalars(scalars_ptr, group, buf_address):
+def _load_scalars(scalars_ptr, factors_ptr, group, buf_address):
     """The group's scalars, with what a row without a buffer makes of them."""
     ptr = scalars_ptr + 7 * group
     lr, momentum, dampening, weight_decay = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
     nesterov, a, b = tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
+    a, b = scaled_mixture(a, b, factors_ptr, group)
     has_buf = buf_address != 0
     nesterov = has_buf & (nesterov != 0)
     # An integer, for ends of masks: a multiple of 16 times it is known to be a multiple of 16.
@@ -67,7 +69,10 @@ def _sgd_span(
         tl.store(w_ptr + off, tl.fma(d, -lr, w).to(DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_block"], do_not_specialize_on_alignment=["scalars_ptr", "found_inf_ptr"])
+@triton.jit(
+    do_not_specialize=["first_block"],
+    do_not_specialize_on_alignment=["scalars_ptr", "factors_ptr", "found_inf_ptr", "sum_sq_ptr", "skipped_ptr"],
+)
 def _restore_sgd_kernel(
     w_ptrs,
     copy_ptrs,
@@ -78,11 +83,15 @@ def _restore_sgd_kernel(
     rows_ptr,
     blocks_ptr,
     scalars_ptr,
+    factors_ptr,
     found_inf_ptr,
+    sum_sq_ptr,
+    skipped_ptr,
     first_block,
     DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    WALK_BACK: tl.constexpr,
 ):
     """With w the copy where `perturb` moved the row:
 
@@ -92,18 +101,22 @@ def _restore_sgd_kernel(
 
     Per element: reads copy, g_hat, buf and g_kept where there is one, writes w and buf. Without a buffer d takes its
     place. fp32, each line rounded as written with fused multiply-adds; what is stored is rounded
-    to w's dtype. Without g_hat, or where found_inf is not 0: w <- copy alone, exact.
+    to w's dtype. Without g_hat, or where found_inf is not 0 or sum_sq not finite: w <- copy alone, exact.
     """
-    row, start, count = locate(rows_ptr, blocks_ptr, first_block + tl.program_id(0), CHUNK)
+    block = block_of_launch(first_block, WALK_BACK)
+    row, start, count = locate(rows_ptr, blocks_ptr, block, CHUNK)
     w_address, exact_address, perturbed = load_exact(w_ptrs, copy_ptrs, g_ptrs, row)
     g_hat_address = tl.load(g_hat_ptrs + row)
     g_kept_address = load_address(g_kept_ptrs, row)
     buf_address = load_address(buf_ptrs, row)
     KEPT: tl.constexpr = g_kept_ptrs is not None
     MOMENTUM: tl.constexpr = buf_ptrs is not None
-    scalars = _load_scalars(scalars_ptr, group_of(rows_ptr, row), buf_address)
+    scalars = _load_scalars(scalars_ptr, factors_ptr, group_of(rows_ptr, row), buf_address)
     addresses = w_address, exact_address, buf_address, g_hat_address, g_kept_address
-    if (g_hat_address != 0) & is_allowed(found_inf_ptr):
+    allowed = is_allowed(found_inf_ptr, sum_sq_ptr)
+    if block == 0:
+        tell_skipped(allowed, found_inf_ptr, skipped_ptr)
+    if (g_hat_address != 0) & allowed:
         vector_count = vectorised(w_address | exact_address | buf_address, count)
         # Gradients are often views at any offset (FSDP2): weights and state stay vectorised next to them.
         all_count = vector_count * is_aligned(g_hat_address | g_kept_address)
@@ -114,7 +127,15 @@ def _restore_sgd_kernel(
         copy_chunk(w_address, exact_address, start, tl.where(perturbed, count, 0), DTYPE, BLOCK)
 
 
-def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> None:
+def restore_sgd(
+    table: TensorTable,
+    scalars: Tensor,
+    found_inf: Tensor,
+    *,
+    sum_sq: Tensor | None = None,
+    factors: Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> None:
     """Restore the exact weights and step as torch.optim.SGD does with the gradient ``a*g_hat + b*g_kept``.
 
     Every row with a tensor in column "g_hat" is updated from its exact weights: the copy where `perturb` moved it
@@ -128,6 +149,10 @@ def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> None:
             To maximize, negate a and b. Buffers begin as zeros: torch's first step, but for dampening, which torch
             leaves out of it.
         found_inf: one float32 element; where it is not 0 rows are restored and nothing else is written.
+        sum_sq: one float64 element, the sum of squares of the whole "g_hat": where it is not finite, found_inf becomes
+            1.0, and the update is left out.
+        factors: float64 (G, 2), by which a and b are multiplied; None for ones.
+        skipped: one float32 element, to which 1 is added where the update is left out.
 
     Raises:
         ValueError: a column that is read is not set; an argument of another shape or device.
@@ -135,7 +160,7 @@ def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> None:
     """
     w_ptrs, copy_ptrs, g_ptrs, g_hat_ptrs = (table.column(name) for name in ("w", "copy", "g", "g_hat"))
     check_argument("scalars", scalars, torch.float32, (table.num_groups, 7), table.device)
-    check_argument("found_inf", found_inf, torch.float32, (), table.device)
+    check_update(table, factors, found_inf, sum_sq, skipped)
     with table.device_guard():
         for segment in table.segments:
             _restore_sgd_kernel[(segment.num_blocks,)](
@@ -148,8 +173,12 @@ def restore_sgd(table: TensorTable, scalars: Tensor, found_inf: Tensor) -> None:
                 table.rows,
                 table.blocks,
                 scalars,
+                factors,
                 found_inf,
+                sum_sq,
+                skipped,
                 segment.first_block,
                 **segment.constants,
             )
+        skip_nothing(table, found_inf, sum_sq, skipped)
     increment_version(table.written)

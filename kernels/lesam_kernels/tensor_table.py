@@ -67,12 +67,14 @@ class TensorTable:
         partials, ticket: workspace of reductions; the ticket is 0 between launches.
     """
 
-    def __init__(self, device: torch.device | str, chunk: int = CHUNK) -> None:
+    def __init__(self, device: torch.device | str, chunk: int = CHUNK, walk_back: bool = True) -> None:
         """An empty table.
 
         Args:
             device: where all tensors are.
             chunk: elements per block, a multiple of `MAX_BLOCK`; small ones are for tests.
+            walk_back: launches that write begin at the end, where the sum before them has just left the gradients in
+                the L2 cache; False is for benchmarks.
 
         Raises:
             ValueError: ``chunk`` is not such a multiple.
@@ -81,6 +83,7 @@ class TensorTable:
             raise ValueError(f"chunk is {chunk}; it must be a positive multiple of {MAX_BLOCK}.")
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
         self.chunk = chunk
+        self._walk_back = walk_back
         self.build([], [])
 
     @property
@@ -216,6 +219,7 @@ class TensorTable:
                 "DTYPE": TRITON_DTYPES[dtype],
                 "CHUNK": self.chunk,
                 "BLOCK": block_of(dtype),
+                "WALK_BACK": self._walk_back,
                 "num_warps": NUM_WARPS,
             }
             segments.append(Segment(dtype, members[0], len(members), first_block, num_blocks, constants))

@@ -28,7 +28,7 @@ from lesam_kernels.restore_sgd import _restore_sgd_kernel
 
 Spec = tuple[str, Any, dict[str, Any], set[str]]  # name, kernel, constexprs, arguments that are None
 
-DOUBLES = {"sum_sq_ptr", "sum_ptr", "radius_ptr", "stats_ptr"}
+DOUBLES = {"sum_sq_ptr", "sum_ptr", "radius_ptr", "stats_ptr", "factors_ptr"}
 INTS = {"blocks_ptr", "ticket_ptr"}
 NO_METRIC, NO_EMA = {"metric_ptr", "w_ptrs"}, {"ema_scale_ptr", "ema_ptrs"}
 
@@ -37,18 +37,26 @@ def specs() -> Iterator[Spec]:
     """Kernels as the launchers launch them: with every option, and sums without them also over all dtypes at once."""
     yield "dots", _dots_kernel, over(*TRITON_DTYPES), set()
     yield "sum_sq", _sum_sq_kernel, over(*TRITON_DTYPES), NO_METRIC | NO_EMA
-    yield "stats", _stats_kernel, {}, set()
+    yield "stats", _stats_kernel, {"RAISE": False}, set()
     for dtype, triton_dtype in TRITON_DTYPES.items():
-        constants = {"DTYPE": triton_dtype, "CHUNK": CHUNK, "BLOCK": block_of(dtype)}
+        constants = {"DTYPE": triton_dtype, "CHUNK": CHUNK, "BLOCK": block_of(dtype), "WALK_BACK": True}
+        perturb = {**constants, "RAISE": False}
         steps = {**constants, "STEPS_BLOCK": _STEPS_BLOCK}
         yield f"restore-{triton_dtype}", _restore_kernel, constants, set()
-        yield f"perturb-{triton_dtype}", _perturb_kernel, constants, NO_EMA | {"metric_ptr"}
-        yield f"perturb-metric-{triton_dtype}", _perturb_kernel, constants, NO_EMA
-        yield f"perturb-ema-{triton_dtype}", _perturb_kernel, constants, {"metric_ptr"}
-        yield f"restore_sgd-{triton_dtype}", _restore_sgd_kernel, constants, {"g_kept_ptrs"}
+        yield f"perturb-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"metric_ptr", "kept_ptrs"}
+        yield f"perturb-kept-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"metric_ptr"}
+        yield f"perturb-metric-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"kept_ptrs"}
+        yield f"perturb-ema-{triton_dtype}", _perturb_kernel, perturb, {"metric_ptr", "kept_ptrs"}
+        plain = {"g_kept_ptrs", "factors_ptr"}
+        yield f"restore_sgd-{triton_dtype}", _restore_sgd_kernel, constants, plain
         yield f"restore_sgd-kept-{triton_dtype}", _restore_sgd_kernel, constants, set()
-        yield f"restore_sgd-plain-{triton_dtype}", _restore_sgd_kernel, constants, {"g_kept_ptrs", "buf_ptrs"}
-        yield f"restore_adamw-{triton_dtype}", _restore_adamw_kernel, steps, {"g_kept_ptrs"}
+        yield (
+            f"restore_sgd-plain-{triton_dtype}",
+            _restore_sgd_kernel,
+            constants,
+            {*plain, "buf_ptrs"},
+        )
+        yield f"restore_adamw-{triton_dtype}", _restore_adamw_kernel, steps, plain
         yield f"restore_adamw-kept-{triton_dtype}", _restore_adamw_kernel, steps, set()
         yield f"dots-{triton_dtype}", _dots_kernel, over(dtype), set()
         yield f"sum_sq-{triton_dtype}", _sum_sq_kernel, over(dtype), NO_METRIC | NO_EMA

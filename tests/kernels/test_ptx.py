@@ -22,6 +22,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 ACCESSES = {
     "restore": (1, 1),
     "perturb": (2 * 1 + 1 + 1, 2 * 2 + 1),
+    "perturb-kept": (2 * 1 + 1 + 2, 2 * 3 + 2),
     "perturb-metric": (2 * 1 + 1 + 1, 2 * 2 + 1),
     "perturb-ema": (2 * 1 + 2 + 1, 2 * 2 + 1),
     "restore_sgd": (2 * 2 + 1 + 1, 2 * 2 + 1),

@@ -31,8 +31,13 @@ class Ops(Protocol):
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         """Sum of squares of the second gradients over all rows, float64 0-d."""
 
-    def perturb(self, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
-        """Save and perturb the rows that have a direction; float64 (3,): grad_norm, rho, not finite."""
+    def perturb(
+        self, sum_sq: Tensor, radii: Sequence[Radius], keep: bool, overflow: Tensor | None, fresh: bool
+    ) -> Tensor:
+        """Save and perturb the rows that have a direction; float64 (3,): grad_norm, rho, not finite.
+
+        Also, with ``keep``, copy what `sum_sq_first` took into `Rows.kept`, where there is a tensor for it.
+        ``overflow`` (float32 0-d) becomes 1 where the norm is not finite, and else 0 if ``fresh``."""
 
     def restore(self) -> None:
         """Give back the saved weights to the rows that `perturb` touched."""
@@ -47,11 +52,19 @@ class Ops(Protocol):
         """Whether there is a `restore_and_update`."""
 
     def restore_and_update(
-        self, update: BaseUpdate, grads: Gradients, overflow: Tensor, factors: Tensor | None
+        self,
+        update: BaseUpdate,
+        grads: Gradients,
+        overflow: Tensor,
+        factors: Tensor | None,
+        sum_sq: Tensor | None,
+        skipped: Tensor | None,
     ) -> None:
-        """Restore, and unless ``overflow`` (float32 0-d) is set make the base optimizer's update with ``grads``.
+        """Restore, and make the base optimizer's update with ``grads``.
 
-        ``factors``, float64 (2,), multiply a and b of the mixture."""
+        Not where ``overflow`` (float32 0-d) is set or ``sum_sq`` (float64 0-d) is not finite: ``overflow`` is then set,
+        and ``skipped`` (float32 0-d) counts one more. ``factors``, float64 (2,) or (groups, 2), multiply a and b of the
+        mixture."""
 
     def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
         """Copy scheduled values to where the kernels read them; see `SharpnessAware.push_scalars`."""

@@ -221,11 +221,12 @@ class SharpnessAware(Scaled):
         if not weights.active:
             raise RuntimeError(f"{type(self).__name__}.second_step needs a first_step before it.")
         g_hat = weights.gradients()
-        self._check_second(g_hat)
-        self.telemetry["skipped"].add_(weights.overflow)  # in place: a replayed CUDA graph goes on counting
-        update = self._update(self._first, g_hat)
-        self._memory.commit(weights.overflow)
-        if not weights.update(self.base_optimizer, update, self._first, g_hat):
+        update = self._update(self._first, g_hat, self._check_second(g_hat))
+        if self._memory.has_changes:
+            self._memory.commit(weights.overflow)
+        skipped = self.telemetry["skipped"]  # changed in place: a replayed CUDA graph goes on counting
+        if not weights.update(self.base_optimizer, update, self._first, g_hat, skipped):
+            skipped.add_(weights.overflow)
             step_unless(self.base_optimizer, weights.overflow)
         if update.beside is not None:
             weights.descend_beside()
@@ -262,7 +263,8 @@ class SharpnessAware(Scaled):
 
     def _climb(self, grads: Column | None, fresh: bool) -> None:
         """Perturb the weights by ``grads``, or by what earlier steps left, and remember what the rule wants to."""
-        self.refresh()
+        if grads is None:
+            self.refresh()
         self._require_first_gradient()
         weights = self.weights
         if grads is None:
@@ -303,22 +305,33 @@ class SharpnessAware(Scaled):
         if math.isfinite(sigma := self.radius(self.param_groups[0]).sigma):
             self.telemetry["sigma"] = torch.tensor(sigma)
 
-    def _check_second(self, g_hat: Column) -> None:
-        """Raise the overflow flag where a gradient is not finite, on any rank, and clip."""
-        weights, max_norm = self.weights, self.options.max_grad_norm
+    def _check_second(self, g_hat: Column) -> Tensor | None:
+        """Raise the overflow flag where a gradient is not finite, on any rank, and clip.
+
+        Returns:
+            A factor of the second gradients (float64 0-d), where the kernel that makes the update is to clip them.
+        """
+        weights, max_norm, factor = self.weights, self.options.max_grad_norm, None
         if self.options.check_second or max_norm is not None or self._kind != "ascend":
-            norm = weights.check_second(g_hat)
-            if max_norm is not None:
-                clip_grads_with_norm_([p for rows in weights.rows for p in rows.params], max_norm, norm)
+            sum_sq = weights.check_second(g_hat)
+            if max_norm is not None and not self._can_scale():
+                clip_grads_with_norm_([p for rows in weights.rows for p in rows.params], max_norm, sum_sq.sqrt())
                 g_hat.sum_sq = None
+            elif max_norm is not None:
+                factor = torch.clamp(max_norm / (sum_sq.sqrt() + 1e-6), max=1.0)  # as torch's clip_grad_norm_
             if self._kind == "plain":
-                self.telemetry["grad_norm"] = norm
+                self.telemetry["grad_norm"] = sum_sq.sqrt()
         if self.options.scope != "global":
             reduce_max(weights.overflow)  # each process knows its own first gradient only
+        return factor
 
-    def _update(self, first: Column, g_hat: Column) -> Update:
+    def _can_scale(self) -> bool:
+        """Whether the second gradients may be clipped as a factor of the update, and nobody needs the tensors."""
+        return type(self).remember is SharpnessAware.remember and self.weights.updates(self.base_optimizer)
+
+    def _update(self, first: Column, g_hat: Column, factor: Tensor | None) -> Update:
         """What the rule descends along; it also remembers what it wants to."""
-        second = self.vector(g_hat)
+        second = self.vector(g_hat) if factor is None else self.vector(g_hat) * factor
         if self._kind == "plain":
             return Update(second)
         if not isinstance(first, NotKept):

@@ -36,6 +36,12 @@ class Coefficient:
         """Whether it is the number 1 in every param group."""
         return self.tensor is None and self.shift == (1.0,)
 
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is alike in all param groups."""
+        alike = len(self.shift) == len(self.scale) == 1
+        return alike and (self.tensor is None or self.tensor.dim() == 0)
+
     def of(self, group: int) -> float | Tensor:
         """Its value in a param group."""
         shift, scale = self.shift[group % len(self.shift)], self.scale[group % len(self.scale)]

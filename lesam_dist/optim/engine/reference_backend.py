@@ -19,11 +19,12 @@ class ReferenceOps:
         self._rows = rows
         self._touched: list[int] = []
         self._along: Gradients = []
+        self._grads: Gradients = []
 
     def sum_sq_first(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
         rows = self._rows
         require_dense([g for g in grads if g is not None])
-        self._along, scaled = [], []
+        self._along, self._grads, scaled = [], grads, []
         for row, g in enumerate(grads):
             if g is None or not rows.perturbed[row]:
                 self._along.append(None)
@@ -35,13 +36,19 @@ class ReferenceOps:
         return self._sum_sq(scaled)
 
     def stay(self) -> None:
-        self._along = []
+        self._along, self._grads = [], []
 
     def sum_sq_second(self, grads: Gradients) -> Tensor:
         return self._sum_sq(grads)
 
-    def perturb(self, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
+    def perturb(
+        self, sum_sq: Tensor, radii: Sequence[Radius], keep: bool, overflow: Tensor | None, fresh: bool
+    ) -> Tensor:
         rows = self._rows
+        if keep:
+            pairs = [(k, g) for k, g in zip(rows.kept, self._grads, strict=True) if k is not None and g is not None]
+            if pairs:
+                torch._foreach_copy_([k for k, _ in pairs], [g for _, g in pairs])
         by_radius: dict[Radius, list[int]] = {}
         for row in allocate_copies(rows, self._along):
             by_radius.setdefault(radii[rows.groups[row]], []).append(row)
@@ -51,8 +58,11 @@ class ReferenceOps:
             result = reference.perturb(shards, along, _take(rows.copies, members), sum_sq, radius)
             self._touched += members
             stats = result if stats is None else stats
-        self._along = []  # the second pass must not pay for them
-        return torch.zeros(3, dtype=torch.float64, device=rows.device) if stats is None else stats
+        self._along, self._grads = [], []  # the second pass must not pay for them
+        stats = torch.zeros(3, dtype=torch.float64, device=rows.device) if stats is None else stats
+        if overflow is not None:
+            overflow.copy_(stats[2] if fresh else torch.maximum(overflow, stats[2]))
+        return stats
 
     def restore(self) -> None:
         rows = self._rows

@@ -18,7 +18,7 @@ from lesam_dist.optim.engine.reference_backend import allocate_copies, moved_sq,
 from lesam_dist.optim.engine.rows import Gradients, Rows
 from lesam_dist.parallel.shards import local_shard
 
-_A, _B = 5, 6  # where a row of scalars has the weights of the second and of the first gradient
+_B = 6  # where a row of scalars has the weight of the first gradient
 
 
 class TritonOps:
@@ -56,9 +56,20 @@ class TritonOps:
         self._second = grads
         return lesam_kernels.sum_sq(self._table, "g_hat")
 
-    def perturb(self, sum_sq: Tensor, radii: Sequence[Radius]) -> Tensor:
-        on_device = self._radii.on_device(radii, torch.float64)
-        return lesam_kernels.perturb(self._table, sum_sq, on_device, **self._direction)
+    def perturb(
+        self, sum_sq: Tensor, radii: Sequence[Radius], keep: bool, overflow: Tensor | None, fresh: bool
+    ) -> Tensor:
+        if keep:
+            self._table.set("g_kept", self._rows.kept)
+        return lesam_kernels.perturb(
+            self._table,
+            sum_sq,
+            self._radii.on_device(radii, torch.float64),
+            **self._direction,
+            keep=keep,
+            found_inf=overflow,
+            raise_only=not fresh,
+        )
 
     def restore(self) -> None:
         lesam_kernels.restore(self._table)
@@ -78,7 +89,13 @@ class TritonOps:
         return True
 
     def restore_and_update(
-        self, update: BaseUpdate, grads: Gradients, overflow: Tensor, factors: Tensor | None
+        self,
+        update: BaseUpdate,
+        grads: Gradients,
+        overflow: Tensor,
+        factors: Tensor | None,
+        sum_sq: Tensor | None,
+        skipped: Tensor | None,
     ) -> None:
         if self._second is not grads:
             self._set("g_hat", grads)
@@ -91,9 +108,8 @@ class TritonOps:
         kernel = getattr(lesam_kernels, update.kernel)
         scalars = self._scalars.on_device(update.scalars, update.dtype)
         if factors is not None:
-            scalars = scalars.clone()
-            scalars[:, _A : _B + 1] *= factors.to(scalars)
-        kernel(self._table, scalars, found_inf=overflow)
+            factors = factors.to(self._rows.device, torch.float64).expand(len(update.scalars), 2).contiguous()
+        kernel(self._table, scalars, overflow, sum_sq=sum_sq, factors=factors, skipped=skipped)
         if self._empty_steps:
             torch._foreach_add_(self._empty_steps, 1 - overflow)
 

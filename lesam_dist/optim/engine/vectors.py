@@ -96,6 +96,11 @@ class Vector:
 
     def dot(self, other: Vector) -> Tensor:
         """The inner product over all parameters and shards, float64 0-d."""
+        if len(self._terms) == len(other._terms) == 1:  # no tensors need be made of multiples
+            (own, column), (its, other_column) = self._terms[0], other._terms[0]
+            if own.is_scalar and its.is_scalar:
+                product = self._weights.dot(column, other_column)
+                return product if own.is_one and its.is_one else product * (own * its).of(0)
         return self._weights.dot(self.column(), other.column())
 
     def norm_sq(self) -> Tensor:

@@ -28,7 +28,6 @@ class Weights:
         rows: parameters by device and mesh axes.
         ops: who does the maths of each of the rows.
         active: whether the weights are the perturbed ones, or a step without perturbation has begun.
-        overflow: float32 0-d, 1 where a gradient of this step is not finite.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -38,7 +37,9 @@ class Weights:
         self.rows: list[Rows] = []
         self.ops: list[Ops] = []
         self.active = False
-        self.overflow = torch.zeros(())
+        self._overflow = torch.zeros(())
+        self._unchecked: Tensor | None = None  # sum of squares of the second gradients, not looked at yet
+        self._unkept: Column | None = None  # first gradients that are to be kept, not copied yet
         self._still = torch.zeros(3, dtype=torch.float64)  # what is told of a step that climbs nowhere
         self._unsettled = True  # the model may not have run since the rows were made
         self._touched: list[Ops] = []
@@ -51,10 +52,18 @@ class Weights:
             return False
         self.rows = self._cache.rows
         self.ops = [select(self._backend, rows) for rows in self.rows]
-        self.overflow = self.overflow.to(self.rows[0].device)
+        self._overflow = self._overflow.to(self.rows[0].device)
         self._still = torch.zeros(3, dtype=torch.float64, device=self.rows[0].device)
         self._unsettled = True
         return True
+
+    @property
+    def overflow(self) -> Tensor:
+        """float32 0-d, 1 where a gradient of this step is not finite."""
+        if self._unchecked is not None:
+            self._overflow.masked_fill_(~torch.isfinite(self._unchecked), 1.0)
+            self._unchecked = None
+        return self._overflow
 
     def gradients(self) -> Column:
         """The current gradients."""
@@ -92,12 +101,16 @@ class Weights:
         sum_sq = self._sum(parts) if ascent.norm_sq is None else ascent.norm_sq
         signed = [r if sign > 0 else r._replace(sigma=-r.sigma) for r, sign in zip(radii, signs, strict=True)]
         self.active, self._touched = True, []
-        stats = []
+        keep = self._unkept is not None and column is self._unkept
+        if self._unkept is not None and not keep:
+            self._copy_first(self._unkept)
+        self._unkept = self._unchecked = None
+        stats: list[Tensor] = []
         for rows, ops in zip(self.rows, self.ops, strict=True):
             self._touched.append(ops)
-            stats.append(ops.perturb(sum_sq.to(rows.device), signed))
+            own = None if stats else self._overflow  # which is on the device of the first
+            stats.append(ops.perturb(sum_sq.to(rows.device), signed, keep, own, fresh))
         torch.clear_autocast_cache()  # an autocast around the whole step keeps casts of the weights
-        self._flag(stats[0][2], fresh)
         return stats[0]
 
     def _lower(self, ascent: Ascent) -> tuple[Column, Column | None, list[Direction], Sequence[float]]:
@@ -120,20 +133,19 @@ class Weights:
         for ops in self.ops:
             ops.stay()
         self.active, self._touched = True, []
-        self._flag(self._still[2], fresh)
+        self._unchecked = None
+        if fresh:
+            self._overflow.zero_()
         return self._still
-
-    def _flag(self, overflow: Tensor, fresh: bool) -> None:
-        self.overflow.copy_(overflow if fresh else torch.maximum(self.overflow, overflow))
 
     def moved(self) -> Tensor:
         """||w' - w|| as stored, float64 0-d."""
         return self._sum([ops.moved_sq() for ops in self.ops]).sqrt()
 
     def keep_first(self, g: Column, wanted: Sequence[bool], fresh: bool = True) -> Column:
-        """Save g for the groups that need it; returns what is saved.
+        """Save g for the groups that need it, by the time that `climb` returns; returns what it is saved in.
 
-        Copied: a DDP bucket is overwritten by the second backward.
+        Copied: a DDP bucket is overwritten by the second backward. A climb along g itself copies it on its way.
         """
         for rows, first in zip(self.rows, g.tensors, strict=True):
             for row, tensor in enumerate(first):
@@ -141,10 +153,21 @@ class Weights:
                 if not wanted[rows.groups[row]] or (tensor is None and fresh):
                     rows.kept[row] = None
                 elif tensor is not None and kept is None:
-                    rows.kept[row] = tensor.clone()
-                elif tensor is not None and kept is not None:
-                    kept.copy_(tensor) if fresh else kept.add_(tensor)
+                    rows.kept[row] = torch.empty_like(tensor) if fresh else tensor.clone()
+                elif tensor is not None and kept is not None and not fresh:
+                    kept.add_(tensor)
+        self._unkept = g if fresh else None
         return Column([rows.kept for rows in self.rows])
+
+    def _copy_first(self, g: Column) -> None:
+        pairs = [
+            (kept, tensor)
+            for rows, first in zip(self.rows, g.tensors, strict=True)
+            for kept, tensor in zip(rows.kept, first, strict=True)
+            if kept is not None and tensor is not None
+        ]
+        if pairs:
+            torch._foreach_copy_([kept for kept, _ in pairs], [tensor for _, tensor in pairs])
 
     def average_first(self, count: int) -> None:
         """Divide the kept first gradients, each the sum of ``count``."""
@@ -174,10 +197,13 @@ class Weights:
     # ---- descend -------------------------------------------------------------------------------------------------
 
     def check_second(self, g_hat: Column) -> Tensor:
-        """Raise the overflow flag where a second gradient is not finite; returns their global norm, float64 0-d."""
+        """Raise the overflow flag where a second gradient is not finite; returns their sum of squares, float64 0-d.
+
+        The flag goes up when somebody asks for it, or in the kernel that makes the update.
+        """
         g_hat.sum_sq = self._sum([ops.sum_sq_second(g) for ops, g in zip(self.ops, g_hat.tensors, strict=True)])
-        self.overflow.masked_fill_(~torch.isfinite(g_hat.sum_sq), 1.0)
-        return g_hat.sum_sq.sqrt()
+        self._unchecked = g_hat.sum_sq
+        return g_hat.sum_sq
 
     def restore(self) -> None:
         """Give the weights back; harmless when they are not perturbed."""
@@ -210,10 +236,16 @@ class Weights:
         """Let products of these two be made by the launch that makes all three of them."""
         self._pair = (g, g_hat)
 
-    def update(self, base: Optimizer, update: Update, g: Column, g_hat: Column) -> bool:
+    def updates(self, base: Optimizer) -> bool:
+        """Whether a kernel makes the base optimizer's update."""
+        neutral = [(1.0, 0.0)] * len(self.groups)
+        return all(ops.fuses() for ops in self.ops) and base_update(base, neutral) is not None
+
+    def update(self, base: Optimizer, update: Update, g: Column, g_hat: Column, skipped: Tensor) -> bool:
         """Restore and make the base optimizer's update in one launch, where a kernel does; returns whether.
 
-        Where not, the weights are restored and ``.grad`` is what the base optimizer must step with.
+        It then also adds 1 to ``skipped`` (float32 0-d) where a gradient was not finite. Where not, the weights are
+        restored and ``.grad`` is what the base optimizer must step with.
         """
         mixing, factors = self._mixture(update.along, g, g_hat)
         fused = base_update(base, mixing) if all(ops.fuses() for ops in self.ops) else None
@@ -221,8 +253,11 @@ class Weights:
             self.restore()
             self._mix(g_hat, mixing, factors, update.beside)
             return False
-        for rows, ops, second in zip(self.rows, self.ops, g_hat.tensors, strict=True):
-            ops.restore_and_update(fused, second, self.overflow.to(rows.device), factors)
+        for index, (rows, ops, second) in enumerate(zip(self.rows, self.ops, g_hat.tensors, strict=True)):
+            # The first, on whose device the flag is, raises it for the others.
+            news = (self._unchecked, skipped) if index == 0 else (None, None)
+            ops.restore_and_update(fused, second, self._overflow.to(rows.device), factors, *news)
+        self._unchecked = None
         self._settle()
         self.active, self._pair = False, None
         torch.clear_autocast_cache()
