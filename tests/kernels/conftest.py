@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import lesam_kernels  # noqa: F401 (so that its modules can be watched)
-from tests.kernels.memory_spy import MemorySpy
+
+if TYPE_CHECKING:  # it needs numpy, which tests on a GPU can do without
+    from tests.kernels.memory_spy import MemorySpy
 
 Make = Callable[..., Tensor]
 
@@ -62,6 +64,8 @@ def spy(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> MemorySpy:
     """Watches the memory that interpreted kernels touch."""
     if device.type == "cuda":
         pytest.skip("watches the interpreter")
+    from tests.kernels.memory_spy import MemorySpy
+
     return MemorySpy(monkeypatch)
 
 

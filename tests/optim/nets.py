@@ -15,9 +15,11 @@ def make_net() -> nn.Module:
 
 
 def make_closure(net: nn.Module, scale: Callable[[int], float] = lambda call: 1.0) -> Callable[[], Tensor]:
-    """A fixed batch; the loss of the n-th call (from 0) is multiplied by ``scale(n)``."""
-    x = torch.randn(8, 5, device=DEVICE)
-    y = torch.randint(0, 3, (8,), device=DEVICE)
+    """A fixed batch; the loss of the n-th call (from 0) is multiplied by ``scale(n)``.
+
+    It is drawn on the CPU, whose generator is the one that `torch.set_rng_state` sets.
+    """
+    x, y = torch.randn(8, 5).to(DEVICE), torch.randint(0, 3, (8,)).to(DEVICE)
     calls = iter(range(1000))
 
     def run() -> Tensor:

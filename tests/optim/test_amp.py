@@ -24,7 +24,7 @@ def make(backend: str, scale: float = SCALE) -> tuple[nn.Module, LESAM, GradScal
 
 
 def make_closure(net: nn.Module, scaler: GradScaler | None, bad_pass: int | None = None) -> Callable[[], Tensor]:
-    x, y = torch.randn(8, 5, device=DEVICE), torch.randint(0, 3, (8,), device=DEVICE)
+    x, y = torch.randn(8, 5).to(DEVICE), torch.randint(0, 3, (8,)).to(DEVICE)  # `torch.set_rng_state` is the CPU's
     calls = iter(range(100))
 
     def run() -> Tensor:
@@ -49,6 +49,7 @@ def step_by_scaler(optimizer: LESAM, scaler: GradScaler, closure: Callable[[], T
 
 
 def step_by_accelerate(optimizer: LESAM, scaler: GradScaler, closure: Callable[[], Tensor]) -> None:
+    pytest.importorskip("accelerate")
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 

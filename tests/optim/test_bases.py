@@ -214,7 +214,7 @@ class Counting(SGD):
         self.steps = 0
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["mask"] = torch.arange(p.numel()) % 2
+                self.state[p]["mask"] = torch.arange(p.numel(), device=p.device) % 2
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.steps += 1
@@ -236,7 +236,7 @@ class Counting(SGD):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_base_makes_in_its_constructor_stays(seed: int, backend: str, base: Any) -> None:
     """And goes through a state_dict; the base is asked to add groups and to load by its own rules."""
-    nets = [make_net().cpu() for _ in range(2)]
+    nets = [make_net() for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     plain = base(nets[1].parameters(), lr=0.1)
     optimizer = SAM(nets[0].parameters(), base, rho=0.0, lr=0.1, backend=backend)  # type: ignore[arg-type]

@@ -56,7 +56,8 @@ def take_steps(optimizer: LESAM | SAM, net: nn.Module, steps: range) -> None:
 def assert_same(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> None:
     torch.testing.assert_close(dict(a[0].named_parameters()), dict(b[0].named_parameters()), rtol=RTOL, atol=ATOL)
     first, second = (optimizer.state_dict()["state"] for _, optimizer in (a, b))
-    torch.testing.assert_close(first, second, rtol=RTOL, atol=ATOL)
+    # Of Adam's steps, torch's fused update keeps the count on the device, and its others on the CPU.
+    torch.testing.assert_close(first, second, rtol=RTOL, atol=ATOL, check_device=False)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

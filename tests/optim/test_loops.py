@@ -17,6 +17,7 @@ from tests.optim.nets import DEVICE, make_closure, make_net, same, snapshot
 @pytest.fixture
 def accumulating() -> Iterator[object]:
     """accelerate keeps its state globally."""
+    pytest.importorskip("accelerate")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 

@@ -70,6 +70,7 @@ def test_unpickled_optimizer_goes_on_identically(seed: int) -> None:
 
 
 def test_accelerate_round_trip_and_scheduler(seed: int) -> None:
+    pytest.importorskip("accelerate")
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=DEVICE == "cpu")
