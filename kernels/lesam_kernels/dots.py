@@ -112,7 +112,9 @@ def dots(table: TensorTable, a: str, b: str) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=table.device)
     result = torch.empty(3, dtype=torch.float64, device=table.device)
     with table.device_guard():
-        _dots_kernel[(table.num_blocks,)](
+        table.launch(
+            _dots_kernel,
+            table.num_blocks,
             a_ptrs,
             b_ptrs,
             table.rows,

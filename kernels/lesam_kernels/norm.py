@@ -157,7 +157,9 @@ def sum_sq(
         return torch.zeros((), dtype=torch.float64, device=table.device)
     result = torch.empty((), dtype=torch.float64, device=table.device)
     with table.device_guard():
-        _sum_sq_kernel[(table.num_blocks,)](
+        table.launch(
+            _sum_sq_kernel,
+            table.num_blocks,
             g_ptrs,
             None if metric is None else table.column("w"),
             None if ema_scale is None else table.column("ema"),

@@ -242,7 +242,9 @@ def perturb(
     stats = torch.empty(3, dtype=torch.float64, device=table.device)
     with table.device_guard():
         for segment in table.segments:
-            _perturb_kernel[(segment.num_blocks,)](
+            table.launch(
+                _perturb_kernel,
+                segment.num_blocks,
                 table.column("w"),
                 g_ptrs,
                 None if ema_scale is None else table.column("ema"),
@@ -261,6 +263,6 @@ def perturb(
                 **segment.constants,
             )
         if not table.segments:
-            _stats_kernel[(1,)](sum_sq, radius, stats, found_inf, RAISE=raise_only)
+            table.launch(_stats_kernel, 1, sum_sq, radius, stats, found_inf, RAISE=raise_only)
     increment_version(table.written)
     return stats

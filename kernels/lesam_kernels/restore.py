@@ -88,7 +88,9 @@ def restore(table: TensorTable) -> None:
     copy_ptrs, g_ptrs = table.column("copy"), table.column("g")
     with table.device_guard():
         for segment in table.segments:
-            _restore_kernel[(segment.num_blocks,)](
+            table.launch(
+                _restore_kernel,
+                segment.num_blocks,
                 table.column("w"),
                 copy_ptrs,
                 g_ptrs,

@@ -163,7 +163,9 @@ def restore_sgd(
     check_update(table, factors, found_inf, sum_sq, skipped)
     with table.device_guard():
         for segment in table.segments:
-            _restore_sgd_kernel[(segment.num_blocks,)](
+            table.launch(
+                _restore_sgd_kernel,
+                segment.num_blocks,
                 w_ptrs,
                 copy_ptrs,
                 g_ptrs,

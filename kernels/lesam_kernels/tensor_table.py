@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lesam_kernels.launch import Launcher
 from lesam_kernels.launch_config import CHUNK, MAX_BLOCK, NUM_WARPS, TRITON_DTYPES, block_of
 from lesam_kernels.layout import (
     Layout,
@@ -64,6 +65,7 @@ class TensorTable:
         types: (dtype, block) of each segment, for a launch over all of them.
         num_groups: rows that per-group scalar tensors must have; at least 1.
         written: the parameters, whose autograd versions the launches increment.
+        launch: launches kernels on the table's device.
         partials, ticket: workspace of reductions; the ticket is 0 between launches.
     """
 
@@ -84,6 +86,7 @@ class TensorTable:
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
         self.chunk = chunk
         self._walk_back = walk_back
+        self.launch = Launcher()
         self.build([], [])
 
     @property

@@ -63,4 +63,4 @@ def check_update(
 def skip_nothing(table: TensorTable, found_inf: Tensor, sum_sq: Tensor | None, skipped: Tensor | None) -> None:
     """Tell of a step that is left out where no update kernel runs, as the table is empty."""
     if not table.segments:
-        _skip_kernel[(1,)](found_inf, sum_sq, skipped)
+        table.launch(_skip_kernel, 1, found_inf, sum_sq, skipped)

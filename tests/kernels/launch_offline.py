@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from lesam_kernels import TensorTable, dots, perturb, restore, restore_adamw, restore_sgd, sum_sq
@@ -53,6 +54,7 @@ if __name__ == "__main__":
         return launch(self, *args, **{**kwargs, "warmup": True})
 
     JITFunction.run = compile_only
+    CompiledKernel.__getitem__ = lambda self, grid: lambda *args: None  # what was compiled once
     counts = []
     for numel in (1, 16, 5000):
         w = [torch.ones(numel) for _ in range(numel % 7 + 1)]
