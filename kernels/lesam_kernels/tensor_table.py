@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lesam_kernels import capture
 from lesam_kernels.launch import Launcher
 from lesam_kernels.launch_config import CHUNK, MAX_BLOCK, NUM_WARPS, TRITON_DTYPES, block_of
 from lesam_kernels.layout import (
@@ -49,6 +50,7 @@ class _Column(NamedTuple):
     buffer: Tensor
     addresses: list[int | None]  # of all parameters, empty ones too
     missing: frozenset[int]  # the rows without a tensor
+    in_graph: bool = False  # a captured graph reads the buffer: it is not written again
 
 
 class TensorTable:
@@ -57,6 +59,11 @@ class TensorTable:
     The caller (an optimizer) owns the table: it calls `build` once, `set` whenever tensors may have moved, and the
     launches. The table keeps the parameters alive and nothing else: what `set` is given must live until the launches
     that use it are queued. All of these calls belong on one stream.
+
+    While a CUDA graph is captured, `set` notes addresses instead of copying them: gradients may be new in each pass of
+    the captured step, since they lie in the graph's memory, where every replay has them. `upload` copies what was noted
+    and comes before the first replay. What a graph reads is never overwritten, so launches outside of it, before and
+    between replays, do not disturb it; several graphs may be captured.
 
     Attributes:
         rows: int64 (n, 3): elements, param group and segment of each row.
@@ -106,7 +113,7 @@ class TensorTable:
             TypeError: a dtype is not supported.
             ValueError: lists that differ in length, a negative group; a tensor on another device, not dense in
                 memory, or without memory of its own. The table is unchanged.
-            RuntimeError: a CUDA graph is captured.
+            RuntimeError: a CUDA graph is captured. Graphs captured before must not be replayed after this.
         """
         if len(params) != len(groups):
             raise ValueError(f"there are {len(params)} params and {len(groups)} groups; each parameter has one.")
@@ -129,14 +136,15 @@ class TensorTable:
         self.partials = torch.empty(self.num_blocks, dtype=torch.float32, device=self.device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._columns: dict[str, _Column] = {}
+        self._of_graphs = capture.GraphLists(len(self._order), self.device)
         self.set("w", params)
 
     def set(self, column: str, tensors: Sequence[Tensor | None]) -> None:
         """Tell where a column's tensors are; cheap when all addresses are those of the last call.
 
-        Changed addresses are written into the same device buffer, so a captured CUDA graph keeps reading the right
-        place. No host sync: staging memory is pinned and new for each copy, so that torch does not reuse it before
-        the copy ran.
+        Changed addresses are written into the same device buffer, unless a CUDA graph reads it. No host sync: staging
+        memory is pinned and new for each copy, so that torch does not reuse it before the copy ran. While a graph is
+        captured nothing is copied: call `upload` before the first replay.
 
         Args:
             column: one of `PARAM_COLUMNS`, `GRAD_COLUMNS` or `STEP_COLUMN`.
@@ -148,8 +156,13 @@ class TensorTable:
             TypeError: a tensor has another dtype than its parameter.
             ValueError: another number of tensors than of parameters; a tensor on another device, not dense in memory,
                 unlike its parameter in elements or their order, or without memory of its own. The table is unchanged.
-            RuntimeError: addresses changed while a CUDA graph is captured.
+            RuntimeError: a captured step has more than `capture.NEW_LISTS` lists of new addresses.
         """
+        capturing = capture.is_capturing(self.device)
+        if capturing:
+            self._give_to_graph()
+        elif not self._of_graphs.are_written:
+            self._of_graphs.write()
         known = self._columns.get(column)
         # An address that did not change needs no other check: the row's number of elements is that of its parameter,
         # and autograd gives a gradient its parameter's strides.
@@ -160,18 +173,27 @@ class TensorTable:
         if known is not None and addresses == known.addresses:
             return
         self._check_column(column, tensors, known.addresses if known else [], addresses)
-        self._refuse_capture()
-        values = [addresses[i] for i in self._order]
-        staged = self._pin(torch.tensor([value or 0 for value in values], dtype=torch.int64))
-        if known is None:
-            buffer = staged.to(self.device, non_blocking=True)
+        values = [addresses[i] or 0 for i in self._order]
+        if capturing:
+            buffer = self._of_graphs.take(values)
         else:
-            buffer = known.buffer
-            buffer.copy_(staged, non_blocking=True)
-        missing = frozenset(i for i, value in zip(self._order, values, strict=True) if value is None)
-        self._columns[column] = _Column(buffer, addresses, missing)
+            staged = self._pin(torch.tensor(values, dtype=torch.int64))
+            if known is None or known.in_graph:
+                buffer = staged.to(self.device, non_blocking=True)
+            else:
+                buffer = known.buffer
+                buffer.copy_(staged, non_blocking=True)
+        missing = frozenset(i for i in self._order if addresses[i] is None)
+        self._columns[column] = _Column(buffer, addresses, missing, in_graph=capturing)
         if column == "w":
             self.written = tuple(t for t in tensors if t is not None)
+
+    def upload(self) -> None:
+        """Write the addresses that were noted while CUDA graphs were captured; no host sync, nothing where none were.
+
+        To be called on the replays' stream, before the first replay.
+        """
+        self._of_graphs.write()
 
     def clear(self, column: str) -> None:
         """Forget a column; harmless where it is not set."""
@@ -287,14 +309,20 @@ class TensorTable:
         check_memory(name, tensor)
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        """From pageable memory a copy would wait for the device."""
-        return tensor.pin_memory() if self.device.type == "cuda" and tensor.numel() else tensor
+        return capture.pinned(tensor, self.device)
+
+    def _give_to_graph(self) -> None:
+        """Never write again what a graph that is captured now may read: the columns as they are."""
+        for name, column in self._columns.items():
+            if not column.in_graph:
+                self._of_graphs.add([column.addresses[i] or 0 for i in self._order], column.buffer)
+                self._columns[name] = column._replace(in_graph=True)
 
     def _refuse_capture(self) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capture.is_capturing(self.device):
             raise RuntimeError(
-                "the tensors changed while a CUDA graph is captured, and the graph would replay a copy from "
-                "freed memory. Set them before the capture; keep gradients in place (set_to_none=False)."
+                "the table of parameters would be made while a CUDA graph is captured, and the graph would replay "
+                "copies from freed memory. Take a step, or build the table, before the capture."
             )
 
 

@@ -65,6 +65,7 @@ class LESAM(
 
     # `eps` and `alpha` are names that Adam and RMSprop keep in the same groups.
     group_names: ClassVar = {"eps": "norm_eps", "alpha": "plus_alpha"}
+    of_descent = ("plus_alpha", "plus_form")
 
     def __init__(
         self,

@@ -67,7 +67,9 @@ class Ops(Protocol):
         mixture."""
 
     def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
-        """Copy scheduled values to where the kernels read them; see `SharpnessAware.push_scalars`."""
+        """Copy scheduled values, and what new CUDA graphs need, to where the kernels read them.
+
+        See `SharpnessAware.push_scalars`."""
 
 
 def choose(backend: Backend, rows: Rows) -> Backend:

@@ -6,7 +6,6 @@ pass is made (the closure has it).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,11 +18,10 @@ from lesam_dist.optim.engine.accumulate import GradientSum
 from lesam_dist.optim.engine.contract import require_closureless, require_no_gradients, require_whole_batches
 from lesam_dist.optim.engine.eager import eager
 from lesam_dist.optim.engine.fused import step_unless
+from lesam_dist.optim.engine.graphed import Graphed, as_update
 from lesam_dist.optim.engine.memory import ASCENT
 from lesam_dist.optim.engine.options import split
-from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.rule import Closure
-from lesam_dist.optim.engine.scaling import Scaled
 from lesam_dist.optim.engine.vectors import Ascent, Column, NotKept, Update, Vector
 from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.parallel.shards import reduce_max
@@ -34,7 +32,7 @@ Kind = Literal["ascend", "ahead", "plain"]
 _NEUTRAL = {"scope": "global", "ascent_fraction": 1.0, "ascent_interval": 1}  # options about the first of two passes
 
 
-class SharpnessAware(Scaled):
+class SharpnessAware(Graphed):
     """A torch optimizer that takes its gradient at perturbed weights and updates the exact ones.
 
     ``step(closure)`` makes both passes; ``first_step`` and ``second_step`` are for hand-written loops. The update is
@@ -143,6 +141,7 @@ class SharpnessAware(Scaled):
     def _passes(self, closures: Sequence[Closure]) -> list[tuple[Any, Any]]:
         """All passes of a step; returns the losses of each closure, and leaves the weights perturbed."""
         self._kind = self.kind_of_step()
+        self.require_capturable()
         if len(closures) == 1:
             return [self._passes_of(closures[0], fresh=True)]
         if self.known_scaler() is not None:
@@ -201,6 +200,7 @@ class SharpnessAware(Scaled):
                 f"{name}.first_step: {reason}, which a loop that makes both passes cannot do: call step(closure)."
             )
         self._kind = self.kind_of_step()
+        self.require_capturable()
         if self._kind == "plain":
             self._stay(fresh=True)
         else:
@@ -236,18 +236,9 @@ class SharpnessAware(Scaled):
         if self.enabled and "ascent_step" in self.defaults:
             for group in self.param_groups:
                 group["ascent_step"] += 1
+        self.note_capture()
         if zero_grad:
             self.zero_grads()
-
-    def push_scalars(self) -> None:
-        """Copy lr, sigma and all other scheduled values to the device, where the kernels read them.
-
-        A step does it by itself. Replaying a CUDA graph runs none of its Python: call this before each replay.
-        """
-        self.refresh()
-        g, g_hat = (Column([[None] * len(rows.params) for rows in self.weights.rows], is_blank=True) for _ in range(2))
-        update = _as_update(self.descend(self.vector(g), self.vector(g_hat)))
-        self.weights.push(self.base_optimizer, self._radii(), update, g, g_hat)
 
     # ---- steps of the protocol -----------------------------------------------------------------------------------
 
@@ -257,7 +248,8 @@ class SharpnessAware(Scaled):
             return "plain"
         if self._is_one_pass():
             return "ahead"
-        if self.step_index % self.options.ascent_interval == 0:
+        interval = self.options.ascent_interval
+        if interval == 1 or self.step_index % interval == 0:
             return "ascend"
         return "ahead" if self.options.reuses else "plain"
 
@@ -270,12 +262,12 @@ class SharpnessAware(Scaled):
         if grads is None:
             self._first = NotKept()
             ahead = self.look_ahead() if self._is_one_pass() else self.climb(self.kept(ASCENT))
-            stats = weights.climb(_as_ascent(ahead), self._radii(), fresh)
+            stats = weights.climb(_as_ascent(ahead), self.radii(), fresh)
         else:
             wanted = [self.needs_first(group) for group in self.param_groups]
             self._first = weights.keep_first(grads, wanted, fresh) if any(wanted) else NotKept()
             g = self.vector(grads)
-            stats = weights.climb(_as_ascent(self.climb(g)), self._radii(), fresh)
+            stats = weights.climb(_as_ascent(self.climb(g)), self.radii(), fresh)
         self._tell(stats)
         if self.measure_rho:
             self.telemetry["realized_rho"] = weights.moved()
@@ -302,8 +294,7 @@ class SharpnessAware(Scaled):
         self.telemetry["grad_norm"], self.telemetry["rho"] = stats[0], stats[1]
         if self.telemetry["skipped"].device != stats.device:
             self.telemetry["skipped"] = self.telemetry["skipped"].to(stats.device)
-        if math.isfinite(sigma := self.radius(self.param_groups[0]).sigma):
-            self.telemetry["sigma"] = torch.tensor(sigma)
+        self.tell_sigma()
 
     def _check_second(self, g_hat: Column) -> Tensor | None:
         """Raise the overflow flag where a gradient is not finite, on any rank, and clip.
@@ -338,7 +329,7 @@ class SharpnessAware(Scaled):
             self.weights.pair(first, g_hat)
         g = self.vector(first)
         self.remember(g, second)
-        return _as_update(self.descend(g, second))
+        return as_update(self.descend(g, second))
 
     def _gradients(self) -> Column:
         """The current gradients, of rows that are brought up to date with the param groups."""
@@ -347,13 +338,6 @@ class SharpnessAware(Scaled):
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _radii(self) -> list[Radius]:
-        """Of each param group; what is maximized is perturbed against the gradient, to where it is lowest."""
-        return [
-            radius._replace(sigma=-radius.sigma) if group.get("maximize") else radius
-            for group, radius in ((group, self.radius(group)) for group in self.param_groups)
-        ]
 
     def _is_one_pass(self) -> bool:
         registered = getattr(self, "registration", None)
@@ -399,7 +383,3 @@ class SharpnessAware(Scaled):
 
 def _as_ascent(climb: Vector | Ascent) -> Ascent:
     return climb if isinstance(climb, Ascent) else Ascent(climb)
-
-
-def _as_update(descent: Vector | Update) -> Update:
-    return descent if isinstance(descent, Update) else Update(descent)

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from lesam_dist.optim.engine import capturing
+
+SCHEDULED: dict[type[Optimizer], tuple[str, ...]] = {
+    SGD: ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    AdamW: ("lr", "betas", "eps", "weight_decay"),
+}
+"""The base optimizers that the kernels know, and which of their hyper-parameters are read on the device."""
+
 Group = dict[str, Any]
 Mixture = tuple[float, float]
 
@@ -42,6 +50,7 @@ class BaseUpdate:
         """The state of a parameter of a stateful group, made as torch makes it where it is missing."""
         own: dict[str, Tensor] = self.state[p]
         if own.get(self.columns[0]) is None:
+            capturing.refuse_new_state(p.device, f"the base optimizer's {self.columns[0]}")
             for name in self.columns:
                 is_step = name == "step"
                 own[name] = torch.zeros((), device=p.device) if is_step else torch.zeros_like(p)
@@ -57,7 +66,7 @@ def base_update(base: Optimizer, mixtures: Sequence[Mixture]) -> BaseUpdate | No
         base: the base optimizer.
         mixtures: ``(a, b)`` of each param group.
     """
-    if type(base) not in (SGD, AdamW):
+    if type(base) not in SCHEDULED:
         return None  # groups and state of others are their own
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return None  # they are to see its step, and before it exact weights and final gradients

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lesam_dist.optim.engine import capturing
 from lesam_dist.parallel.shards import local_shard
 
 
@@ -45,6 +46,12 @@ def has_gradients(params: Iterable[Tensor]) -> bool:
 
 def require_no_gradients(method: str, params: Iterable[Tensor]) -> None:
     """Raise RuntimeError where there are gradients that the passes of ``step(closure)`` would drop; zeros are none."""
+    params = list(params)
+    if any(p.grad is not None and capturing.is_capturing(p.device) for p in params):
+        raise RuntimeError(
+            f"{method}.step: a CUDA graph is captured while there are gradients. Call zero_grad() before the capture, "
+            "so that they are made in the graph's memory; or, where they must stay in place, set static_grads=True."
+        )
     if has_gradients(params):
         raise RuntimeError(
             f"{method}.step(closure) makes both passes itself, and would drop the gradients that are there. If they "

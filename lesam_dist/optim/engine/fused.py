@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lesam_dist.optim.engine import capturing
+
 _HAS_FUSED = (SGD, Adam, AdamW)
 
 
@@ -55,6 +57,7 @@ def make_momentum(base: Optimizer) -> list[dict[str, Any]]:
             unready.append(group)
             continue
         for p in new:
+            capturing.refuse_new_state(p.device, "SGD's momentum_buffer")
             base.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return unready
 
@@ -72,6 +75,11 @@ def step_unless(base: Optimizer, overflow: Tensor) -> None:
             base.step()
         finally:
             del base.found_inf  # type: ignore[attr-defined]
+    elif capturing.is_capturing(overflow.device):
+        raise RuntimeError(
+            f"a CUDA graph is captured, but {type(base).__name__} must be told by the host whether to make its update. "
+            "Choose SGD or AdamW as the base optimizer, or another one of torch's with fused=True."
+        )
     elif not overflow.item():
         for group in unready:
             group["fused"] = False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesam_dist.optim.engine import capturing
 from lesam_dist.optim.engine.rows import Gradients, Rows
 from lesam_dist.parallel.shards import local_shard
 
@@ -105,4 +106,5 @@ class Memory:
 
 def _unwritten(p: Tensor) -> Tensor:
     """A tensor that reads as zero and that `blend` knows as new, wherever it has been: all of it is -0."""
+    capturing.refuse_new_state(p.device, "what the method keeps from step to step")
     return torch.full_like(p, -0.0)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lesam_dist.optim.engine import capturing
 from lesam_dist.optim.engine.arguments import Argument
 from lesam_dist.optim.engine.coefficients import ONE, Coefficient
 from lesam_dist.optim.engine.contract import require_loss
@@ -39,6 +40,8 @@ class Rule(GuardedOptimizer):
     """what a hyper-parameter is called in the param groups, where a base optimizer has another one of its name"""
     group_defaults: ClassVar[Mapping[str, Any]] = {}
     """what a param group holds besides, and may set"""
+    of_descent: ClassVar[tuple[str, ...]] = ()
+    """what of a param group `descend` alone reads, to make numbers of it: a CUDA graph reads those on the device"""
     counts_steps: ClassVar[bool] = False
     """whether the rule asks for `step_index`"""
 
@@ -132,7 +135,16 @@ class Rule(GuardedOptimizer):
 
     @property
     def step_index(self) -> int:
-        """Steps made so far, counted where something depends on it: with ``ascent_interval``, or by a method's own."""
+        """Steps made so far, counted where something depends on it: with ``ascent_interval``, or by a method's own.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured: what depends on it would be decided once, for all replays.
+        """
+        if self.weights.rows and capturing.is_capturing(self.weights.rows[0].device):
+            raise RuntimeError(
+                f"{type(self).__name__}: a CUDA graph is captured, but what a step does depends on its number, which a "
+                "replay does not know. Let the model alone be captured (torch.cuda.make_graphed_callables)."
+            )
         return int(self.param_groups[0].get("ascent_step", 0))
 
     def first(self, argument: str) -> Any:

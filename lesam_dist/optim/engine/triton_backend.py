@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import lesam_kernels
+from lesam_dist.optim.engine import capturing
 from lesam_dist.optim.engine.base_update import BaseUpdate
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.reference_backend import allocate_copies, moved_sq, require_dense
@@ -114,6 +115,7 @@ class TritonOps:
             torch._foreach_add_(self._empty_steps, 1 - overflow)
 
     def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
+        self._table.upload()
         self._radii.on_device(radii, torch.float64)
         if update is not None:
             self._scalars.on_device(update.scalars, update.dtype)
@@ -174,7 +176,7 @@ class DeviceScalars:
         current = [tuple(row) for row in values]
         if self._tensor is None or current != self._values:
             on_cuda = self._device.type == "cuda"
-            if on_cuda and torch.cuda.is_current_stream_capturing():
+            if capturing.is_capturing(self._device):
                 raise RuntimeError(
                     "a learning rate, sigma or another scheduled value changed while a CUDA graph is captured. Run a "
                     "step before the capture, and call push_scalars() before each replay."

@@ -43,6 +43,7 @@ class Weights:
         self._still = torch.zeros(3, dtype=torch.float64)  # what is told of a step that climbs nowhere
         self._unsettled = True  # the model may not have run since the rows were made
         self._touched: list[Ops] = []
+        self._signs: Sequence[float] = []  # of each group's last climb: along a vector, or against it
         self._pair: tuple[Column, Column] | None = None  # g, where it is kept, and g_hat
 
     def refresh(self, groups: list[dict[str, Any]]) -> bool:
@@ -99,7 +100,8 @@ class Weights:
         zipped = zip(self.ops, column.tensors, averages, strict=True)
         parts = [ops.sum_sq_first(g, ema, directions) for ops, g, ema in zipped]
         sum_sq = self._sum(parts) if ascent.norm_sq is None else ascent.norm_sq
-        signed = [r if sign > 0 else r._replace(sigma=-r.sigma) for r, sign in zip(radii, signs, strict=True)]
+        signed = _signed(radii, signs)
+        self._signs = signs
         self.active, self._touched = True, []
         keep = self._unkept is not None and column is self._unkept
         if self._unkept is not None and not keep:
@@ -306,8 +308,9 @@ class Weights:
     def push(self, base: Optimizer, radii: Sequence[Radius], update: Update, g: Column, g_hat: Column) -> None:
         """Copy scheduled values to where the kernels read them."""
         mixing, _ = self._mixture(update.along, g, g_hat)
+        signed = _signed(radii, self._signs or [1.0] * len(radii))
         for ops in self.ops:
-            ops.push(radii, base_update(base, mixing))
+            ops.push(signed, base_update(base, mixing))
 
     # ---- products ------------------------------------------------------------------------------------------------
 
@@ -356,6 +359,10 @@ class Weights:
             total = reduced if total is None else total + reduced.to(total.device)
         assert total is not None
         return total
+
+
+def _signed(radii: Sequence[Radius], signs: Sequence[float]) -> list[Radius]:
+    return [r if sign > 0 else r._replace(sigma=-r.sigma) for r, sign in zip(radii, signs, strict=True)]
 
 
 def _presence(column: Column) -> list[bool]:
