@@ -40,9 +40,14 @@ def dots() -> Traffic:
     return Traffic("dots", 2, 0)
 
 
-def perturb(*, ema: bool = False, moved: bool = True) -> Traffic:
-    """Reads w and g (and the moving average), writes the copy and w; where rho is 0 (not moved), copies w alone."""
-    return Traffic("perturb", 2 + ema, 2) if moved else Traffic("perturb", 1, 1)
+def perturb(*, ema: bool = False, moved: bool = True, kept: bool = False) -> Traffic:
+    """Reads w and g (and the moving average), writes the copy and w; where rho is 0 (not moved), copies w alone.
+
+    Where g is kept, it is read in any case and written.
+    """
+    if not moved:
+        return Traffic("perturb", 1 + kept, 1 + kept)
+    return Traffic("perturb", 2 + ema, 2 + kept)
 
 
 def restore() -> Traffic:
@@ -58,6 +63,16 @@ def restore_sgd(*, momentum: bool = True, kept: bool = False) -> Traffic:
 def restore_adamw(*, kept: bool = False) -> Traffic:
     """Reads the copy, g_hat, both averages and g_kept; writes w and both averages."""
     return Traffic("restore_adamw", 4 + kept, 3)
+
+
+def average() -> Traffic:
+    """A moving average of the weights, `lesam_dist.train.ema`: reads w and the average, writes the average."""
+    return Traffic("average", 2, 1)
+
+
+def unscale() -> Traffic:
+    """`GradScaler.unscale_`, once per gradient: reads and writes it."""
+    return Traffic("unscale", 1, 1)
 
 
 def step(
@@ -76,10 +91,10 @@ def step(
         check_second: whether the second gradient's norm is taken, to see whether it is finite.
         metric, ema: what the direction needs, see `lesam_kernels.sum_sq`.
         momentum: whether SGD has buffers.
-        kept: whether the update mixes in the first gradient. Saving it is a copy of the caller's, and not counted.
+        kept: whether the update mixes in the first gradient, which the perturbation saves.
     """
     last = restore_sgd(momentum=momentum, kept=kept) if base == "sgd" else restore_adamw(kept=kept)
-    return [sum_sq(metric=metric, ema=ema), perturb(ema=ema), *[sum_sq()] * check_second, last]
+    return [sum_sq(metric=metric, ema=ema), perturb(ema=ema, kept=kept), *[sum_sq()] * check_second, last]
 
 
 def passes(kernels: Sequence[Traffic]) -> int:

@@ -43,6 +43,7 @@ class WeightAverage:
         }
         self._shards = [local_shard(average) for average in self._averages.values()]
         self._updates = torch.zeros((), dtype=torch.float64, device=self._shards[0].device)
+        self._in_one_launch = self._updates.is_cuda  # on a CPU lerp rounds less
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
@@ -50,8 +51,14 @@ class WeightAverage:
         made = 1.0 if skipped is None else 1 - skipped.to(self._updates)
         weight = made * (1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self._decay))
         weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in self._shards}}
+        alike: list[tuple[Tensor, Tensor]] = []
         for source, average in zip(self._current(), self._shards, strict=True):
-            average.lerp_(source.to(average.dtype), weights[average.dtype])
+            if self._in_one_launch and source.dtype == average.dtype == torch.float32:
+                alike.append((average, source))
+            else:
+                average.lerp_(source.to(average.dtype), weights[average.dtype])
+        if alike:
+            _lerp_all([average for average, _ in alike], [source for _, source in alike], weights[torch.float32])
         self._updates += made
 
     def average_buffers(self, world: Distributed) -> None:
@@ -90,3 +97,23 @@ class WeightAverage:
     def _current(self) -> list[Tensor]:
         """Read anew each time: loading a checkpoint may move a shard."""
         return [local_shard(source) for source in self._sources.values()]
+
+
+def _lerp_all(averages: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
+    """``average <- average - weight * (average - source)`` for all, in one launch and with a weight on the device.
+
+    An SGD step on ``(average - source)^2 / 2``: to maximize along the source, with a weight decay of 1. torch's other
+    operations on lists take such a weight from the host, which would wait for it, or make a launch for each tensor.
+    """
+    torch._fused_sgd_(
+        averages,
+        sources,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+    )

@@ -74,6 +74,8 @@ def test_perturb(dtype: torch.dtype, case: Callable[..., Case]) -> None:
     c.check(traffic.perturb(moved=False), lambda: perturb(table, one, radius(0.0)))
     c.check(traffic.perturb(ema=True), lambda: perturb(table, one, radius(), ema_scale=ones(1)))
     c.check(traffic.perturb(), lambda: perturb(table, one, radius(), metric=ones(1, 2)))
+    c.check(traffic.perturb(kept=True), lambda: perturb(table, one, radius(), keep=True, found_inf=ones()))
+    c.check(traffic.perturb(moved=False, kept=True), lambda: perturb(table, one, radius(0.0), keep=True))
 
 
 @EACH_DTYPE
@@ -88,9 +90,13 @@ def test_restore_sgd(dtype: torch.dtype, case: Callable[..., Case]) -> None:
     c = case(dtype)
     table, plain = c.table(), c.table(without=("g_kept", "momentum_buffer"))
     scalars, fine = torch.tensor([[0.1, 0.9, 0.0, 0.01, 1.0, 1.0, 0.5]]), torch.zeros(())
+    infinite = torch.tensor(float("inf"), dtype=torch.float64)
     c.check(traffic.restore_sgd(kept=True), lambda: restore_sgd(table, scalars, fine))
     c.check(traffic.restore_sgd(momentum=False), lambda: restore_sgd(plain, scalars, fine))
     c.check(traffic.restore(), lambda: restore_sgd(table, scalars, ones()))
+    c.check(traffic.restore(), lambda: restore_sgd(table, scalars, torch.zeros(()), sum_sq=infinite, skipped=ones()))
+    factors = ones(1, 2, dtype=torch.float64)  # as those that clip the gradients
+    c.check(traffic.restore_sgd(kept=True), lambda: restore_sgd(table, scalars, fine, factors=factors))
     table.clear("g_kept")
     c.check(traffic.restore_sgd(), lambda: restore_sgd(table, scalars, fine))
 
@@ -102,6 +108,8 @@ def test_restore_adamw(dtype: torch.dtype, case: Callable[..., Case]) -> None:
     scalars = torch.tensor([[0.1, 0.9, 0.999, 1e-8, 0.01, 1.0, 0.5]], dtype=torch.float64)
     c.check(traffic.restore_adamw(kept=True), lambda: restore_adamw(table, scalars, fine))
     c.check(traffic.restore(), lambda: restore_adamw(table, scalars, ones()))
+    factors = ones(1, 2, dtype=torch.float64)
+    c.check(traffic.restore_adamw(kept=True), lambda: restore_adamw(table, scalars, fine, factors=factors))
     table.clear("g_kept")
     c.check(traffic.restore_adamw(), lambda: restore_adamw(table, scalars, fine))
 
@@ -111,7 +119,7 @@ def test_a_whole_step() -> None:
     assert [4 * t.passes for t in traffic.step("sgd")] == [4, 16, 4, 20]
     assert [4 * t.passes for t in traffic.step("adamw")] == [4, 16, 4, 28]
     assert [4 * t.passes for t in traffic.step("sgd", check_second=False)] == [4, 16, 20]
-    assert traffic.passes(traffic.step("sgd", momentum=False, kept=True)) == 1 + 4 + 1 + 4
+    assert traffic.passes(traffic.step("sgd", momentum=False, kept=True)) == 1 + 5 + 1 + 4
     assert traffic.passes(traffic.step("adamw", metric=True, ema=True)) == 3 + 5 + 1 + 7
     assert traffic.seconds(traffic.step("sgd"), 250_000, F32, 2.75e12) == pytest.approx(4e-6)
     assert traffic.seconds(traffic.step("sgd"), 250_000, BF16, 2.75e12) == pytest.approx(2e-6)

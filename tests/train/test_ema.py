@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lesam_dist import LESAM
 from lesam_dist.config.command_line import parse
@@ -80,16 +82,17 @@ def closed_form(history: list[Weights]) -> Weights:
     return {n: sum(a * w[n].double() for a, w in zip(shares, history, strict=True)) for n in history[0]}  # type: ignore[misc]
 
 
-def assert_near(actual: Weights, expected: Weights, tolerance: float) -> None:
+def assert_near(actual: Weights, expected: Weights, tolerance: float, history: Sequence[Weights] = ()) -> None:
+    """Relative to each tensor's largest value: of the history too, where the average is summed up from that."""
     for name, value in expected.items():
-        scale = value.abs().max().item()
+        scale = max(w[name].abs().max().item() for w in (expected, *history))
         torch.testing.assert_close(actual[name].double(), value.double(), rtol=0, atol=tolerance * scale, msg=name)
 
 
 def test_closed_form(seed: int) -> None:
     this = Run(ALONE, seed, "none")
     this.train(range(STEPS))
-    assert_near(this.average(), closed_form(this.history), ROUNDING)
+    assert_near(this.average(), closed_form(this.history), ROUNDING, this.history)
 
 
 def test_buffers_are_averaged_too(seed: int) -> None:
@@ -253,3 +256,35 @@ def test_resumed_average_equals_the_uninterrupted_one(seed: int, tmp_path: Path)
     for loaded, continued in elsewhere:
         torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
         assert_near(continued, uninterrupted, SUMS)
+
+
+class Large(TorchDispatchMode):
+    """Counts operations that are given more than a few numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(t, Tensor) and t.numel() > 2 for t in tree_leaves((args, kwargs))):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_launch_however_many_tensors(seed: int) -> None:
+    """As on a GPU. And it is torch's lerp, here in float64, but for the rounding of what is as large as the weights."""
+    sizes = [(5, 3), (7,), (0, 4), (2, 2, 3)]
+    net = nn.ParameterList([torch.randn(size) for size in sizes])
+    ema = WeightAverage(net, 0.9)
+    ema._in_one_launch = True
+    expected = [p.detach().double() for p in net]
+    for t in range(3):
+        for p in net:
+            p.data.normal_()
+        with Large() as operations:
+            ema.update()
+        assert [name for name in operations.names if name != "aten::detach"] == ["aten::_fused_sgd_.tensor_lr"]
+        share = 1 - min(0.9, (1 + t) / (10 + t))
+        expected = [torch.lerp(e, p.detach().double(), share) for e, p in zip(expected, net, strict=True)]
+    for i, value in enumerate(expected):
+        torch.testing.assert_close(ema.state_dict()[str(i)].double(), value, rtol=0, atol=3e-6)
