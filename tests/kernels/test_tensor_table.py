@@ -267,6 +267,28 @@ def test_sparse(table: TensorTable, device: torch.device) -> None:
         table_of([w], g=[w.to_sparse()])
 
 
+def test_sparse_where_there_was_a_dense_one(table: TensorTable, params: list[Tensor]) -> None:
+    table.set("g", params)
+    with pytest.raises(ValueError, match="parameter 2: the tensor is not dense in memory"):
+        table.set("g", [*params[:2], params[2].to_sparse(), params[3]])
+    table.set("g", params)
+
+
+def test_unusual_tensors_among_usual_ones(device: torch.device) -> None:
+    """An empty parameter, a missing gradient, and strides that differ where they mean nothing."""
+    w = [torch.ones(8, 4, 1, 1, device=device), ones(0, device), torch.ones(2, 3, 4, 5, device=device), ones(5, device)]
+    w[2] = w[2].contiguous(memory_format=torch.channels_last)
+    table = table_of(w)
+    like = torch.ones_like(w[0]).as_strided((8, 4, 1, 1), (4, 1, 4, 4))
+    for grads in ([like, w[1], torch.ones_like(w[2]), None], [None, None, None, ones(5, device)], w):
+        table.set("g", grads)
+        assert table.column("g").tolist() == [0 if grads[i] is None else grads[i].data_ptr() for i in (0, 2, 3)]
+        with pytest.raises(ValueError, match=r"parameter 2: .* same order"):
+            table.set("g", [*grads[:2], torch.ones(2, 3, 4, 5, device=device), grads[3]])
+    with pytest.raises(ValueError, match=r"parameter 3: the tensor has 4 elements"):
+        table.set("g", [None, None, None, ones(4, device)])
+
+
 def test_without_memory() -> None:
     w = torch.ones(3, device="meta")
     with pytest.raises(ValueError, match="parameter 0 has no memory of its own"):
