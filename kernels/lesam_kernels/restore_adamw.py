@@ -15,7 +15,7 @@ from lesam_kernels.launch_config import MAX_REGISTERS
 from lesam_kernels.program import block_of_launch, group_of, is_last, load_address, locate
 from lesam_kernels.restore import copy_chunk, load_exact
 from lesam_kernels.tensor_table import TensorTable
-from lesam_kernels.update import check_update, is_allowed, scaled_mixture, skip_nothing, tell_skipped
+from lesam_kernels.update import check_update, is_allowed, skip_nothing, tell_skipped, times
 
 _STEPS_BLOCK = 256
 
@@ -32,12 +32,12 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _load_scalars(scalars_ptr, factors_ptr, group, step):
+def _load_scalars(scalars_ptr, a_factors_ptr, b_factors_ptr, group, step):
     """What update number ``step`` multiplies with: in fp64, then rounded to fp32."""
     ptr = scalars_ptr + 7 * group
     lr, beta1, beta2, eps = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
     weight_decay, a, b = tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
-    a, b = scaled_mixture(a, b, factors_ptr, group)
+    a, b = times(a, a_factors_ptr, group), times(b, b_factors_ptr, group)
     step_size = lr / (1.0 - _power(beta1, step))
     root_factor = 1.0 / tl.sqrt(1.0 - _power(beta2, step))
     return (
@@ -107,7 +107,14 @@ def _count_steps(g_hat_ptrs, step_ptrs, first_row, num_rows, BLOCK: tl.constexpr
 
 @triton.jit(
     do_not_specialize=["first_block", "first_row", "num_rows"],
-    do_not_specialize_on_alignment=["scalars_ptr", "factors_ptr", "found_inf_ptr", "sum_sq_ptr", "skipped_ptr"],
+    do_not_specialize_on_alignment=[
+        "scalars_ptr",
+        "a_factors_ptr",
+        "b_factors_ptr",
+        "found_inf_ptr",
+        "sum_sq_ptr",
+        "skipped_ptr",
+    ],
 )
 def _restore_adamw_kernel(
     w_ptrs,
@@ -121,7 +128,8 @@ def _restore_adamw_kernel(
     rows_ptr,
     blocks_ptr,
     scalars_ptr,
-    factors_ptr,
+    a_factors_ptr,
+    b_factors_ptr,
     found_inf_ptr,
     sum_sq_ptr,
     skipped_ptr,
@@ -158,7 +166,7 @@ def _restore_adamw_kernel(
         tell_skipped(allowed, found_inf_ptr, skipped_ptr)
     if (g_hat_address != 0) & allowed:
         step = tl.load(tl.load(step_ptrs + row).to(tl.pointer_type(tl.float32))).to(tl.int32) + 1
-        scalars = _load_scalars(scalars_ptr, factors_ptr, group_of(rows_ptr, row), step)
+        scalars = _load_scalars(scalars_ptr, a_factors_ptr, b_factors_ptr, group_of(rows_ptr, row), step)
         vector_count = vectorised(w_address | exact_address | m_address | v_address, count)
         # Gradients are often views at any offset (FSDP2): weights and state stay vectorised next to them.
         all_count = vector_count * is_aligned(g_hat_address | g_kept_address)
@@ -179,7 +187,8 @@ def restore_adamw(
     found_inf: Tensor,
     *,
     sum_sq: Tensor | None = None,
-    factors: Tensor | None = None,
+    a_factors: Tensor | None = None,
+    b_factors: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> None:
     """Restore the exact weights and step as torch.optim.AdamW (no amsgrad) with the gradient ``a*g_hat + b*g_kept``.
@@ -200,7 +209,7 @@ def restore_adamw(
         found_inf: one float32 element; where it is not 0 rows are restored and nothing else is written.
         sum_sq: one float64 element, the sum of squares of the whole "g_hat": where it is not finite, found_inf becomes
             1.0, and the update is left out.
-        factors: float64 (G, 2), by which a and b are multiplied; None for ones.
+        a_factors, b_factors: float64 (G,), by which a and b are multiplied; None for ones.
         skipped: one float32 element, to which 1 is added where the update is left out.
 
     Raises:
@@ -211,7 +220,7 @@ def restore_adamw(
     for name in ("exp_avg", "exp_avg_sq", "step"):
         table.require(name, where="g_hat")
     check_argument("scalars", scalars, torch.float64, (table.num_groups, 7), table.device)
-    check_update(table, factors, found_inf, sum_sq, skipped)
+    check_update(table, a_factors, b_factors, found_inf, sum_sq, skipped)
     with table.device_guard():
         for segment in table.segments:
             table.launch(
@@ -228,7 +237,8 @@ def restore_adamw(
                 table.rows,
                 table.blocks,
                 scalars,
-                factors,
+                a_factors,
+                b_factors,
                 found_inf,
                 sum_sq,
                 skipped,

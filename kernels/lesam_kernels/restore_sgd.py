@@ -14,16 +14,16 @@ from lesam_kernels.arguments import check_argument
 from lesam_kernels.program import block_of_launch, group_of, load_address, locate
 from lesam_kernels.restore import copy_chunk, load_exact
 from lesam_kernels.tensor_table import TensorTable
-from lesam_kernels.update import check_update, is_allowed, scaled_mixture, skip_nothing, tell_skipped
+from lesam_kernels.update import check_update, is_allowed, skip_nothing, tell_skipped, times
 
 
 @triton.jit
-def _load_scalars(scalars_ptr, factors_ptr, group, buf_address):
+def _load_scalars(scalars_ptr, a_factors_ptr, b_factors_ptr, group, buf_address):
     """The group's scalars, with what a row without a buffer makes of them."""
     ptr = scalars_ptr + 7 * group
     lr, momentum, dampening, weight_decay = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
     nesterov, a, b = tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
-    a, b = scaled_mixture(a, b, factors_ptr, group)
+    a, b = times(a, a_factors_ptr, group), times(b, b_factors_ptr, group)
     has_buf = buf_address != 0
     nesterov = has_buf & (nesterov != 0)
     # An integer, for ends of masks: a multiple of 16 times it is known to be a multiple of 16.
@@ -71,7 +71,14 @@ def _sgd_span(
 
 @triton.jit(
     do_not_specialize=["first_block"],
-    do_not_specialize_on_alignment=["scalars_ptr", "factors_ptr", "found_inf_ptr", "sum_sq_ptr", "skipped_ptr"],
+    do_not_specialize_on_alignment=[
+        "scalars_ptr",
+        "a_factors_ptr",
+        "b_factors_ptr",
+        "found_inf_ptr",
+        "sum_sq_ptr",
+        "skipped_ptr",
+    ],
 )
 def _restore_sgd_kernel(
     w_ptrs,
@@ -83,7 +90,8 @@ def _restore_sgd_kernel(
     rows_ptr,
     blocks_ptr,
     scalars_ptr,
-    factors_ptr,
+    a_factors_ptr,
+    b_factors_ptr,
     found_inf_ptr,
     sum_sq_ptr,
     skipped_ptr,
@@ -111,7 +119,7 @@ def _restore_sgd_kernel(
     buf_address = load_address(buf_ptrs, row)
     KEPT: tl.constexpr = g_kept_ptrs is not None
     MOMENTUM: tl.constexpr = buf_ptrs is not None
-    scalars = _load_scalars(scalars_ptr, factors_ptr, group_of(rows_ptr, row), buf_address)
+    scalars = _load_scalars(scalars_ptr, a_factors_ptr, b_factors_ptr, group_of(rows_ptr, row), buf_address)
     addresses = w_address, exact_address, buf_address, g_hat_address, g_kept_address
     allowed = is_allowed(found_inf_ptr, sum_sq_ptr)
     if block == 0:
@@ -133,7 +141,8 @@ def restore_sgd(
     found_inf: Tensor,
     *,
     sum_sq: Tensor | None = None,
-    factors: Tensor | None = None,
+    a_factors: Tensor | None = None,
+    b_factors: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> None:
     """Restore the exact weights and step as torch.optim.SGD does with the gradient ``a*g_hat + b*g_kept``.
@@ -151,7 +160,7 @@ def restore_sgd(
         found_inf: one float32 element; where it is not 0 rows are restored and nothing else is written.
         sum_sq: one float64 element, the sum of squares of the whole "g_hat": where it is not finite, found_inf becomes
             1.0, and the update is left out.
-        factors: float64 (G, 2), by which a and b are multiplied; None for ones.
+        a_factors, b_factors: float64 (G,), by which a and b are multiplied; None for ones.
         skipped: one float32 element, to which 1 is added where the update is left out.
 
     Raises:
@@ -160,7 +169,7 @@ def restore_sgd(
     """
     w_ptrs, copy_ptrs, g_ptrs, g_hat_ptrs = (table.column(name) for name in ("w", "copy", "g", "g_hat"))
     check_argument("scalars", scalars, torch.float32, (table.num_groups, 7), table.device)
-    check_update(table, factors, found_inf, sum_sq, skipped)
+    check_update(table, a_factors, b_factors, found_inf, sum_sq, skipped)
     with table.device_guard():
         for segment in table.segments:
             table.launch(
@@ -175,7 +184,8 @@ def restore_sgd(
                 table.rows,
                 table.blocks,
                 scalars,
-                factors,
+                a_factors,
+                b_factors,
                 found_inf,
                 sum_sq,
                 skipped,

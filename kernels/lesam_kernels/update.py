@@ -33,12 +33,9 @@ def tell_skipped(allowed, found_inf_ptr, skipped_ptr):
 
 
 @triton.jit
-def scaled_mixture(a, b, factors_ptr, group):
-    """a and b of a param group times its factors, where there are any."""
-    if factors_ptr is not None:
-        a = (a * tl.load(factors_ptr + 2 * group)).to(a.dtype)
-        b = (b * tl.load(factors_ptr + 2 * group + 1)).to(b.dtype)
-    return a, b
+def times(number, factors_ptr, group):
+    """A param group's number times its fp64 factor, where there is one."""
+    return number if factors_ptr is None else (number * tl.load(factors_ptr + group)).to(number.dtype)
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr", "sum_sq_ptr", "skipped_ptr"])
@@ -48,12 +45,18 @@ def _skip_kernel(found_inf_ptr, sum_sq_ptr, skipped_ptr):
 
 
 def check_update(
-    table: TensorTable, factors: Tensor | None, found_inf: Tensor, sum_sq: Tensor | None, skipped: Tensor | None
+    table: TensorTable,
+    a_factors: Tensor | None,
+    b_factors: Tensor | None,
+    found_inf: Tensor,
+    sum_sq: Tensor | None,
+    skipped: Tensor | None,
 ) -> None:
     """Check the arguments that both updates take; `arguments.check_argument` says how."""
     check_argument("found_inf", found_inf, torch.float32, (), table.device)
-    if factors is not None:
-        check_argument("factors", factors, torch.float64, (table.num_groups, 2), table.device)
+    for name, factors in (("a_factors", a_factors), ("b_factors", b_factors)):
+        if factors is not None:
+            check_argument(name, factors, torch.float64, (table.num_groups,), table.device)
     if sum_sq is not None:
         check_argument("sum_sq", sum_sq, torch.float64, (), table.device)
     if skipped is not None:

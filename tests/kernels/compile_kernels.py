@@ -28,7 +28,7 @@ from lesam_kernels.restore_sgd import _restore_sgd_kernel
 
 Spec = tuple[str, Any, dict[str, Any], set[str]]  # name, kernel, constexprs, arguments that are None
 
-DOUBLES = {"sum_sq_ptr", "sum_ptr", "radius_ptr", "stats_ptr", "factors_ptr"}
+DOUBLES = {"sum_sq_ptr", "sum_ptr", "radius_ptr", "stats_ptr", "a_factors_ptr", "b_factors_ptr"}
 INTS = {"blocks_ptr", "ticket_ptr"}
 NO_METRIC, NO_EMA = {"metric_ptr", "w_ptrs"}, {"ema_scale_ptr", "ema_ptrs"}
 
@@ -47,7 +47,7 @@ def specs() -> Iterator[Spec]:
         yield f"perturb-kept-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"metric_ptr"}
         yield f"perturb-metric-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"kept_ptrs"}
         yield f"perturb-ema-{triton_dtype}", _perturb_kernel, perturb, {"metric_ptr", "kept_ptrs"}
-        plain = {"g_kept_ptrs", "factors_ptr"}
+        plain = {"g_kept_ptrs", "a_factors_ptr", "b_factors_ptr"}
         yield f"restore_sgd-{triton_dtype}", _restore_sgd_kernel, constants, plain
         yield f"restore_sgd-kept-{triton_dtype}", _restore_sgd_kernel, constants, set()
         yield (

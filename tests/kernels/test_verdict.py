@@ -108,8 +108,8 @@ def test_factors_multiply_the_mixture(name: str, make: Make) -> None:
     """Of each param group; powers of two, which round nothing."""
     scaled = Update(name, make)
     plain = Update(name, make, scaled)
-    factors = torch.tensor([[0.5, 2.0], [4.0, 0.25]], dtype=torch.float64, device=scaled.device)
-    scaled.run(((1.0, 0.5), (0.7, -0.2)), factors=factors)
+    a, b = torch.tensor([[0.5, 4.0], [2.0, 0.25]], dtype=torch.float64, device=scaled.device)
+    scaled.run(((1.0, 0.5), (0.7, -0.2)), a_factors=a, b_factors=b)
     plain.run(((0.5, 1.0), (2.8, -0.05)))
     assert scaled.same(plain)
 
@@ -119,8 +119,8 @@ def test_checks_its_arguments(name: str, make: Make) -> None:
     update = Update(name, make)
     with pytest.raises(TypeError, match=r"sum_sq is torch\.float32; it must be torch\.float64"):
         update.run(sum_sq=torch.zeros((), device=update.device))
-    with pytest.raises(ValueError, match=r"factors has shape \(2,\)"):
-        update.run(factors=torch.ones(2, dtype=torch.float64, device=update.device))
+    with pytest.raises(ValueError, match=r"a_factors has shape \(3,\)"):
+        update.run(a_factors=torch.ones(3, dtype=torch.float64, device=update.device))
     assert same_bits(update.w, [t + 1 for t in update.exact])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lesam_dist.optim.engine.base_update import BaseUpdate
+from lesam_dist.optim.engine.coefficients import Factors
 from lesam_dist.optim.engine.options import Backend
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.rows import Gradients, Rows
@@ -56,15 +57,14 @@ class Ops(Protocol):
         update: BaseUpdate,
         grads: Gradients,
         overflow: Tensor,
-        factors: Tensor | None,
+        factors: Factors,
         sum_sq: Tensor | None,
         skipped: Tensor | None,
     ) -> None:
         """Restore, and make the base optimizer's update with ``grads``.
 
         Not where ``overflow`` (float32 0-d) is set or ``sum_sq`` (float64 0-d) is not finite: ``overflow`` is then set,
-        and ``skipped`` (float32 0-d) counts one more. ``factors``, float64 (2,) or (groups, 2), multiply a and b of the
-        mixture."""
+        and ``skipped`` (float32 0-d) counts one more. ``factors``, see `lower`, multiply a and b of the mixture."""
 
     def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
         """Copy scheduled values, and what new CUDA graphs need, to where the kernels read them.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Numbers = tuple[float, ...]  # one, or one for each param group
+Factors = tuple[Tensor | None, Tensor | None]
 
 
 class Coefficient:
@@ -105,21 +106,14 @@ def _value(c: Coefficient) -> Tensor:
     return values[0] if groups == 1 else torch.stack(values)
 
 
-def lower(a: Coefficient, b: Coefficient, groups: int) -> tuple[list[tuple[float, float]], Tensor | None]:
-    """Coefficients of g_hat and g for the fused update: numbers of each param group, and their common factors.
+def lower(a: Coefficient, b: Coefficient, groups: int) -> tuple[list[tuple[float, float]], Factors]:
+    """Coefficients of g_hat and g for the fused update: numbers of each param group, and factors of them.
 
     Returns:
-        ``(a, b)`` of each of the groups, and float64 (2,) or (groups, 2) that multiplies them; None for ones.
+        ``(a, b)`` of each of the groups; and what multiplies all a, and all b: a 0-d or (groups,) tensor, or None.
     """
-    parts = [_split(coefficient, groups) for coefficient in (a, b)]
-    mixtures = list(zip(*(numbers for numbers, _ in parts), strict=True))
-    factors = [factor for _, factor in parts]
-    known = next((factor for factor in factors if factor is not None), None)
-    if known is None:
-        return mixtures, None
-    shape = torch.broadcast_shapes(*(factor.shape for factor in factors if factor is not None))
-    whole = [torch.ones_like(known).expand(shape) if f is None else f.expand(shape) for f in factors]
-    return mixtures, torch.stack(whole, dim=-1)
+    (numbers_a, factors_a), (numbers_b, factors_b) = _split(a, groups), _split(b, groups)
+    return list(zip(numbers_a, numbers_b, strict=True)), (factors_a, factors_b)
 
 
 def _split(c: Coefficient, groups: int) -> tuple[Sequence[float], Tensor | None]:

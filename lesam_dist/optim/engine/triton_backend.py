@@ -14,6 +14,7 @@ from torch import Tensor
 import lesam_kernels
 from lesam_dist.optim.engine import capturing
 from lesam_dist.optim.engine.base_update import BaseUpdate
+from lesam_dist.optim.engine.coefficients import Factors
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.reference_backend import allocate_copies, moved_sq, require_dense
 from lesam_dist.optim.engine.rows import Gradients, Rows
@@ -94,7 +95,7 @@ class TritonOps:
         update: BaseUpdate,
         grads: Gradients,
         overflow: Tensor,
-        factors: Tensor | None,
+        factors: Factors,
         sum_sq: Tensor | None,
         skipped: Tensor | None,
     ) -> None:
@@ -108,11 +109,13 @@ class TritonOps:
             self._table.clear("g_kept")
         kernel = getattr(lesam_kernels, update.kernel)
         scalars = self._scalars.on_device(update.scalars, update.dtype)
-        if factors is not None:
-            factors = factors.to(self._rows.device, torch.float64).expand(len(update.scalars), 2).contiguous()
-        kernel(self._table, scalars, overflow, sum_sq=sum_sq, factors=factors, skipped=skipped)
+        a, b = (self._per_group(f, len(update.scalars)) for f in factors)
+        kernel(self._table, scalars, overflow, sum_sq=sum_sq, a_factors=a, b_factors=b, skipped=skipped)
         if self._empty_steps:
             torch._foreach_add_(self._empty_steps, 1 - overflow)
+
+    def _per_group(self, factors: Tensor | None, groups: int) -> Tensor | None:
+        return None if factors is None else factors.to(self._rows.device, torch.float64).expand(groups).contiguous()
 
     def push(self, radii: Sequence[Radius], update: BaseUpdate | None) -> None:
         self._table.upload()

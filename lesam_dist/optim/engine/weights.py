@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lesam_dist.optim.engine import reference
 from lesam_dist.optim.engine.backend import Ops, select
 from lesam_dist.optim.engine.base_update import Mixture, base_update
-from lesam_dist.optim.engine.coefficients import ZERO, Coefficient, lower
+from lesam_dist.optim.engine.coefficients import ZERO, Coefficient, Factors, lower
 from lesam_dist.optim.engine.options import Backend
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.rows import RowCache, Rows
@@ -209,6 +209,7 @@ class Weights:
 
     def restore(self) -> None:
         """Give the weights back; harmless when they are not perturbed."""
+        self._unkept = None
         if not self.active:
             return
         for ops in self._touched:
@@ -267,24 +268,24 @@ class Weights:
             self._keep_beside(update.beside, g_hat)
         return True
 
-    def _mixture(self, along: Vector, g: Column, g_hat: Column) -> tuple[list[Mixture], Tensor | None]:
+    def _mixture(self, along: Vector, g: Column, g_hat: Column) -> tuple[list[Mixture], Factors]:
         """``(a, b)`` of each param group in ``a * g_hat + b * g``, and their factors, see `lower`."""
         coefficients: dict[int, Coefficient] = {id(column): c for c, column in along.terms}
         if coefficients.keys() <= {id(g), id(g_hat)}:
             return lower(coefficients.get(id(g_hat), ZERO), coefficients.get(id(g), ZERO), len(self.groups))
         self._replace(g_hat, along.column())
-        return [(1.0, 0.0)] * len(self.groups), None
+        return [(1.0, 0.0)] * len(self.groups), (None, None)
 
-    def _mix(self, g_hat: Column, mixing: list[Mixture], factors: Tensor | None, beside: Vector | None) -> None:
+    def _mix(self, g_hat: Column, mixing: list[Mixture], factors: Factors, beside: Vector | None) -> None:
         """Turn the second gradients into ``a * g_hat + b * g``, in place, and g into what goes beside."""
+        is_scaled = any(f is not None for f in factors)
+        pairs = [[_times(*of, group) for of in zip(ab, factors, strict=True)] for group, ab in enumerate(mixing)]
         for row, (rows, second) in enumerate(zip(self.rows, g_hat.tensors, strict=True)):
             for index, (tensor, group) in enumerate(zip(second, rows.groups, strict=True)):
                 own = None if beside is None or tensor is None else beside.of(row, index)
-                g, (a, b) = rows.kept[index], mixing[group]
-                if tensor is not None and factors is not None:
-                    pair = factors if factors.dim() == 1 else factors[group]
-                    reference.mix(tensor, g, a * pair[0].to(tensor.device), b * pair[1].to(tensor.device))
-                elif tensor is not None and (a, b) != (1.0, 0.0):
+                g = rows.kept[index]
+                if tensor is not None and (is_scaled or mixing[group] != (1.0, 0.0)):
+                    a, b = (x.to(tensor.device) if isinstance(x, Tensor) else x for x in pairs[group])
                     reference.mix(tensor, g, a, b)
                 if beside is not None:
                     rows.kept[index] = own
@@ -363,6 +364,12 @@ class Weights:
 
 def _signed(radii: Sequence[Radius], signs: Sequence[float]) -> list[Radius]:
     return [r if sign > 0 else r._replace(sigma=-r.sigma) for r, sign in zip(radii, signs, strict=True)]
+
+
+def _times(number: float, factors: Tensor | None, group: int) -> float | Tensor:
+    if factors is None:
+        return number
+    return number * (factors[group] if factors.dim() else factors)
 
 
 def _presence(column: Column) -> list[bool]:
