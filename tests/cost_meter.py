@@ -70,7 +70,9 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         known = len(self._storages)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.numel() >= LARGE:
+            if (
+                isinstance(leaf, Tensor) and leaf.numel() >= LARGE and leaf.dtype != torch.int64
+            ):  # else a table of addresses
                 self._storages.add(leaf.untyped_storage())
         if len(self._storages) > known:
             self.peak = max(self.peak, self.live())
