@@ -291,7 +291,7 @@ class SharpnessAware(Graphed):
         self._tell(self.weights.stay(fresh))
 
     def _tell(self, stats: Tensor) -> None:
-        self.telemetry["grad_norm"], self.telemetry["rho"] = stats[0], stats[1]
+        self.telemetry["grad_norm"], self.telemetry["rho"], _ = stats.unbind()
         if self.telemetry["skipped"].device != stats.device:
             self.telemetry["skipped"] = self.telemetry["skipped"].to(stats.device)
         self.tell_sigma()

@@ -85,10 +85,13 @@ class Coefficient:
 
 
 def _shortest(numbers: Numbers) -> Numbers:
-    return numbers[:1] if all(number == numbers[0] for number in numbers) else numbers
+    alike = len(numbers) > 1 and all(number == numbers[0] for number in numbers)
+    return numbers[:1] if alike else numbers
 
 
 def _each(operation: Callable[[float, float], float], first: Numbers, second: Numbers) -> Numbers:
+    if len(first) == len(second) == 1:
+        return (operation(first[0], second[0]),)
     count = max(len(first), len(second))
     return tuple(operation(first[i % len(first)], second[i % len(second)]) for i in range(count))
 

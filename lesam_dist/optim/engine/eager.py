@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -18,6 +19,15 @@ def eager(method: Callable[P, R]) -> Callable[P, R]:
     A compiled function that calls it is compiled up to it and after it, as with torch's own `zero_grad`; what a closure
     calls runs as it is, so compile the model. Copies and state that were made in inference mode would fail outside.
     """
+
+    @wraps(method)
+    def in_modes(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
     # torch's optimizers mark their methods so: unlike torch.compiler.disable it does not import the compiler at once.
-    marked: Callable[P, R] = _disable_dynamo(torch.inference_mode(False)(torch.no_grad()(method)))
+    marked: Callable[P, R] = _disable_dynamo(in_modes)
     return marked

@@ -37,6 +37,7 @@ class Graphed(Scaled):
     """What an optimizer does for the graphs that its steps were captured in."""
 
     _graphs: tuple[_Captured, ...] = ()
+    _told_sigma: float | None = None
 
     def push_scalars(self) -> None:
         """Copy lr, sigma and all other scheduled values to the device, where the kernels read them.
@@ -63,8 +64,9 @@ class Graphed(Scaled):
 
     def tell_sigma(self) -> None:
         """Bring the budget into the telemetry, where the method has one."""
-        if math.isfinite(sigma := self.radius(self.param_groups[0]).sigma):
-            self.telemetry["sigma"] = torch.tensor(sigma)
+        sigma = self.radius(self.param_groups[0]).sigma
+        if math.isfinite(sigma) and (sigma != self._told_sigma or "sigma" not in self.telemetry):
+            self._told_sigma, self.telemetry["sigma"] = sigma, torch.tensor(sigma)
 
     def require_capturable(self) -> None:
         """Raise RuntimeError where the step that begins cannot be captured in the graph that is captured now."""

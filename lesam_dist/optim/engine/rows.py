@@ -18,6 +18,8 @@ from lesam_dist.parallel.shards import ShardAxes, local_shard, shard_axes
 
 Gradients = list[Tensor | None]
 
+_GRAD = operator.attrgetter("grad")
+
 
 @dataclass
 class Rows:
@@ -47,7 +49,7 @@ class Rows:
 
     def gradients(self) -> Gradients:
         """The current gradients, as shards; None where there is none. Not kept: the caller zeroes them when done."""
-        grads: Gradients = [p.grad for p in self.params]
+        grads: Gradients = list(map(_GRAD, self.params))
         if self.dtensors:
             grads = [None if g is None else local_shard(g) for g in grads]
         return grads
