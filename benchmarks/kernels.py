@@ -181,6 +181,17 @@ def _cpu_table(results: list[Result]) -> str:
     return table(["provider", *(f"{part}, of ours" for part in PARTS)], rows)
 
 
+def each_kernel(results: list[Result], base: Base, problem: Problem, clock: CpuClock, repeats: int) -> str:
+    """Markdown of our kernels one by one, whose numbers are added to our result."""
+    from lib.launches import Launches, as_table, time_launches  # imports triton, which nothing else here needs
+
+    ours = next((r for r in results if r["provider"] == OURS and r["status"] == "ok"), None)
+    if ours is None:
+        return ""
+    ours["kernels"] = time_launches({OURS: Launches(problem, base)}, clock, repeats)[OURS]
+    return as_table(ours["kernels"], ours["copy_bytes_per_second"])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     device = torch.device(args.device)
@@ -200,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results = compare(model, base, problem, args.providers, clock, args.repeats, share)
                 output.add(report(results), results)
                 if device.type == "cuda":
+                    output.add(each_kernel(results, base, problem, clock, args.repeats))
                     torch.cuda.empty_cache()
             left -= 1
 

@@ -2,11 +2,11 @@
 
     python benchmarks/step.py [--models resnet50,vit_b_16] [--batch 32,128,256] [--variants sgd,lesam]
 
-These are what it takes with CUDA. On a CPU it takes tiny models and batches, in seconds, and shows ratios alone:
-bfloat16 is slow there, and a step of ResNet-50 at batch 128 would take minutes.
+These are what it takes with CUDA. On a CPU it rehearses: tiny models and batches, in seconds, every variant's loss, and
+no time or ratio.
 
 Images are on the device already, channels_last, forward and backward under bf16 autocast. BatchNorm's statistics are
-frozen in the second pass of every two-pass variant. Variants run one after the other, each with a fresh model of the
+frozen in the second pass of every two-pass variant. Variants take turns of a few steps, each with its own model of the
 same weights.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from lesam_dist.train.passes import frozen_batchnorm
 LESAM_HYPER = Hyper(sigma=0.3, rho_max=0.2, lr=1e-4)
 SAM_HYPER = Hyper(sigma=math.inf, rho_max=0.05, lr=1e-4)
 _WARM_UP = 5
+_TURNS = 4
 Step = Callable[[], Tensor]
 
 
@@ -142,10 +144,12 @@ VARIANTS: dict[str, Callable[[Passes, Base], Step]] = {
 }
 
 
-def run(variant: str, model: str, batch: int, args: argparse.Namespace) -> Result:
-    """Time one variant. Its status is "ok", or says what went wrong; then there is no number."""
+def prepare(variant: str, model: str, batch: int, args: argparse.Namespace) -> tuple[Result, Step | None]:
+    """A variant that has made its first steps, ready to be timed; or its result says what went wrong."""
     device = torch.device(args.device)
+    on_cuda = device.type == "cuda"
     result: Result = {"model": model, "batch": batch, "variant": variant, "status": "ok"}
+    before = torch.cuda.memory_allocated() if on_cuda else 0
     try:
         torch.manual_seed(args.seed)
         network = NETWORKS[model](args.image_size).train().to(device)
@@ -154,28 +158,62 @@ def run(variant: str, model: str, batch: int, args: argparse.Namespace) -> Resul
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(10, (batch,), device=device)
         step = VARIANTS[variant](Passes(network, images, labels), args.base)
-        for _ in range(_WARM_UP if device.type == "cuda" else 1):
+        for _ in range(_WARM_UP if on_cuda else 1):
             step()
-        if device.type == "cuda":
+        if on_cuda:
             torch.cuda.synchronize()
             if variant != "lesam_graph":  # a graph took its memory when it was captured
                 torch.cuda.reset_peak_memory_stats()
-        seconds = step_seconds(step, args.repeats, device)
-        loss = float(step())
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss}")
-        result |= {"seconds": percentiles(seconds), "images_per_second": batch / statistics.median(seconds)}
-        result |= {"loss": loss, "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
+            step()
+            torch.cuda.synchronize()
+            result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     except CaptureError as error:
-        result["status"] = str(error)
+        return {**result, "status": str(error)}, None
     except Exception as error:  # out of memory, above all: the other variants may fit
-        result["status"] = f"failed: {first_line(error)}"
-    return result
+        return {**result, "status": f"failed: {first_line(error)}"}, None
+    return result, step
+
+
+def measure(results: list[Result], steps: dict[str, Step], args: argparse.Namespace, deadline: Deadline) -> None:
+    """Time the prepared variants in turns of a few steps, there and back, so that clocks and heat meet all of them.
+
+    On a CPU the steps are made and not timed: tiny models tell nothing about large ones on a GPU, and with a thread per
+    core a busy machine made one variant's median 70 times another run's.
+    """
+    device = torch.device(args.device)
+    samples: dict[str, list[float]] = {variant: [] for variant in steps}
+    for turn in range(_TURNS):
+        if turn and deadline.passed:
+            break
+        for variant in list(steps) if turn % 2 == 0 else list(reversed(steps)):
+            seconds, status = _turn(steps[variant], -(-args.repeats // _TURNS), device)
+            samples[variant] += seconds
+            if status != "ok":
+                next(r for r in results if r["variant"] == variant)["status"] = status
+                del steps[variant]
+    for result in results:
+        if result["variant"] not in steps:
+            continue
+        loss = result["loss"] = float(steps[result["variant"]]())
+        if not math.isfinite(loss):
+            result["status"] = f"failed: the loss is {loss}"
+        elif device.type == "cuda":
+            seconds = samples[result["variant"]]
+            median = statistics.median(seconds)
+            result |= {"seconds": percentiles(seconds), "images_per_second": result["batch"] / median}
+
+
+def _turn(step: Step, count: int, device: torch.device) -> tuple[list[float], str]:
+    """Seconds of each of ``count`` steps, and "ok" or what was raised: activations of one may not fit beside others."""
+    try:
+        return step_seconds(step, count, device), "ok"
+    except Exception as error:
+        return [], f"failed: {first_line(error)}"
 
 
 def add_ratios(results: list[Result]) -> None:
     """``of_sgd`` and ``of_eager_sam``: a variant's median over theirs."""
-    medians = {r["variant"]: r["seconds"]["p50"] for r in results if r["status"] == "ok"}
+    medians = {r["variant"]: r["seconds"]["p50"] for r in results if r["status"] == "ok" and "seconds" in r}
     for result in results:
         for other in ("sgd", "eager_sam"):
             if result["variant"] in medians and other in medians:
@@ -183,21 +221,21 @@ def add_ratios(results: list[Result]) -> None:
 
 
 def report(results: list[Result], on_cuda: bool) -> str:
-    """Markdown of one model and batch."""
-    header = ["variant", "of sgd", "of eager SAM"]
-    if on_cuda:
-        header += ["ms (p20-p80)", "images/s", "peak GiB"]
+    """Markdown of one model and batch; on a CPU, only what worked."""
+    title = f"### {results[0]['model']}, batch {results[0]['batch']}\n\n"
+    if not on_cuda:
+        rows = [[r["variant"], r["status"], number(r.get("loss"), 4)] for r in results]
+        return title + table(["variant", "outcome", "loss"], rows)
     rows = []
     for r in results:
         if r["status"] != "ok":
             rows.append([r["variant"], r["status"]])
             continue
         row = [r["variant"], number(r.get("of_sgd"), 3), number(r.get("of_eager_sam"), 3)]
-        if on_cuda:
-            p20, p50, p80 = (number(r["seconds"][p], 2, 1e3) for p in ("p20", "p50", "p80"))
-            row += [f"{p50} ({p20}-{p80})", number(r["images_per_second"], 0), number(r["peak_bytes"], 2, 2**-30)]
+        p20, p50, p80 = (number(r["seconds"][p], 2, 1e3) for p in ("p20", "p50", "p80"))
+        row += [f"{p50} ({p20}-{p80})", number(r["images_per_second"], 0), number(r["peak_bytes"], 2, 2**-30)]
         rows.append(row)
-    return f"### {results[0]['model']}, batch {results[0]['batch']}\n\n{table(header, rows)}"
+    return title + table(["variant", "of sgd", "of eager SAM", "ms (p20-p80)", "images/s", "peak GiB"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -207,21 +245,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     deadline = Deadline(args.seconds)
     settings = {"image_size": args.image_size, "base": args.base, "repeats": args.repeats, "seed": args.seed}
     output = Report(args, "step.py", torch.device(args.device), f"Training step, base {args.base}", settings=settings)
-    for batch in args.batch:
-        for model in args.models:
-            results = []
-            for variant in args.variants:
-                progress(f"{model}, batch {batch}: {variant}")
-                if deadline.passed:
-                    status = f"not run: the {args.seconds:.0f} s are used up"
-                    results.append({"model": model, "batch": batch, "variant": variant, "status": status})
-                    continue
-                results.append(run(variant, model, batch, args))
-                gc.collect()  # a graph and its pool are in cycles
-                if on_cuda:
-                    torch.cuda.empty_cache()
-            add_ratios(results)
-            output.add(report(results, on_cuda), results)
+    for batch, model in itertools.product(args.batch, args.models):
+        results: list[Result] = []
+        steps: dict[str, Step] = {}
+        step: Step | None = None
+        for variant in args.variants:
+            progress(f"{model}, batch {batch}: {variant}")
+            if deadline.passed:
+                status = f"not run: the {args.seconds:.0f} s are used up"
+                results.append({"model": model, "batch": batch, "variant": variant, "status": status})
+                continue
+            result, step = prepare(variant, model, batch, args)
+            results.append(result)
+            if step is not None:
+                steps[variant] = step
+        measure(results, steps, args, deadline)
+        add_ratios(results)
+        output.add(report(results, on_cuda), results)
+        step = None
+        steps.clear()
+        gc.collect()  # a graph and its pool are in cycles
+        if on_cuda:
+            torch.cuda.empty_cache()
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ class Report:
     def __init__(self, args: argparse.Namespace, script: str, device: torch.device, title: str, **more: Any) -> None:
         """Prints the title and the environment; ``more`` goes into the JSON."""
         self._args = args
-        where = environment(device, script, args.argv)
+        where = environment(device, script, _measuring(args.argv))
         self._document = {"environment": where, **more, "results": []}
         self._text = ""
         self.add(f"## {title}\n\n{environment_lines(where)}")
@@ -42,6 +42,12 @@ class Report:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text.rstrip("\n") + "\n")
+
+
+def _measuring(argv: Sequence[str]) -> list[str]:
+    """The arguments without the files that are written: they say where a machine keeps them, and change no number."""
+    flags = ("--json", "--markdown")
+    return [word for i, word in enumerate(argv) if not word.startswith(flags) and not (i and argv[i - 1] in flags)]
 
 
 def environment(device: torch.device, script: str, argv: Sequence[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lib.report import Result, table
@@ -19,29 +20,38 @@ OURS, UNCHECKED = "lesam_dist", "lesam_unchecked"
 _SMALL_LISTS = ("small1000", "tiny")
 
 
-def summary(folder: Path) -> str:
-    """A Markdown table from the JSON files in ``folder``; "not measured" where a number is missing."""
+def summary(folder: Path, parts: Sequence[str] = ("kernels", "step", "host")) -> str:
+    """A Markdown table from the JSON files in ``folder``.
+
+    Targets of parts that were not to run are left out; "not measured" says that one ran and a number is missing.
+    """
     kernels, steps, host = (_results(folder / f"{name}.json") for name in ("kernels", "step", "host"))
-    rows = []
+    rows = [row for part, row in _rows(kernels, steps, host) if part in parts]
+    return table(["what", "target", "worst result", "met"], rows) if rows else "No part with a target was run.\n"
+
+
+def _rows(kernels: list[Result], steps: list[Result], host: list[Result]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the table, and the part that each belongs to."""
     for base in BASES:
         phases = _phases(kernels, base)
-        rows += [
+        for row in (
+            _row(f"each kernel, {base}: of copy bandwidth", ">=", 90, " %", _of_copy_each(phases)),
             _row(f"phase, {base}: of copy bandwidth", ">=", 90, " %", _of_copy(phases)),
             _row(f"phase, {base}: foreach over ours", ">=", 1.3, "x", _ratios(phases, "foreach", OURS)),
             _row(f"phase, {base}: foreach over ours, unchecked", ">=", 1.3, "x", _ratios(phases, "foreach", UNCHECKED)),
             _row(f"phase, {base}: foreach_swap over ours", ">=", 1.0, "x", _ratios(phases, "foreach_swap", OURS)),
             _row(f"phase, {base}: eager over ours", ">=", 5.0, "x", _ratios(phases, "eager", OURS)),
-        ]
-    rows.append(_row("phase, resnet50: host time", "<=", 0.3, " ms", _host_times(kernels)))
+        ):
+            yield "kernels", row
+    yield "kernels", _row("phase, resnet50: host time", "<=", 0.3, " ms", _host_times(kernels))
     for key, limit, name in (("of_sgd", 2.0, "SGD"), ("of_eager_sam", 0.97, "eager SAM")):
         for variant in ("lesam", "lesam_graph"):
             mine = [r for r in steps if (r["variant"], r["batch"]) == (variant, 128) and key in r]
             found = [(r[key], r["model"]) for r in mine]
-            rows.append(_row(f"step, batch 128: {variant} over {name}", "<=", limit, "x", found))
+            yield "step", _row(f"step, batch 128: {variant} over {name}", "<=", limit, "x", found)
     found = [(1e6 * r["seconds"]["p50"], r["base"]) for r in host if r["tensors"] == HOST_TARGET_TENSORS]
     what = f"host without kernels, {HOST_TARGET_TENSORS} tensors"
-    rows.append(_row(what, "<=", 1e6 * HOST_TARGET_SECONDS, " us", found))
-    return table(["what", "target", "worst result", "met"], rows)
+    yield "host", _row(what, "<=", 1e6 * HOST_TARGET_SECONDS, " us", found)
 
 
 def _row(what: str, sign: str, limit: float, unit: str, found: Found) -> list[str]:
@@ -66,6 +76,16 @@ def _phases(results: list[Result], base: Base) -> dict[tuple[str, str], Result]:
 def _of_copy(phases: dict[tuple[str, str], Result]) -> Found:
     shares = [(r["traffic"]["phase"]["of_copy"], model) for (name, model), r in phases.items() if name == OURS]
     return [(100 * share, model) for share, model in shares if share is not None]
+
+
+def _of_copy_each(phases: dict[tuple[str, str], Result]) -> Found:
+    """Per cent of the copy's bandwidth of every kernel of ours."""
+    return [
+        (100 * k["bytes"] / k["seconds"]["p50"] / r["copy_bytes_per_second"], f"{model} {k['kernel']}")
+        for (name, model), r in phases.items()
+        if name == OURS
+        for k in r.get("kernels", [])
+    ]
 
 
 def _ratios(phases: dict[tuple[str, str], Result], other: str, ours: str) -> Found:

@@ -6,7 +6,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ Call = Callable[[], object]
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU so far (H100: 50 MB)
 _COPY_BYTES = 2**30
 _LONGEST_HIDE = 0.05  # seconds
+_ENQUEUE = 5e-4  # seconds: more than the host needs for one launch
 
 
 class Deadline:
@@ -40,6 +41,10 @@ class CpuClock:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
+
+    def each_device_seconds(self, calls: Sequence[Call]) -> list[float]:
+        """`device_seconds` of each of several calls in a row, with nothing between them."""
+        return [self.device_seconds(call) for call in calls]
 
     def host_seconds(self, call: Call) -> tuple[float, float] | None:
         return None
@@ -78,6 +83,17 @@ class CudaClock(CpuClock):
         self._end.record()
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end)) * 1e-3
+
+    def each_device_seconds(self, calls: Sequence[Call]) -> list[float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        self._flush.zero_()
+        torch.cuda._sleep(int(_ENQUEUE * len(calls) / self._seconds_per_cycle))
+        marks[0].record()
+        for call, mark in zip(calls, marks[1:], strict=True):
+            call()
+            mark.record()
+        marks[-1].synchronize()
+        return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(marks)]
 
     def host_seconds(self, call: Call) -> tuple[float, float]:
         """Seconds until ``call`` returns, and until an idle device has done it."""
@@ -124,6 +140,7 @@ def step_seconds(step: Call, repeats: int, device: torch.device) -> list[float]:
     if device.type != "cuda":
         return [CpuClock().device_seconds(step) for _ in range(repeats)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    step()  # from an idle device, so that the host's start is in its time
     marks[0].record()
     for mark in marks[1:]:
         step()
