@@ -103,7 +103,7 @@ def graph(passes: Passes, base: Base, hyper: Hyper) -> Step:
     if passes.images.device.type != "cuda":
         raise CaptureError("skipped: CUDA only")
     try:
-        optimizer: Any = our_optimizer(list(passes.model.parameters()), base, hyper, static_grads=True)
+        optimizer: Any = our_optimizer(list(passes.model.parameters()), base, hyper)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is made at first (state, tables, plans) must not be in the graph

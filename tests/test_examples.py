@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.func import functional_call
 
+from tests.fake_graph import FakeGraph
 from tests.oracles import SGD64, Weights, algorithm_1
 from tests.parallel.processes import PRELOAD, free_port
 
@@ -76,6 +79,39 @@ def test_plain_loop_follows_algorithm_1(plain: np.ndarray[Any, Any]) -> None:
     expected = np.array([np.reshape(losses[::2], (epochs, -1)).mean(1), np.reshape(radii, (epochs, -1))[:, -1]]).T
     np.testing.assert_allclose(plain, expected, rtol=0, atol=TOLERANCE)
     assert plain[:-1, 1].min() > 0.05, "without a perturbation nothing would be compared"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs there")
+def test_a_graph_needs_a_gpu() -> None:
+    with pytest.raises(SystemExit, match=r"there is no CUDA device\. plain_loop\.py runs on a CPU"):
+        runpy.run_path(str(EXAMPLES / "cuda_graph.py"), run_name="__main__")
+
+
+def test_replays_make_the_steps_of_a_plain_loop(plain: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU as `tests.fake_graph` emulates it, and there two epochs only: kernels are interpreted."""
+    main, lines = runpy.run_path(str(EXAMPLES / "cuda_graph.py"))["main"], list[str]()
+
+    class EnoughError(Exception):
+        pass
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2 and not on_gpu:
+            raise EnoughError
+
+    on_gpu = torch.cuda.is_available()
+    main.__globals__["print"] = tell
+    if not on_gpu:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "graph", FakeGraph.capture)
+        for name in ("Stream", "current_stream", "stream"):
+            monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+        monkeypatch.setattr("lesam_dist.optim.engine.backend.choose", lambda *_: "triton")
+    with contextlib.suppress(EnoughError):
+        main()
+    np.testing.assert_allclose(printed("\n".join(lines)), plain[: len(lines)], rtol=0, atol=TOLERANCE)
 
 
 def test_several_processes_make_the_steps_of_one(plain: np.ndarray[Any, Any], tmp_path: Path) -> None:

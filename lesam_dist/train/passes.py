@@ -18,12 +18,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from lesam_dist.optim.engine import capturing
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.replicas import Sync, replica_average
 
 
 class BatchPasses:
     """The passes over one batch; call it once per pass.
+
+    In a CUDA graph the device's random numbers cannot be put back, so the passes of a step then draw different ones.
 
     Args:
         model: in training mode, wrapped (DDP, FSDP2) or not.
@@ -200,12 +203,12 @@ def average_over_ranks(tensors: list[Tensor], world: Distributed) -> None:
 
 def _rng_state(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    if device.type == "cuda":
+    if device.type == "cuda" and not capturing.is_capturing(device):
         states.append(torch.cuda.get_rng_state(device))  # kept on the host: no sync
     return states
 
 
 def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
+    if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)

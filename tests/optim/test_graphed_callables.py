@@ -1,4 +1,4 @@
-"""A model under torch.cuda.make_graphed_callables: its passes are graphs, the optimizer's step is plain code around them.
+"""A model under torch.cuda.make_graphed_callables: its passes are graphs, the steps are plain code around them.
 
 `.grad` is then the graph's own memory: each backward writes there again, and no pass can keep what the last one left.
 """

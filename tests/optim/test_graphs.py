@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from lesam_dist import LESAM, optim
+from lesam_dist.optim.engine.base_update import SCHEDULED
+from tests.cost_meter import Meter
 from tests.fake_graph import CaptureError, FakeGraph
 from tests.methods import CASES
 
@@ -42,9 +45,7 @@ class Training:
     def step(self) -> Tensor:
         def of(part: slice) -> Callable[..., Tensor]:
             def closure() -> Tensor:
-                loss = nn.functional.cross_entropy(self.net(self.x[part]), self.y[part])
-                loss.backward()
-                return loss
+                return backward(nn.functional.cross_entropy(self.net(self.x[part]), self.y[part]))
 
             return closure
 
@@ -164,15 +165,10 @@ def test_several_closures(seed: int, closures: int) -> None:
 def test_the_two_step_form(seed: int) -> None:
     pair = both(seed)
     training, graph = pair[0], FakeGraph()
-
-    def backward() -> None:
-        nn.functional.cross_entropy(training.net(training.x), training.y).backward()
-
     with graph.capture():
-        backward()
-        training.optimizer.first_step(zero_grad=True)
-        backward()
-        training.optimizer.second_step(zero_grad=True)
+        for make_step in (training.optimizer.first_step, training.optimizer.second_step):
+            backward(nn.functional.cross_entropy(training.net(training.x), training.y))
+            make_step(zero_grad=True)
     replays_alone(pair, graph, range(3, 6))
 
 
@@ -197,7 +193,9 @@ def test_param_groups_and_clipping(seed: int) -> None:
 
 # ---- methods -----------------------------------------------------------------------------------------------------
 
-# What one graph can hold; of the others, why not.
+DOCS = Path(__file__).parents[2] / "docs" / "graphs.md"
+
+# What no graph can hold, and why.
 BY_NUMBER = "what a step does depends on its number"
 REFUSED = {"looksam": BY_NUMBER, "eigen": BY_NUMBER}
 # What may be scheduled between replays, where it is not lr and rho.
@@ -219,6 +217,42 @@ def test_methods(seed: int, name: str, base: Any) -> None:
         return
     names = SCHEDULES.get(name, ("lr", "rho"))
     replays(pair, pair[0].capture(), range(3, 5), **{key: lambda n: 0.1 / n for key in names})
+    assert pair[0].optimizer.scheduled() >= set(names)
+
+
+def test_the_table_of_methods_in_the_docs() -> None:
+    """One line for each method of `tests.methods` that the project has."""
+    lines = ["| method | one graph | settings that may change between replays |", "|---|---|---|"]
+    for name, case in CASES.items():
+        training = Training(0, case.method, **case.kwargs)
+        eager_steps((training, training), range(1))
+        own = training.optimizer.scheduled() - set(SCHEDULED[SGD])
+        followed = f"{', '.join(f'`{key}`' for key in sorted(own))}; of the base "
+        followed += "all" if "lr" in training.optimizer.scheduled() else "all but `lr`"
+        line = f"| {name} | {'no: ' + REFUSED[name] if name in REFUSED else 'yes'} |"
+        if name != "own":
+            lines.append(f"{line} {'' if name in REFUSED else followed} |")
+    assert "\n".join(lines) in DOCS.read_text(), "\n".join(lines)
+
+
+def test_gradients_that_stay_in_place_cost_nine_passes() -> None:
+    """They are zeroed three times, and twice autograd adds what it made to zeros: two reads and a write."""
+    moved = {}
+    for static_grads in (False, True):
+        net = nn.Linear(40, 30, bias=False)
+        optimizer = LESAM(net.parameters(), SGD, backend="triton", static_grads=static_grads, **SGD_KWARGS)
+        meter = Meter()
+        with meter, meter.interpreter():
+            for _ in range(2):
+                meter.clear()
+                optimizer.step(lambda net=net: backward(net(torch.ones(1, 40)).sum()))
+        moved[static_grads] = meter.moved
+    assert moved[True] - moved[False] == 9 * net.weight.nbytes
+
+
+def backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -241,15 +275,20 @@ def test_gradients_that_are_there_would_be_read_in_a_capture(seed: int) -> None:
     training.capture()
 
 
-@pytest.mark.parametrize("name", ["lr", "sigma"])
-def test_scalars_are_pushed_before_a_capture(seed: int, name: str) -> None:
-    training, twin = pair = both(seed)
-    for one in pair:
-        one.set(**{name: 0.01})
+@pytest.mark.parametrize("names", [(), ("lr",), ("sigma",)])
+def test_a_schedule_may_step_before_a_capture(seed: int, names: tuple[str, ...]) -> None:
+    """What is pushed before each replay need not be right in the capture."""
+    pair = both(seed)
+    for training in pair:
+        training.set(**dict.fromkeys(names, 0.01))
+    replays(pair, pair[0].capture(), range(3, 5))
+
+
+def test_what_is_not_pushed_may_not_change_before_a_capture(seed: int) -> None:
+    training, _ = both(seed, adaptive=True, eta=0.2)
+    training.set(eta=0.1)
     with pytest.raises(RuntimeError, match="changed while a CUDA graph is captured"):
         training.capture()
-    training.optimizer.push_scalars()
-    replays((training, twin), training.capture(), range(3, 5))
 
 
 @pytest.mark.parametrize(("base", "what"), [(SGD, "momentum_buffer"), (AdamW, "step")])

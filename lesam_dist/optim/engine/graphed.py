@@ -55,6 +55,19 @@ class Graphed(Scaled):
         self.weights.push(self.base_optimizer, self.radii(), update, g, g_hat)
         self.tell_sigma()
 
+    def scheduled(self) -> set[str]:
+        """The settings of a param group that a captured graph follows, as `push_scalars` brings them to the device."""
+        read: set[str] = set()
+        for group in self.param_groups:
+            self.radius(_Watched(group, read))
+        if not self.weights.updates(self.base_optimizer):
+            return read
+        update, _, _ = self._blank_update()
+        if update.beside is None and all(coefficient.is_number for coefficient, _ in update.along.terms):
+            read |= set(self.of_descent)
+        read |= set(SCHEDULED[type(self.base_optimizer)])
+        return read if update.beside is None else read - {"lr"}  # by which the part beside is multiplied
+
     def radii(self) -> list[Radius]:
         """Of each param group; what is maximized is perturbed against the gradient, to where it is lowest."""
         return [
@@ -109,11 +122,11 @@ class Graphed(Scaled):
             raise RuntimeError(
                 f"{name}.push_scalars: {key[1]} of param group {key[0]} was {own[-1][key]!r} when the step was "
                 f"captured and is {now.get(key)!r} now, which no graph follows. One reads "
-                f"{', '.join(sorted(self._scheduled()))} from the device; for anything else capture again."
+                f"{', '.join(sorted(self.scheduled()))} from the device; for anything else capture again."
             )
 
     def _fixed(self) -> Fixed:
-        scheduled = self._scheduled()
+        scheduled = self.scheduled()
         fixed: Fixed = {}
         for index, group in enumerate(self.param_groups):
             fixed |= {(index, k): v for k, v in group.items() if k not in scheduled and k not in _NO_NUMBERS}
@@ -121,19 +134,6 @@ class Graphed(Scaled):
             fixed[index, "the use of momentum"] = bool(group.get("momentum"))
         fixed[0, "enabled"] = getattr(self, "enabled", True)
         return fixed
-
-    def _scheduled(self) -> set[str]:
-        """What of a param group is on the device, where `push_scalars` changes it."""
-        read: set[str] = set()
-        for group in self.param_groups:
-            self.radius(_Watched(group, read))
-        if not self.weights.updates(self.base_optimizer):
-            return read
-        update, _, _ = self._blank_update()
-        if update.beside is None and all(coefficient.is_number for coefficient, _ in update.along.terms):
-            read |= set(self.of_descent)
-        read |= set(SCHEDULED[type(self.base_optimizer)])
-        return read if update.beside is None else read - {"lr"}  # by which the part beside is multiplied
 
     def _blank_update(self) -> tuple[Update, Column, Column]:
         """What the rule descends along, of gradients g and g_hat that are not there: numbers alone mean something."""

@@ -38,7 +38,9 @@ class Options:
     ascent_between: Between = "skip"
     """the single pass of the steps between: plain, or perturbed by the last first gradient (one more copy of it)"""
     static_grads: bool = False
-    """keep the gradients' buffers between passes and zero them in place, as a CUDA graph needs"""
+    """zero the gradients in place between passes instead of freeing them, for what holds their addresses (a CUDA graph
+    of the step does not need it); nine more passes over the parameters. Not with make_graphed_callables, whose
+    gradients would be added to themselves"""
 
     def __post_init__(self) -> None:
         choices = {"backend": get_args(Backend), "scope": get_args(Scope), "ascent_between": get_args(Between)}

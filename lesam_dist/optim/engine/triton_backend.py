@@ -66,7 +66,7 @@ class TritonOps:
         return lesam_kernels.perturb(
             self._table,
             sum_sq,
-            self._radii.on_device(radii, torch.float64),
+            self._radii.on_device(radii, torch.float64, pushed=True),
             **self._direction,
             keep=keep,
             found_inf=overflow,
@@ -108,7 +108,7 @@ class TritonOps:
         elif self._table.has("g_kept"):
             self._table.clear("g_kept")
         kernel = getattr(lesam_kernels, update.kernel)
-        scalars = self._scalars.on_device(update.scalars, update.dtype)
+        scalars = self._scalars.on_device(update.scalars, update.dtype, pushed=True)
         a, b = (self._per_group(f, len(update.scalars)) for f in factors)
         kernel(self._table, scalars, overflow, sum_sq=sum_sq, a_factors=a, b_factors=b, skipped=skipped)
         if self._empty_steps:
@@ -170,19 +170,24 @@ class DeviceScalars:
         self._values: list[tuple[float, ...]] = []
         self._tensor: Tensor | None = None
 
-    def on_device(self, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    def on_device(self, values: Sequence[Sequence[float]], dtype: torch.dtype, pushed: bool = False) -> Tensor:
         """The values as a (rows, columns) tensor.
 
+        While a CUDA graph is captured nothing is copied. With ``pushed``, what changed since is there before the first
+        replay, by `TritonOps.push`.
+
         Raises:
-            RuntimeError: where they changed while a CUDA graph is captured.
+            RuntimeError: where they changed while a graph is captured, and will not be pushed.
         """
         current = [tuple(row) for row in values]
         if self._tensor is None or current != self._values:
             on_cuda = self._device.type == "cuda"
             if capturing.is_capturing(self._device):
+                if pushed and self._tensor is not None and len(self._values) == len(current):
+                    return self._tensor
                 raise RuntimeError(
-                    "a learning rate, sigma or another scheduled value changed while a CUDA graph is captured. Run a "
-                    "step before the capture, and call push_scalars() before each replay."
+                    "a number that the kernels read changed while a CUDA graph is captured. Take a step with the same "
+                    "settings before the capture."
                 )
             # From pinned memory, new each time: torch does not reuse it before the copy ran.
             staged = torch.tensor(current, dtype=dtype, pin_memory=on_cuda)
