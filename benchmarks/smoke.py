@@ -85,6 +85,17 @@ def of_perturb(case: Case) -> Pairs:
     return [(stats, case.scalar(norm, rho, 0.0).view(3)), *zip(case.w, moved, strict=True)]
 
 
+def of_perturb_keep(case: Case) -> Pairs:
+    """Also saves the gradients, and raises found_inf for a norm that is not finite; then nothing moves."""
+    radius, kept = case.scalar(0.3, 0.05, 0.5), case.own["g_kept"]
+    perturb(case.table, case.scalar(float("inf")).view(()), radius, keep=True, found_inf=case.found_inf)
+    exact(kept, case.own64["g"])
+    exact(case.own["copy"], case.w64)
+    exact(case.w, case.w64)
+    exact([case.found_inf], [case.scalar(1.0).view(())])
+    return []
+
+
 def of_restore(case: Case) -> Pairs:
     restore(case.table)
     exact(case.w, case.own64["copy"])
@@ -117,13 +128,31 @@ def of_restore_adamw(case: Case) -> Pairs:
     return pairs
 
 
+def of_skipped(update: Callable[..., None], dtype: torch.dtype) -> Callable[[Case], Pairs]:
+    """An update that is told of a norm which is not finite: the weights come back, and nothing else is written."""
+
+    def run(case: Case) -> Pairs:
+        skipped, nan = torch.full((), 41.0, device=case.device), case.scalar(float("nan")).view(())
+        state = [name for name in _COLUMNS if name != "copy"]
+        update(case.table, case.scalar(*[0.5] * 7, dtype=dtype), case.found_inf, sum_sq=nan, skipped=skipped)
+        exact(case.w, case.own64["copy"])
+        exact([t for name in state for t in case.own[name]], [t for name in state for t in case.own64[name]])
+        exact([case.found_inf, skipped, *case.steps], case.scalar(1.0, 42.0, 4.0, 4.0, 4.0).view(-1).unbind())
+        return []
+
+    return run
+
+
 LAUNCHERS: dict[str, Callable[[Case], Pairs]] = {
     "sum_sq": of_sum_sq,
     "dots": of_dots,
     "perturb": of_perturb,
+    "perturb_keep": of_perturb_keep,
     "restore": of_restore,
     "restore_sgd": of_restore_sgd,
     "restore_adamw": of_restore_adamw,
+    "skipped_sgd": of_skipped(restore_sgd, torch.float32),
+    "skipped_adamw": of_skipped(restore_adamw, torch.float64),
 }
 
 

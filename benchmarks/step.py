@@ -116,7 +116,7 @@ def graph(passes: Passes, base: Base, hyper: Hyper) -> Step:
         passes.begin()
         with torch.cuda.graph(captured):
             loss: Tensor = optimizer.step(passes)
-        optimizer.push_scalars()
+        optimizer.push_scalars()  # also tells the kernels where the graph has its gradients
         captured.replay()
         torch.cuda.synchronize()
     except Exception as error:

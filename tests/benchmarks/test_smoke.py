@@ -15,9 +15,11 @@ import torch
 from lib.launches import Launches, as_table, time_launches
 from lib.problem import Problem, make_problem
 from lib.reference64 import TOLERANCE, _error, expected_steps
-from lib.timing import Call, CpuClock
+from lib.timing import Call, CpuClock, CudaClock, Deadline
 from lib.traffic import BASES, Base
 from torch import Tensor
+
+import kernels  # noqa: TID251 (the script benchmarks/kernels.py)
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,59 @@ def test_what_a_launcher_gets_wrong_is_named(
 def test_an_error_that_is_nan_is_not_right() -> None:
     nan = torch.tensor([1.0, float("nan")])
     assert smoke.error(nan, torch.ones(2, dtype=torch.float64)) == float("inf")
+
+
+class Event:
+    """CUDA's, on a clock of its own, which moves a millisecond with every event."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        Event.now += 1e-3
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        assert self.at
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def busy(seconds: float) -> None:
+    """What keeps the device of these events busy."""
+    Event.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> CudaClock:
+    """A GPU's clock, as far as it goes without one."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: busy(1e-9 * cycles), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    return CudaClock(CPU)
+
+
+def test_calls_in_a_row_are_timed_one_by_one(clock: CudaClock) -> None:
+    calls: list[Call] = [lambda: busy(0.02), lambda: None, lambda: busy(0.05)]
+    assert clock.each_device_seconds(calls) == pytest.approx([0.021, 0.001, 0.051])
+
+
+def test_each_kernel_beside_what_others_take(clock: CudaClock, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part of kernels.py that a CPU leaves out."""
+    monkeypatch.setattr(clock, "copy_bandwidth", lambda: 3e12)
+    task = problem(seed)
+    results = kernels.compare("m", "sgd", task, ["lesam_dist", "foreach"], clock, 1, Deadline(None))
+    text = kernels.each_kernel(results, "sgd", task, clock, 1)
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [
+        *("| sum_sq g", "| perturb", "| sum_sq g_hat", "| restore_sgd", "| all")
+    ]
+    assert [k["kernel"] for k in results[0]["kernels"]] == ["sum_sq g", "perturb", "sum_sq g_hat", "restore_sgd"]
+    assert "kernels" not in results[1]
+    assert kernels.each_kernel(results[1:], "sgd", task, clock, 1) == ""
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesam_kernels import TensorTable, perturb, restore_adamw, restore_sgd, sum_sq
+from lesam_kernels.launch import Launcher
 from lesam_kernels.launch_config import CHUNK
 from tests.kernels.cases import DTYPES, Make, clones, nan_like, same_bits, table_of
 
@@ -49,20 +50,14 @@ class Step:
 def launches(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[str]:
     """Names of the kernels launched so far; on the CPU they are not run, the interpreter would take its time."""
     names: list[str] = []
-    if device.type == "cuda":
-        from triton.runtime.jit import JITFunction
+    real: Callable[..., None] = Launcher.__call__  # plain or direct: on a GPU a kernel's second launch is direct
 
-        run: Callable[..., Any] = JITFunction.run
+    def counting(self: Launcher, kernel: Any, *args: Any, **constants: Any) -> None:
+        names.append(kernel.__name__)
+        if device.type == "cuda":
+            real(self, kernel, *args, **constants)
 
-        def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-            names.append(self.fn.__name__)
-            return run(self, *args, **kwargs)
-
-        monkeypatch.setattr(JITFunction, "run", counting)
-    else:
-        from triton.runtime.interpreter import GridExecutor
-
-        monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: names.append(self.fn.__name__))
+    monkeypatch.setattr(Launcher, "__call__", counting)
     return names
 
 
