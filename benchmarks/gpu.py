@@ -53,6 +53,7 @@ class Part:
         needs: modules without which it is not run.
         under: a program with options that runs it.
         env: environment variables of its process.
+        gpus: fewest GPUs with which it is run.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Part:
     needs: tuple[str, ...] = ()
     under: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
+    gpus: int = 0
 
     @property
     def is_script(self) -> bool:
@@ -102,7 +104,7 @@ _SECOND = (
 )
 _THIRD = (
     Part("host", ("host.py",), 40),
-    Part("ranks", ("ranks.py",), 90),
+    Part("ranks", ("ranks.py",), 90, gpus=2),
     Part("bfloat16", ("kernels.py", "--dtype", "bfloat16", "--providers", "lesam_dist,foreach", "--quick"), 60),
     Part("small", ("kernels.py", "--models", "small1000,wrn_28_10", "--providers", "lesam_dist,foreach"), 40),
     Part("compile", ("kernels.py", "--providers", "lesam_dist,compile", "--models", "resnet50", "--base", "sgd"), 90),
@@ -145,6 +147,8 @@ def run(part: Part, out: Path, limit: float) -> str:
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"not run: it needs {', '.join(missing)}"
+    if part.gpus > torch.cuda.device_count():
+        return f"not run: it takes {part.gpus} GPUs, and there are {torch.cuda.device_count()}"
     command = [sys.executable, *part.command]
     if part.is_script:
         command[1] = str(Path(__file__).with_name(part.command[0]))
