@@ -64,7 +64,8 @@ def launch_all(table: TensorTable) -> None:
     restore(table)
     restore_sgd(table, row, found_inf)
     restore_sgd(table, torch.rand(11)[1:8].view(1, 7), found_inf)  # at an address of which nothing is known
-    told = {"sum_sq": squared, "skipped": skipped, "factors": torch.rand(1, 2, dtype=torch.float64)}
+    a_factors, b_factors = torch.rand(2, 1, dtype=torch.float64)
+    told = {"sum_sq": squared, "skipped": skipped, "a_factors": a_factors, "b_factors": b_factors}
     restore_adamw(table, row.double(), found_inf, **told)
     table.clear("g_kept")
     table.clear("momentum_buffer")

@@ -95,8 +95,10 @@ def test_restore_sgd(dtype: torch.dtype, case: Callable[..., Case]) -> None:
     c.check(traffic.restore_sgd(momentum=False), lambda: restore_sgd(plain, scalars, fine))
     c.check(traffic.restore(), lambda: restore_sgd(table, scalars, ones()))
     c.check(traffic.restore(), lambda: restore_sgd(table, scalars, torch.zeros(()), sum_sq=infinite, skipped=ones()))
-    factors = ones(1, 2, dtype=torch.float64)  # as those that clip the gradients
-    c.check(traffic.restore_sgd(kept=True), lambda: restore_sgd(table, scalars, fine, factors=factors))
+    factors = dict.fromkeys(
+        ("a_factors", "b_factors"), ones(1, dtype=torch.float64)
+    )  # as those that clip the gradients
+    c.check(traffic.restore_sgd(kept=True), lambda: restore_sgd(table, scalars, fine, **factors))
     table.clear("g_kept")
     c.check(traffic.restore_sgd(), lambda: restore_sgd(table, scalars, fine))
 
@@ -108,8 +110,8 @@ def test_restore_adamw(dtype: torch.dtype, case: Callable[..., Case]) -> None:
     scalars = torch.tensor([[0.1, 0.9, 0.999, 1e-8, 0.01, 1.0, 0.5]], dtype=torch.float64)
     c.check(traffic.restore_adamw(kept=True), lambda: restore_adamw(table, scalars, fine))
     c.check(traffic.restore(), lambda: restore_adamw(table, scalars, ones()))
-    factors = ones(1, 2, dtype=torch.float64)
-    c.check(traffic.restore_adamw(kept=True), lambda: restore_adamw(table, scalars, fine, factors=factors))
+    factors = dict.fromkeys(("a_factors", "b_factors"), ones(1, dtype=torch.float64))
+    c.check(traffic.restore_adamw(kept=True), lambda: restore_adamw(table, scalars, fine, **factors))
     table.clear("g_kept")
     c.check(traffic.restore_adamw(), lambda: restore_adamw(table, scalars, fine))
 
