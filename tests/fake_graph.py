@@ -31,6 +31,19 @@ class CaptureError(RuntimeError):
     """What would break a capture on a GPU."""
 
 
+class RealGraph:
+    """A CUDA graph, with the methods of `FakeGraph`."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self) -> Any:
+        return torch.cuda.graph(self._graph)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
 class FakeGraph(TorchDispatchMode):
     """A recording of what ran in `capture`."""
 
