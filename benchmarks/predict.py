@@ -1,7 +1,7 @@
 """What the optimizer's phase should take on a GPU: bytes over a bandwidth that you state. Nothing is measured.
 
     python benchmarks/predict.py --bandwidth 2.9 [--models resnet50,large] [--dtype float32]
-    python benchmarks/predict.py --bandwidth 2.9 --tables ideas,walks,small
+    python benchmarks/predict.py --bandwidth 2.9 --tables ideas,walks,norms,small
 
 The bandwidth is in TB/s, read plus written, what a large copy reaches. Launches and the host are left out, so it is a
 lower bound, and a poor one for lists of small tensors. Passes are one read or one write of every element: our kernels'
@@ -11,6 +11,7 @@ from `lib/traffic.py`, everybody else's counted from their code (`lib/providers.
 - kernels: each of our kernels
 - ideas: what changes of the algorithm would save (`lib/ideas.py`)
 - walks: what orders of the blocks would find in L2, by a simulation (`lib/l2.py`)
+- norms: what taking the norms during backward would save at most (`lib/hidden.py`; settings of its own)
 - small: how many blocks lists of small tensors make, and their times by a model of latencies (`lib/waves.py`)
 """
 
@@ -20,7 +21,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from lib import ideas, l2, machine, traffic, waves
+from lib import hidden, ideas, l2, machine, traffic, waves
 from lib.arguments import Parser
 from lib.problem import DTYPES
 from lib.providers import PROVIDERS
@@ -86,6 +87,21 @@ def walks(models: Sequence[str], dtype: torch.dtype, _: float) -> str:
     return table(["passes saved, reversed:", "MB of g", *map(str, l2.WALKS)], rows)
 
 
+def norms(_: Sequence[str], __: torch.dtype, bandwidth: float) -> str:
+    """What norms during backward save at most, in float32, with the milliseconds of one process."""
+    rows = []
+    for setting in hidden.SETTINGS:
+        saving = hidden.predict(setting, bandwidth)
+        link = f", {setting.link * 1e-9:.0f} GB/s" if setting.link else ""
+        where = f"{setting.processes} {setting.wrapper}{link}" if link else "1"
+        times = [number(seconds, 2, 1e3) for seconds in (saving.passes, saving.phase, saving.norms)]
+        rate = number(setting.rate, 0, 1e-12)
+        more = number(saving.host, 2, 1e3)
+        rows.append([setting.name, str(setting.batch), where, rate, *times, f"{saving.share:.2%}", more])
+    header = ["network", "batch", "processes", "TFLOP/s", "two passes", "phase", "norms", "saved at most", "host more"]
+    return table(header, rows)
+
+
 def small(_: Sequence[str], __: torch.dtype, bandwidth: float) -> str:
     """How lists of small tensors fill the chip, in float32."""
     rows = []
@@ -104,7 +120,7 @@ def small(_: Sequence[str], __: torch.dtype, bandwidth: float) -> str:
     return table([*header, "bytes alone us", "step us", "packed us", "packed", "chunk 4096"], rows)
 
 
-TABLES = {"phase": phase, "kernels": kernels, "ideas": saved, "walks": walks, "small": small}
+TABLES = {"phase": phase, "kernels": kernels, "ideas": saved, "walks": walks, "norms": norms, "small": small}
 
 
 def prediction(tables: Sequence[str], models: Sequence[str], dtype: torch.dtype, terabytes: float) -> str:

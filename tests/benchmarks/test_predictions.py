@@ -9,8 +9,10 @@ import random
 import predict
 import pytest
 import torch
-from lib import ideas, l2, machine, traffic, waves
+from lib import hidden, ideas, l2, machine, traffic, waves
 from lib.l2 import TILE_BYTES, WALKS, Walk
+
+from lesam_dist.optim.engine import early_sums
 
 ONE_TILE = TILE_BYTES // 4  # elements of float32
 
@@ -90,6 +92,26 @@ def test_ideas() -> None:
     assert (ideas.SWAP.passes, ideas.AVERAGE.passes, ideas.SCALED.passes) == (1, 1, 4)
 
 
+def test_hidden_norms_save_what_two_reads_take() -> None:
+    """8 bytes of each element; of a step of 12 operations per element and token where no one else is waited for."""
+    tokens, rate, bandwidth = 1000, 4e14, 3e12
+    large = hidden.Setting("large", 1e9, 100, 1e9 * tokens, 1, rate)
+    alone = hidden.predict(large, bandwidth)
+    norms, passes, phase = 8e9 / bandwidth, 12e9 * tokens / rate, 44e9 / bandwidth
+    assert alone[:3] == pytest.approx((passes, phase, norms))
+    assert alone.share == pytest.approx(norms * 7 / 8 / (passes + phase), rel=1e-3)
+    slow = hidden.predict(large._replace(wrapper="ddp", processes=4, link=1e10), bandwidth)
+    assert slow.passes == pytest.approx(2 * 8e9 * 3 / 4 / 1e10)
+    split = hidden.predict(large._replace(wrapper="fsdp", processes=4, link=1e10), bandwidth)
+    assert (split.norms, split.passes) == pytest.approx((norms / 4, slow.passes))
+    tiny = hidden.predict(large._replace(params=1e6), bandwidth)
+    assert tiny.saved == pytest.approx(-tiny.norms / 8)  # L2 had saved both norms' worth
+
+
+def test_hidden_norms_have_the_groups_of_the_library() -> None:
+    assert hidden.GROUPS == early_sums.GROUPS
+
+
 def test_places_on_the_chip() -> None:
     """By threads, 8 blocks of 256; by registers, 65536 / (64 * 256) = 4."""
     assert machine.slots("sum_sq") == 132 * 8
@@ -121,11 +143,12 @@ def test_lists() -> None:
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    predict.main(["--bandwidth", "2.9", "--models", "resnet50", "--tables", "kernels,ideas,walks,small"])
+    predict.main(["--bandwidth", "2.9", "--models", "resnet50", "--tables", "kernels,ideas,walks,norms,small"])
     text = capsys.readouterr().out
     seconds = 25_557_032 * 4 / 2.9e12
     assert f"| perturb | 4 | {4 * seconds * 1e3:.3f} |" in text
     assert f"| swapped storages | 1 | {seconds * 1e3:.3f}, 0 |" in text
     assert "| resnet50 / 64 | 1.6 | 2.00 to 2.00 |" in text
+    assert "| vit_l_16 | 8 | 2 fsdp, 360 GB/s | 350 |" in text
     assert "| 5000 scalars | 5000 | 5000 | 5000 | 1 |" in text
     assert torch.float32.itemsize == waves._ITEMSIZE

@@ -23,3 +23,10 @@ def counting_average(reductions: list[int]) -> Callable[[int, dist.GradBucket], 
         return average_each(world_size, bucket)
 
     return hook
+
+
+def other_buffer(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Reduce a copy of the bucket, rounded to bfloat16, and let DDP take the gradients from there."""
+    rounded = (bucket.buffer() / dist.get_world_size()).bfloat16()
+    future = dist.all_reduce(rounded, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0].to(bucket.buffer().dtype))

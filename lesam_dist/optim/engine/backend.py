@@ -22,9 +22,12 @@ class Ops(Protocol):
     An object serves one `Rows` and may cache for it. Scalars per param group come as a list over the groups.
     """
 
-    def sum_sq_first(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+    def sum_sq_first(
+        self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction], known: Tensor | None = None
+    ) -> Tensor:
         """Take what `perturb` will move along: first gradients, averages of them that some directions read, and what
-        each param group makes of both. Returns its squared norm over the perturbed rows, float64 0-d."""
+        each param group makes of both. Returns its squared norm over the perturbed rows, float64 0-d: ``known``, where
+        somebody has taken it."""
 
     def stay(self) -> None:
         """Take it that this step perturbs nothing."""

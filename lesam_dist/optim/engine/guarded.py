@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,16 @@ from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.contract import has_gradients
 from lesam_dist.optim.engine.eager import eager
+from lesam_dist.optim.engine.early_sums import Arrivals
 from lesam_dist.optim.engine.fused import unfuse_dtensors
 from lesam_dist.optim.engine.memory import ASCENT, Memory
 from lesam_dist.optim.engine.options import Backend, Options
 from lesam_dist.optim.engine.weights import Weights
 from lesam_dist.optim.engine.wrapper import BaseOptimizer, SharedOptimizer
+from lesam_dist.parallel.bucket_arrivals import BucketHook, tell_of_buckets
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class GuardedOptimizer(SharedOptimizer):
@@ -24,6 +30,8 @@ class GuardedOptimizer(SharedOptimizer):
         params, base_optimizer, defaults, base_kwargs: see `SharedOptimizer`.
         backend: see `lesam_dist.optim.engine.backend.select`.
     """
+
+    _has_buckets = False  # DDP's, which tell of gradients
 
     memory_names: tuple[str, ...] = ()  # of the tensors that a method keeps per parameter, see `Memory`
 
@@ -59,7 +67,39 @@ class GuardedOptimizer(SharedOptimizer):
         return self.weights.active
 
     def forget(self) -> None:
-        self.weights = Weights(self._backend)
+        arrivals: Arrivals = "buckets" if self._has_buckets else "hooks"
+        self.weights = Weights(self._backend, arrivals if self.options.norm_in_backward else None)
+
+    def sum_buckets(self, model: DistributedDataParallel, hook: BucketHook | None = None, state: Any = None) -> None:
+        """With ``norm_in_backward``, take the norms of DDP's gradients as they are reduced, bucket by bucket.
+
+        Call it once, before the first backward, instead of ``model.register_comm_hook``, of which torch allows one.
+
+        Args:
+            model: what DDP made of the model.
+            hook: reduces a bucket, as torch's ``register_comm_hook`` takes it; None reduces as DDP does.
+            state: the hook's first argument; torch's own take a process group, None for all processes.
+
+        Raises:
+            ValueError: without ``norm_in_backward``, or where the gradients are not views of DDP's buckets.
+        """
+        name = type(self).__name__
+        if not self.options.norm_in_backward:
+            raise ValueError(f"{name}.sum_buckets: build it with norm_in_backward=True first.")
+        if not model.gradient_as_bucket_view:
+            raise ValueError(
+                f"{name}.sum_buckets: DDP would copy the gradients out of its buckets after backward. Wrap the model "
+                "with DistributedDataParallel(..., gradient_as_bucket_view=True)."
+            )
+        self._require_exact_weights("sum_buckets")
+        tell_of_buckets(model, weakref.WeakMethod(self._bucket_arrived), hook, state)
+        self._has_buckets = True
+        self.forget()
+
+    def _bucket_arrived(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        if self.weights.early is not None:
+            for p, grad in zip(params, grads, strict=True):
+                self.weights.early.arrived(p, grad)
 
     # Each of these would lose the copies, or save perturbed weights.
 
@@ -136,6 +176,8 @@ class GuardedOptimizer(SharedOptimizer):
 
     def zero_grads(self) -> None:
         """Zero all gradients as the options say."""
+        if self.weights.early is not None:
+            self.weights.early.drop()
         if self.options.static_grads:
             self.zero_grad(set_to_none=False)
             return

@@ -37,6 +37,10 @@ class Options:
     """make both passes only every k-th step; a step then costs (k + 1) / k passes"""
     ascent_between: Between = "skip"
     """the single pass of the steps between: plain, or perturbed by the last first gradient (one more copy of it)"""
+    norm_in_backward: bool = False
+    """take both norms while the backward passes go on, so that the step does not wait for them: for large models and
+    small batches, see docs/speed.md. Under DDP call `sum_buckets` too. For ``step(closure)`` without a `GradScaler`;
+    whoever changes a gradient in the closure after backward must not do it through ``.data``"""
     static_grads: bool = False
     """zero the gradients in place between passes instead of freeing them, for what holds their addresses (a CUDA graph
     of the step does not need it); nine more passes over the parameters. Not with make_graphed_callables, whose
@@ -54,6 +58,11 @@ class Options:
             raise ValueError(f"ascent_fraction is {self.ascent_fraction}; it must be in (0, 1].")
         if interval < 1 or interval != int(interval):
             raise ValueError(f"ascent_interval is {interval}; it must be a whole number >= 1.")
+        if self.norm_in_backward and not self.check_second and max_norm is None:
+            raise ValueError(
+                "norm_in_backward takes the norms of both gradients, and with check_second=False nobody needs the "
+                "second. Leave one of the two out."
+            )
         if self.reuses and self.scope != "global":
             raise ValueError(
                 f"ascent_between='reuse' keeps a gradient that a checkpoint saves once, but with scope={self.scope!r} "

@@ -21,7 +21,9 @@ class ReferenceOps:
         self._along: Gradients = []
         self._grads: Gradients = []
 
-    def sum_sq_first(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+    def sum_sq_first(
+        self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction], known: Tensor | None = None
+    ) -> Tensor:
         rows = self._rows
         require_dense([g for g in grads if g is not None])
         self._along, self._grads, scaled = [], grads, []
@@ -33,7 +35,7 @@ class ReferenceOps:
             scaled_g, along = reference.directed(rows.shards[row], g, average, directions[rows.groups[row]])
             scaled.append(scaled_g)
             self._along.append(along)
-        return self._sum_sq(scaled)
+        return self._sum_sq(scaled) if known is None else known
 
     def stay(self) -> None:
         self._along, self._grads = [], []

@@ -99,6 +99,8 @@ class Rule(GuardedOptimizer):
             return f"one step in {interval} makes two passes"
         if (fraction := self.options.ascent_fraction) < 1:
             return f"the first pass takes {fraction} of the batch"
+        if self.options.norm_in_backward:  # a scaler's unscaling, unlike other changes in place, cannot be seen
+            return "norm_in_backward=True leaves nothing between a backward pass and its norm"
         return None
 
     def shares_first_gradient(self) -> str | None:

@@ -25,6 +25,11 @@ class Scaled(Rule):
     @grad_scaler.setter
     def grad_scaler(self, scaler: GradScaler | None) -> None:
         if scaler is not None and scaler.is_enabled():
+            if self.options.norm_in_backward:
+                raise ValueError(
+                    f"{type(self).__name__}: norm_in_backward=True takes the norms before a GradScaler can unscale the "
+                    "gradients. Leave it out, or train in bfloat16, which needs no scaler."
+                )
             # The scaler makes its scale on first use, and wants it before the first step, when no closure has run.
             scaler.scale(torch.zeros((), device=self.param_groups[0]["params"][0].device))
         self._grad_scaler = scaler

@@ -39,7 +39,9 @@ class TritonOps:
         self._second: Gradients | None = None  # what the table was told of in this step
         self._state_key: tuple[tuple[str, ...], list[bool], list[bool]] = ((), [], [])
 
-    def sum_sq_first(self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction]) -> Tensor:
+    def sum_sq_first(
+        self, grads: Gradients, ema: Gradients | None, directions: Sequence[Direction], known: Tensor | None = None
+    ) -> Tensor:
         self._take(grads)
         self._direction = {}
         if any((d.p, d.q) != (0.0, 1.0) for d in directions):
@@ -48,6 +50,8 @@ class TritonOps:
             self._table.set("ema", ema)
             scales = self._ema_scale.on_device([(d.ema_scale,) for d in directions], torch.float32)
             self._direction["ema_scale"] = scales.view(-1)
+        if known is not None:
+            return known
         return lesam_kernels.sum_sq(self._table, "g", perturbed_only=True, **self._direction)
 
     def stay(self) -> None:

@@ -17,6 +17,7 @@ from lesam_dist.optim.engine.coefficients import ONE, Coefficient
 from lesam_dist.optim.engine.rows import Gradients
 
 if TYPE_CHECKING:
+    from lesam_dist.optim.engine.early_sums import EarlySums
     from lesam_dist.optim.engine.reference import Direction
     from lesam_dist.optim.engine.weights import Weights
 
@@ -31,7 +32,10 @@ class Column:
         sum_sq: sum of squares over all rows and shards, float64 0-d; None where nobody has computed it.
         perturbed: what `Vector.perturbed` made of it.
         is_blank: it stands for one that is not there yet; its products are zero and cost nothing.
+        early: where sums of squares of gradients, as these are, may have been taken during backward.
     """
+
+    early: EarlySums | None = None
 
     def __init__(self, tensors: list[Gradients], is_blank: bool = False) -> None:
         self.tensors = tensors

@@ -13,6 +13,7 @@ from lesam_dist.optim.engine import reference
 from lesam_dist.optim.engine.backend import Ops, select
 from lesam_dist.optim.engine.base_update import Mixture, base_update
 from lesam_dist.optim.engine.coefficients import ZERO, Coefficient, Factors, lower
+from lesam_dist.optim.engine.early_sums import Arrivals, EarlySums
 from lesam_dist.optim.engine.options import Backend
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.rows import RowCache, Rows
@@ -28,10 +29,13 @@ class Weights:
         rows: parameters by device and mesh axes.
         ops: who does the maths of each of the rows.
         active: whether the weights are the perturbed ones, or a step without perturbation has begun.
+        early: sums taken during backward, where ``arrivals`` says who tells of the gradients.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, arrivals: Arrivals | None = None) -> None:
         self._backend = backend
+        self._arrivals = arrivals
+        self.early: EarlySums | None = None
         self._cache = RowCache()
         self.groups: list[dict[str, Any]] = []
         self.rows: list[Rows] = []
@@ -56,6 +60,8 @@ class Weights:
         self._overflow = self._overflow.to(self.rows[0].device)
         self._still = torch.zeros(3, dtype=torch.float64, device=self.rows[0].device)
         self._unsettled = True
+        if self._arrivals is not None:
+            self.early = EarlySums(self.rows, self._backend, self._arrivals)
         return True
 
     @property
@@ -68,7 +74,9 @@ class Weights:
 
     def gradients(self) -> Column:
         """The current gradients."""
-        return Column([rows.gradients() for rows in self.rows])
+        column = Column([rows.gradients() for rows in self.rows])
+        column.early = self.early
+        return column
 
     def of_perturbed(self, column: Column) -> Column:
         """``column`` without the parameters that are left out of norm and perturbation; itself where none is."""
@@ -97,8 +105,11 @@ class Weights:
         """
         column, average, directions, signs = self._lower(ascent)
         averages = [None] * len(self.rows) if average is None else average.tensors
-        zipped = zip(self.ops, column.tensors, averages, strict=True)
-        parts = [ops.sum_sq_first(g, ema, directions) for ops, g, ema in zipped]
+        known: Sequence[Tensor | None] = [None] * len(self.rows)
+        if column.early is not None and all(direction == Direction() for direction in directions):
+            known = column.early.take(column.tensors, perturbed_only=True)
+        zipped = zip(self.ops, column.tensors, averages, known, strict=True)
+        parts = [ops.sum_sq_first(g, ema, directions, own) for ops, g, ema, own in zipped]
         sum_sq = self._sum(parts) if ascent.norm_sq is None else ascent.norm_sq
         signed = _signed(radii, signs)
         self._signs = signs
@@ -203,7 +214,11 @@ class Weights:
 
         The flag goes up when somebody asks for it, or in the kernel that makes the update.
         """
-        g_hat.sum_sq = self._sum([ops.sum_sq_second(g) for ops, g in zip(self.ops, g_hat.tensors, strict=True)])
+        if g_hat.early is not None:
+            parts = g_hat.early.take(g_hat.tensors)
+        else:
+            parts = [ops.sum_sq_second(g) for ops, g in zip(self.ops, g_hat.tensors, strict=True)]
+        g_hat.sum_sq = self._sum(parts)
         self._unchecked = g_hat.sum_sq
         return g_hat.sum_sq
 
@@ -312,6 +327,8 @@ class Weights:
         signed = _signed(radii, self._signs or [1.0] * len(radii))
         for ops in self.ops:
             ops.push(signed, base_update(base, mixing))
+        if self.early is not None:
+            self.early.push(signed)
 
     # ---- products ------------------------------------------------------------------------------------------------
 
