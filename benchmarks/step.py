@@ -87,9 +87,9 @@ def eager(passes: Passes, base: Base, hyper: Hyper) -> Step:
     return step
 
 
-def ours(passes: Passes, base: Base, hyper: Hyper) -> Step:
+def ours(passes: Passes, base: Base, hyper: Hyper, **options: Any) -> Step:
     """lesam_dist as a user calls it."""
-    optimizer = our_optimizer(list(passes.model.parameters()), base, hyper)
+    optimizer = our_optimizer(list(passes.model.parameters()), base, hyper, **options)
 
     def step() -> Tensor:
         passes.begin()
@@ -141,7 +141,9 @@ VARIANTS: dict[str, Callable[[Passes, Base], Step]] = {
     "sam": lambda passes, base: ours(passes, base, SAM_HYPER),
     "lesam": lambda passes, base: ours(passes, base, LESAM_HYPER),
     "lesam_graph": lambda passes, base: graph(passes, base, LESAM_HYPER),
+    "lesam_early": lambda passes, base: ours(passes, base, LESAM_HYPER, norm_in_backward=True),
 }
+_USUAL = [name for name in VARIANTS if name != "lesam_early"]  # which is for large models at small batches
 
 
 def prepare(variant: str, model: str, batch: int, args: argparse.Namespace) -> tuple[Result, Step | None]:
@@ -273,7 +275,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = Parser(__doc__)
     options.add_device()
     options.add_names("--models", NETWORKS, None, "default: with CUDA resnet50,vit_b_16, on a CPU the tiny ones")
-    options.add_names("--variants", VARIANTS, list(VARIANTS), "default: all")
+    options.add_names("--variants", VARIANTS, _USUAL, "default: all but lesam_early")
     options.add_integers("--batch", None, "images per step; default: with CUDA 128,32,256, on a CPU 4")
     options.add_argument(
         "--image-size", type=int, metavar="N", help="a multiple of 16, at least 32; default: with CUDA 224, on a CPU 32"

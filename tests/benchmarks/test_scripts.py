@@ -124,7 +124,8 @@ def test_the_table_of_a_gpu(seed: int) -> None:
 
 def test_step_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a word about sizes it takes tiny ones, and says what it is at; no time or ratio can be quoted from it."""
-    step.main(["--device", "cpu", "--repeats", "2", *outputs(tmp_path)])
+    variants = ",".join(step.VARIANTS)
+    step.main(["--device", "cpu", "--repeats", "2", "--variants", variants, *outputs(tmp_path)])
     stdout, stderr = capsys.readouterr()
     assert stderr.splitlines() == [
         f"{model}, batch 4: {variant}" for model in ("resnet_tiny", "vit_tiny") for variant in step.VARIANTS
@@ -137,6 +138,7 @@ def test_step_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         # The same weights and batch: after a few steps both have the same loss, but for roundings to bf16.
         eager, ours = (results[model, name]["loss"] for name in ("eager_lesam", "lesam"))
         assert ours == pytest.approx(eager, rel=0.02)
+        assert results[model, "lesam_early"]["loss"] == pytest.approx(ours, rel=0.02)
     assert all(r.keys() <= {"model", "batch", "variant", "status", "loss"} for r in document["results"])
     assert " ms" not in stdout
 

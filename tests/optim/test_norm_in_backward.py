@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -337,6 +338,47 @@ def test_other_gradients_at_the_same_address(seed: int) -> None:
         for net, optimizer in both:
             optimizer.step(replaced(net, seed + step))
         assert_close(both)
+
+
+def test_on_cuda_sums_have_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That waits for what made the gradients, and that a step waits for: only once, and before it lets go of them."""
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = name if isinstance(name, str) else "side"
+
+        def wait_stream(self, other: Stream) -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def current(stream: Stream) -> Iterator[None]:
+        events.append(f"on {stream.name}")
+        yield
+        events.append("back")
+
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    rows = RowCache()
+    rows.refresh([{"params": params, "perturb": True}])
+    sums = EarlySums(rows.rows, "reference")
+    sums._sets[0]._device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    early = ["side waits for main", "on side", "back"]
+    for _ in range(2):
+        events.clear()
+        grads = [torch.full((4,), 1.0 + i) for i in range(2)]
+        for p, grad in zip(params, grads, strict=True):
+            sums.arrived(p, grad)
+        assert events == 2 * early
+        assert sums.take([grads])[0] == 4 * (1 + 4)
+        assert events == [*2 * early, "main waits for side"]
+        sums.drop()
+        assert events == [*2 * early, "main waits for side"]
+    sums.arrived(params[0], grads[0])
+    sums.drop()  # nobody asked for the norm
+    assert events[-4:] == [*early, "main waits for side"]
 
 
 def test_nothing_is_held_after_a_step(seed: int) -> None:
