@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,9 @@ PRELOAD = [
 
 def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """``function(world, *args)`` on every rank; its results by rank. The function must be a module's own."""
-    with tempfile.TemporaryDirectory() as folder:
+    # They compute on the CPU, also where there is a GPU. Read by the server, of which they are forks, when it starts.
+    interpreted = mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"})
+    with tempfile.TemporaryDirectory() as folder, interpreted:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)  # before the first process starts; later calls change nothing
         arguments = (function, world_size, Path(folder), args)
