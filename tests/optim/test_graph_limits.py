@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from lesam_dist import LESAM, optim
 from tests.fake_graph import CaptureError, FakeGraph
-from tests.optim.captures import BY_NUMBER, Training, both, eager_steps, replays, replays_alone
+from tests.optim.captures import BY_NUMBER, Graph, Training, both, eager_steps, replays, replays_alone
 from tests.optim.nets import DEVICE
 
 
@@ -41,6 +41,24 @@ def test_a_schedule_may_step_before_a_capture(seed: int, names: tuple[str, ...])
     for training in pair:
         training.set(**dict.fromkeys(names, 0.01))
     replays(pair, pair[0].capture(), range(3, 5))
+
+
+def test_scalars_are_not_pushed_within_a_capture(seed: int) -> None:
+    training, _ = both(seed)
+    with Graph().capture(), pytest.raises(RuntimeError, match="before each replay"):
+        training.optimizer.push_scalars()
+
+
+def test_new_groups_need_a_new_capture(seed: int) -> None:
+    pair = both(seed)
+    pair[0].capture()
+    for training in pair:
+        more = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        training.optimizer.add_param_group({"params": [more], "lr": 0.5})
+    with pytest.raises(RuntimeError, match="capture again"):
+        pair[0].optimizer.push_scalars()
+    eager_steps(pair, range(3, 5))
+    replays(pair, pair[0].capture(), range(5, 7), sigma=lambda n: 0.1 / n)
 
 
 def test_what_is_not_pushed_may_not_change_before_a_capture(seed: int) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from lesam_dist import LESAM
 from lesam_dist.optim.engine.base_update import SCHEDULED
+from lesam_dist.train.passes import BatchPasses
 from tests.cost_meter import Meter
 from tests.methods import CASES
 from tests.optim.captures import (
@@ -85,6 +86,26 @@ def test_the_two_step_form(seed: int) -> None:
             backward(nn.functional.cross_entropy(training.net(training.x), training.y))
             make_step(zero_grad=True)
     replays_alone(pair, graph, range(3, 6))
+
+
+class BatchNormTraining(Training):
+    """With running statistics, and the passes of the trainer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).to(DEVICE)
+        self.optimizer = LESAM(self.net.parameters(), SGD, backend="triton", **SGD_KWARGS)
+
+    def step(self) -> Tensor:
+        loss: Tensor = self.optimizer.step(BatchPasses(self.net, nn.CrossEntropyLoss(), self.x, self.y))
+        return loss
+
+
+def test_batchnorm_statistics_move_once_in_a_replay(seed: int) -> None:
+    pair = BatchNormTraining(seed), BatchNormTraining(seed)
+    eager_steps(pair, range(3))
+    replays(pair, pair[0].capture(), range(3, 6))
+    assert pair[0].net[1].num_batches_tracked.item() == 6  # type: ignore[union-attr]
 
 
 def test_a_replay_skips_what_is_not_finite(seed: int) -> None:

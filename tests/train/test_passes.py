@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lesam_dist import LESAM, optim
+from lesam_dist.optim.engine import capturing
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.train import passes
 from lesam_dist.train.passes import BatchPasses, average_batchnorm, frozen_batchnorm
 from tests.parallel.hooks import counting_hook
 from tests.parallel.processes import run
@@ -43,6 +45,17 @@ def test_both_passes_draw_the_same_dropout_mask(seed: int) -> None:
     losses = [passes().item() for _ in range(3)]
     assert losses[0] == losses[1] == losses[2]
     assert make_passes(make_net(dropout=0.5))().item() != losses[0]
+
+
+def test_a_capture_leaves_the_devices_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the host are put back as ever; there is no device here that could be asked."""
+    monkeypatch.setattr(capturing, "is_capturing", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("read in a capture"))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("set in a capture"))
+    states = passes._rng_state(torch.device("cuda"))
+    drawn = torch.rand(3)
+    passes._set_rng_state(states, torch.device("cuda"))
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_random_numbers_go_on_after_the_step(seed: int) -> None:

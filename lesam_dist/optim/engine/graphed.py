@@ -47,8 +47,14 @@ class Graphed(Scaled):
         replay changes nothing.
 
         Raises:
-            RuntimeError: where something has changed that all captured graphs hold fixed: capture again.
+            RuntimeError: where something has changed that all captured graphs hold fixed: capture again. Within a
+                capture, where it would be replayed with the numbers of now.
         """
+        if self._captures():
+            raise RuntimeError(
+                f"{type(self).__name__}.push_scalars was called while a CUDA graph is captured, so that every replay "
+                "would bring back the numbers of now. Call it before each replay."
+            )
         self.refresh()
         self._check_graphs()
         update, g, g_hat = self._blank_update()
