@@ -104,16 +104,21 @@ _SECOND = (
 )
 _THIRD = (
     Part("host", ("host.py",), 40),
-    Part("ranks", ("ranks.py",), 90, gpus=2),
-    Part("bfloat16", ("kernels.py", "--dtype", "bfloat16", "--providers", "lesam_dist,foreach", "--quick"), 60),
+    Part("ranks", ("ranks.py",), 60, gpus=2),
+    Part("bfloat16", ("kernels.py", "--dtype", "bfloat16", "--providers", "lesam_dist,foreach", "--quick"), 45),
     Part("small", ("kernels.py", "--models", "small1000,wrn_28_10", "--providers", "lesam_dist,foreach"), 40),
     Part("compile", ("kernels.py", "--providers", "lesam_dist,compile", "--models", "resnet50", "--base", "sgd"), 90),
-    Part("step-256", ("step.py", "--batch", "256", "--models", "resnet50"), 90),
+    Part("step-256", ("step.py", "--batch", "256", "--models", "resnet50"), 80),
+    Part(
+        "early",
+        ("step.py", "--models", "vit_l_16", "--batch", "8,32", "--variants", "sgd,lesam,lesam_early,lesam_graph"),
+        100,
+    ),
     Part("tests-others", (*_PYTEST, "-m", "gpu", *_OTHERS), 60, needs=("pytest", "numpy", "PIL", "torchvision")),
     Part(
         "peer",
         ("kernels.py", "--providers", "lesam_dist,pytorch_optimizer", "--models", "resnet50"),
-        40,
+        25,
         needs=("pytorch_optimizer",),
     ),
 )
@@ -125,7 +130,7 @@ REHEARSAL = {
     "first": (
         Part("smoke", ("smoke.py", *_CPU), 60, needs=("numpy",)),
         Part("tests-gpu", (*_FIRST[3].command, *_COLLECT), 60, needs=("pytest", "numpy")),
-        Part("replay", ("replay.py", *_CPU), 60, needs=("numpy",)),
+        Part("replay", ("replay.py", *_CPU), 150, needs=("numpy",)),
         Part("kernels", ("kernels.py", *_CPU, "--models", "tiny", "--quick"), 60),
     ),
     "second": (

@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no check": {"check_second": False},
     "clipped": {"max_grad_norm": 0.5},
     "gradients in place": {"static_grads": True},
+    "norms in backward": {"norm_in_backward": True},
 }
 
 
