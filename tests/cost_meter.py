@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +31,7 @@ class Meter(TorchDispatchMode):
         passes: operators on large tensors, by name: each is a launch on a GPU. A list's operator counts once.
         tiny: operators on scalars alone, by name: a launch each as well.
         moved: bytes that the large ones read and write.
+        allocations: tensors that operators made new memory for, of any size.
         reads: times that the host asked for a device's number, and would wait for it.
         reductions: collectives; ``reduced``: the elements of the largest.
         calls: of a closure, for that to count.
@@ -47,6 +49,7 @@ class Meter(TorchDispatchMode):
         self.tiny: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
         self.moved = self.kernel_moved = self.reads = self.reductions = self.reduced = self.calls = 0
+        self.allocations = 0
         self.peak = self.live()
 
     def live(self) -> int:
@@ -82,6 +85,7 @@ class Meter(TorchDispatchMode):
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = func.overloadpacket.__name__
+        self.allocations += len(_new_storages(args, kwargs, result))
         if func.namespace in ("c10d", "_c10d_functional"):
             self.reductions += name != "wait_tensor"
             elements = (leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
@@ -130,6 +134,37 @@ class Meter(TorchDispatchMode):
             mock.patch.object(builder, "create_masked_store", counted_store),
         ):
             yield
+
+
+class Waits(TorchFunctionMode):
+    """Counts calls that copy a tensor to the host and, of a tensor on the host already, are no operators."""
+
+    _NAMES = ("tolist", "cpu", "numpy", "__array__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def total(self) -> int:
+        return self.calls.total()
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self._NAMES:
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _new_storages(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> set[int]:
+    """Memory that an operator's result has and no argument; not that of addresses, which the allocator decides on."""
+    given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    made = (t for t in tree_leaves(result) if isinstance(t, Tensor) and t.dtype != torch.int64)
+    return {t.untyped_storage()._cdata for t in made} - given
 
 
 def traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
