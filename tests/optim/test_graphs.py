@@ -78,6 +78,15 @@ def test_several_closures(seed: int, closures: int) -> None:
     replays(pair, pair[0].capture(), range(3, 6), lr=lambda n: 0.1 / n)
 
 
+def test_norms_that_are_taken_during_backward(seed: int) -> None:
+    """By hooks, over tables of their own, which read the graph's gradients as well."""
+    pair = both(seed, norm_in_backward=True, alpha=0.5)
+    graph = pair[0].capture()
+    replays(pair, graph, range(3, 5), lr=lambda n: 0.1 / n)
+    eager_steps(pair, range(5, 6))
+    replays_alone(pair, graph, range(6, 7))
+
+
 def test_the_two_step_form(seed: int) -> None:
     pair = both(seed)
     training, graph = pair[0], Graph()
