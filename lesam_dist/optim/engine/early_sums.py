@@ -122,7 +122,9 @@ class _Set:
     def _sum(self, group: _Group) -> None:
         group.sum_up()
         if all(each.sum_sq is not None for each in self.groups):
-            self._early = (self._total(self._perturbed), self._total(self.groups))
+            total = self._total(self.groups)
+            is_all = len(self._perturbed) == len(self.groups)
+            self._early = (total if is_all else self._total(self._perturbed), total)
 
     def take(self, grads: Gradients, perturbed_only: bool) -> Tensor:
         self._join()
@@ -164,10 +166,11 @@ class _Group:
             self.rows.groups.append(rows.groups[i])
         self.ops = select(backend, self.rows)
         self._needed = sum(p.requires_grad for p in self.rows.params)
+        self._grads: Gradients = [None] * len(places)  # kept until the sum is taken: no other has their addresses
         self.clear()
 
     def clear(self) -> None:
-        self._grads: Gradients = [None] * len(self._places)  # kept until the sum is taken: no other has their addresses
+        self._grads[:] = [None] * len(self._places)  # in place: what makes the sum has the list, too
         self._versions: list[int] = []
         self._missing = self._needed
         self.sum_sq: Tensor | None = None
@@ -187,7 +190,7 @@ class _Group:
 
     def sum_anew(self, grads: Gradients) -> None:
         """Take the sum of the group's part of these gradients."""
-        self._grads = [grads[i] for i in self._places]
+        self._grads[:] = [grads[i] for i in self._places]
         self.sum_up()
 
     def is_of(self, grads: Gradients) -> bool:
