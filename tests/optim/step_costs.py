@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from lesam_dist import optim
@@ -48,6 +49,7 @@ class Setting:
     enabled: bool = True
     warm_up: int = 2  # steps that are not measured
     groups: bool = False  # all parameters but the first in a group that is not perturbed
+    scaled: bool = False  # with a GradScaler
 
 
 BASE_KWARGS: dict[type[Optimizer], dict[str, Any]] = {
@@ -91,6 +93,10 @@ def settings() -> dict[str, Setting]:
         "lesam, not enabled": Setting(optim.LESAM, lesam, enabled=False),
         "lesam, max_grad_norm": Setting(optim.LESAM, {**lesam, "max_grad_norm": 0.1}),
         "lesam, check_second=False": Setting(optim.LESAM, {**lesam, "check_second": False}),
+        "lesam, scaled": Setting(optim.LESAM, lesam, scaled=True),
+        "lesam, scaled, max_grad_norm": Setting(optim.LESAM, {**lesam, "max_grad_norm": 0.1}, scaled=True),
+        "lesam+, scaled": Setting(optim.LESAM, plus, scaled=True),
+        "lesam, scaled, RMSprop": Setting(optim.LESAM, lesam, RMSprop, scaled=True),
         "esam, half of all": Setting(optim.ESAM, {"rho": RHO, "beta": 0.5, "gamma": 0.5}),
         "gsam, alpha 0": Setting(optim.GSAM, {"rho": RHO, "alpha": 0.0}),
         "eigen, alpha 0": Setting(optim.EigenSAM, {"rho": RHO, "alpha": 0.0}),
@@ -101,8 +107,8 @@ def settings() -> dict[str, Setting]:
 class Bowl:
     """Parameters and a closure that leaves in ``.grad`` what a quadratic loss would, one new tensor each."""
 
-    def __init__(self, meter: Meter, params: list[nn.Parameter]) -> None:
-        self._meter, self.params = meter, params
+    def __init__(self, meter: Meter, params: list[nn.Parameter], scaler: GradScaler | None = None) -> None:
+        self._meter, self.params, self._scaler = meter, params, scaler
         self._curvatures = [p.detach().abs() + 0.5 for p in params]
 
     def closure(
@@ -118,8 +124,15 @@ class Bowl:
         with self._meter.pause(), torch.no_grad():
             if backward:
                 for p, curvature in zip(self.params, self._curvatures, strict=True):
-                    p.grad = p * curvature
+                    p.grad = p * curvature if self._scaler is None else self._scaler.scale(p * curvature)
             return torch.ones(4) if per_sample else torch.ones(())
+
+    def step(self, optimizer: Any, setting: Setting) -> None:
+        """One step, after which the scaler is brought up to date."""
+        optimizer.step(self.closures(setting))
+        if self._scaler is not None:
+            with self._meter.pause():
+                self._scaler.update()
 
     def closures(self, setting: Setting) -> Any:
         """What ``step`` is given."""
@@ -139,14 +152,16 @@ def measure(setting: Setting, backend: str) -> list[Costs]:
     meter = Meter()
     with meter, meter.interpreter():
         generator = torch.Generator().manual_seed(0)
-        bowl = Bowl(meter, [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES])
+        scaler = GradScaler("cpu", init_scale=8.0) if setting.scaled else None
+        bowl = Bowl(meter, [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES], scaler)
         optimizer = build(setting, bowl.params, backend)
+        optimizer.grad_scaler = scaler
         unit = sum(p.nbytes for p in bowl.params)
         before = meter.live()
         steps = []
         for number in range(setting.warm_up + MEASURED):
             meter.clear()
-            optimizer.step(bowl.closures(setting))
+            bowl.step(optimizer, setting)
             if number < setting.warm_up:
                 continue
             steps.append(
@@ -170,13 +185,15 @@ def reductions(world: Distributed) -> dict[str, list[int]]:
     counts = {}
     for name, setting in settings().items():
         net = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 4))
-        bowl = Bowl(meter := Meter(), list(wrap(net, world, "fsdp").parameters()))
+        scaler = GradScaler("cpu", init_scale=8.0) if setting.scaled else None
+        bowl = Bowl(meter := Meter(), list(wrap(net, world, "fsdp").parameters()), scaler)
         optimizer = build(setting, bowl.params)
+        optimizer.grad_scaler = scaler
         steps = []
         with meter:
             for _ in range(setting.warm_up + MEASURED):
                 meter.clear()
-                optimizer.step(bowl.closures(setting))
+                bowl.step(optimizer, setting)
                 assert meter.reduced <= 3, "a norm, or the three sums of an inner product"
                 steps.append(meter.reductions)
         counts[name] = _kinds(steps[setting.warm_up :])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from lesam_dist import LESAM
+from lesam_dist import ASAM, LESAM
+from lesam_dist.optim.engine.base import SharpnessAware
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "triton"]
@@ -115,3 +116,94 @@ def test_an_unknown_scaler_is_an_error(seed: int) -> None:
     with pytest.raises(RuntimeError, match=r"optimizer\.grad_scaler = scaler"):
         scaler.step(optimizer, closure)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+class Linear(nn.Module):
+    """A loss whose gradient with regard to the weights is exactly what they are multiplied by."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(300, device=DEVICE, dtype=dtype))
+        self.c = 1 + torch.randint(0, 64, (300,), device=DEVICE).to(dtype) / 64
+
+    def closure(self, scaler: GradScaler | None = None, factor: float = 1.0) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            loss = factor * (self.w * self.c).sum()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            return loss
+
+        return run
+
+
+METHODS: dict[str, Callable[..., SharpnessAware]] = {
+    "lesam": lambda params, **kwargs: LESAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, **kwargs),
+    "lesam+": lambda params, **kwargs: LESAM(params, torch.optim.SGD, lr=0.1, alpha=0.5, **kwargs),
+    "asam": lambda params, **kwargs: ASAM(params, torch.optim.AdamW, lr=0.1, **kwargs),
+}
+
+
+F32, F16 = torch.float32, torch.float16
+POWER, OTHER = 8.0, 1000.0
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "scale"),
+    [
+        *((name, F32, scale) for name in METHODS for scale in (POWER, OTHER)),
+        ("lesam", F16, POWER),
+        ("asam", F16, POWER),
+    ],
+)
+def test_gradients_that_stay_scaled_make_the_same_step(seed: int, name: str, dtype: torch.dtype, scale: float) -> None:
+    """Bit for bit where the scale is a power of two, also with float16 weights, which torch's scaler refuses."""
+    net = Linear(dtype)
+    twin = copy.deepcopy(net)
+    plain, scaled = (METHODS[name](n.parameters(), backend="triton") for n in (net, twin))
+    scaler = scaled.grad_scaler = GradScaler(DEVICE, init_scale=scale)
+    for _ in range(3):
+        plain.step(net.closure())
+        scaled.step(twin.closure(scaler))
+        scaler.update()
+    close = {"rtol": 0, "atol": 0} if scale == POWER else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(twin.state_dict(), net.state_dict(), **close)
+    for key in ("grad_norm", "rho"):
+        torch.testing.assert_close(scaled.telemetry[key], plain.telemetry[key], **close)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", [1.0, 1e6])
+def test_clipping_is_by_the_true_norm(seed: int, norm: float, backend: str) -> None:
+    net = Linear(torch.float32)
+    twin = copy.deepcopy(net)
+    plain, scaled = (METHODS["lesam"](n.parameters(), backend=backend, max_grad_norm=norm) for n in (net, twin))
+    scaler = scaled.grad_scaler = GradScaler(DEVICE, init_scale=SCALE)
+    for _ in range(2):
+        plain.step(net.closure())
+        scaled.step(twin.closure(scaler))
+        scaler.update()
+    torch.testing.assert_close(twin.state_dict(), net.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_overflow_of_the_second_pass_is_seen_without_its_check(seed: int, backend: str) -> None:
+    """Else the weights would be lost, as the scaler's own check is not made either."""
+    net = Linear(torch.float32)
+    optimizer = METHODS["lesam"](net.parameters(), backend=backend, check_second=False)
+    scaler = optimizer.grad_scaler = GradScaler(DEVICE, init_scale=SCALE)
+    before = net.w.detach().clone()
+    calls = iter((1.0, float("inf")))
+    optimizer.step(lambda: net.closure(scaler, next(calls))())
+    scaler.update()
+    assert torch.equal(net.w, before)
+    assert scaler.get_scale() == SCALE / 2
+
+
+def test_float16_gradients_are_not_unscaled(seed: int) -> None:
+    net = Linear(torch.float16)
+    optimizer = METHODS["lesam"](net.parameters(), backend="reference")
+    scaler = optimizer.grad_scaler = GradScaler(DEVICE, init_scale=SCALE)
+    before = net.w.detach().clone()
+    with pytest.raises(ValueError, match="a gradient is float16"):
+        optimizer.step(net.closure(scaler))
+    assert torch.equal(net.w, before)
+    assert not optimizer.is_perturbed

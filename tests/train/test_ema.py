@@ -187,7 +187,7 @@ def test_sharded_average_equals_the_single_process(seed: int) -> None:
         expected = alone.logits()
     for rank in run(sharded, 2, seed):
         for result in rank:
-            assert_near(result["average"], closed_form(result["history"]), ROUNDING)
+            assert_near(result["average"], closed_form(result["history"]), ROUNDING, result["history"])
             assert_near(result["average"], alone.average(), SUMS)
             torch.testing.assert_close(result["held"], result["average"], rtol=0, atol=0)
             assert_near({"": result["swapped"]}, {"": expected}, SUMS)

@@ -36,12 +36,19 @@ class Ops(Protocol):
         """Sum of squares of the second gradients over all rows, float64 0-d."""
 
     def perturb(
-        self, sum_sq: Tensor, radii: Sequence[Radius], keep: bool, overflow: Tensor | None, fresh: bool
+        self,
+        sum_sq: Tensor,
+        radii: Sequence[Radius],
+        keep: bool,
+        overflow: Tensor | None,
+        fresh: bool,
+        times: Tensor | None,
     ) -> Tensor:
         """Save and perturb the rows that have a direction; float64 (3,): grad_norm, rho, not finite.
 
         Also, with ``keep``, copy what `sum_sq_first` took into `Rows.kept`, where there is a tensor for it.
-        ``overflow`` (float32 0-d) becomes 1 where the norm is not finite, and else 0 if ``fresh``."""
+        ``overflow`` (float32 0-d) becomes 1 where the norm is not finite, and else 0 if ``fresh``. ``times``, float64
+        (3,), multiplies every radius."""
 
     def restore(self) -> None:
         """Give back the saved weights to the rows that `perturb` touched."""

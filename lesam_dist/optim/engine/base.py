@@ -129,6 +129,7 @@ class SharpnessAware(Graphed):
         try:
             losses = self._passes(closures)
             self.second_step(zero_grad=True)
+            self.tell_scaler()
         except BaseException:
             self.restore()
             self.zero_grads()
@@ -166,22 +167,19 @@ class SharpnessAware(Graphed):
         if self._kind == "ahead":
             self._climb(None, fresh)
             loss = self.run_pass(closure)
-            self.unscale(self)
+            self.take_scale()
             return loss, loss
         if self._kind == "plain":
             loss = self.run_pass(closure)
-            self.unscale(self)
+            self.take_scale()
             self._stay(fresh)
             return loss, loss
         loss = self.first_pass(closure, **self.options.of_first_pass())
-        self.unscale(self)
+        scale = self.take_scale()
         self._climb(self._gradients(), fresh)
         self.zero_grads()
         perturbed_loss = self.second_pass(closure)
-        if self.known_scaler() is not None and self.options.scope != "global":
-            self.share_overflow()
-        # The scaler allows one unscaling per optimizer and step, and combines what it finds for both.
-        self.unscale(self.base_optimizer)
+        self.take_scale(scale)
         return loss, perturbed_loss
 
     @eager
@@ -277,9 +275,9 @@ class SharpnessAware(Graphed):
             self.keep(ASCENT, g)
             # Now: the second pass overwrites g, and a copy would cost as much again.
             self._memory.commit(self.overflow)
-        self._overwritten = grads.tensors
+        self._overwritten = grads
         self.remember_first(g)
-        self._overwritten = ()
+        self._overwritten = None
 
     def _stay(self, fresh: bool) -> None:
         """Begin a plain step, whose gradients are there: nothing is copied or moved."""
@@ -303,15 +301,18 @@ class SharpnessAware(Graphed):
             A factor of the second gradients (float64 0-d), where the kernel that makes the update is to clip them.
         """
         weights, max_norm, factor = self.weights, self.options.max_grad_norm, None
-        if self.options.check_second or max_norm is not None or self._kind != "ascend":
+        wanted = self.options.check_second or max_norm is not None or weights.loss_scale is not None
+        if wanted or self._kind != "ascend":
             sum_sq = weights.check_second(g_hat)
-            if max_norm is not None and not self._can_scale():
-                clip_grads_with_norm_([p for rows in weights.rows for p in rows.params], max_norm, sum_sq.sqrt())
-                g_hat.sum_sq = None
-            elif max_norm is not None:
-                factor = torch.clamp(max_norm / (sum_sq.sqrt() + 1e-6), max=1.0)  # as torch's clip_grad_norm_
             if self._kind == "plain":
-                self.telemetry["grad_norm"] = sum_sq.sqrt()
+                self.telemetry["grad_norm"] = g_hat.norm(sum_sq)
+            if max_norm is not None and self._can_scale():
+                factor = torch.clamp(max_norm / (g_hat.norm(sum_sq) + 1e-6), max=1.0)  # as torch's clip_grad_norm_
+            elif max_norm is not None:
+                norm = g_hat.norm(sum_sq)
+                g_hat.unscale()
+                clip_grads_with_norm_([p for rows in weights.rows for p in rows.params], max_norm, norm)
+                g_hat.sum_sq = None
         if self.options.scope != "global":
             reduce_max(weights.overflow)  # each process knows its own first gradient only
         return factor

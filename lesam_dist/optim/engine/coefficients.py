@@ -119,6 +119,13 @@ def lower(a: Coefficient, b: Coefficient, groups: int) -> tuple[list[tuple[float
     return list(zip(numbers_a, numbers_b, strict=True)), (factors_a, factors_b)
 
 
+def times(number: float, factors: Tensor | None, group: int) -> float | Tensor:
+    """A param group's number times its factor, see `lower`."""
+    if factors is None:
+        return number
+    return number * (factors[group] if factors.dim() else factors)
+
+
 def _split(c: Coefficient, groups: int) -> tuple[Sequence[float], Tensor | None]:
     """Numbers of each group and one tensor, whose product is the coefficient."""
     if c.tensor is None:

@@ -176,6 +176,7 @@ class GuardedOptimizer(SharedOptimizer):
 
     def zero_grads(self) -> None:
         """Zero all gradients as the options say."""
+        self.weights.loss_scale = None
         if self.weights.early is not None:
             self.weights.early.drop()
         if self.options.static_grads:

@@ -44,9 +44,18 @@ class ReferenceOps:
         return self._sum_sq(grads)
 
     def perturb(
-        self, sum_sq: Tensor, radii: Sequence[Radius], keep: bool, overflow: Tensor | None, fresh: bool
+        self,
+        sum_sq: Tensor,
+        radii: Sequence[Radius],
+        keep: bool,
+        overflow: Tensor | None,
+        fresh: bool,
+        times: Tensor | None,
     ) -> Tensor:
         rows = self._rows
+        if times is not None:
+            factors = times.tolist()
+            radii = [Radius(*(value * factor for value, factor in zip(r, factors, strict=True))) for r in radii]
         if keep:
             pairs = [(k, g) for k, g in zip(rows.kept, self._grads, strict=True) if k is not None and g is not None]
             if pairs:

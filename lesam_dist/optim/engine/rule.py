@@ -6,7 +6,7 @@ numbers of each param group; what they cost is said there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,6 @@ from lesam_dist.optim.engine.contract import require_loss
 from lesam_dist.optim.engine.guarded import GuardedOptimizer
 from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.registry import Registration, arguments_of
-from lesam_dist.optim.engine.rows import Gradients
 from lesam_dist.optim.engine.vectors import Ascent, Column, Update, Vector
 from lesam_dist.parallel.scope import require_scope
 from lesam_dist.parallel.shards import local_shard
@@ -46,7 +45,7 @@ class Rule(GuardedOptimizer):
     """whether the rule asks for `step_index`"""
 
     telemetry: dict[str, Tensor]
-    _overwritten: Sequence[Gradients] = ()  # gradients that the next pass may write into
+    _overwritten: Column | None = None  # gradients that the next pass may write into
 
     def __init_subclass__(cls, name: str = "", **keywords: Any) -> None:
         super().__init_subclass__()
@@ -169,7 +168,8 @@ class Rule(GuardedOptimizer):
 
         In `remember_first` a gradient itself is copied, as the second pass may write into its memory.
         """
-        live = {t.data_ptr() for row in self._overwritten for t in row if t is not None}
+        overwritten = [] if self._overwritten is None else self._overwritten.in_memory
+        live = {t.data_ptr() for row in overwritten for t in row if t is not None}
         for rows, tensors in zip(self.weights.rows, value.column().tensors, strict=True):
             own = [t.clone() if t is not None and t.data_ptr() in live else t for t in tensors] if live else tensors
             self._memory.replace(name, rows, own)

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
+from torch.optim import SGD
 
+from lesam_dist.optim.engine.loss_scale import LossScale
 from lesam_dist.optim.engine.rule import Rule
-from lesam_dist.parallel.shards import reduce_max
+
+
+class _Messenger(SGD):
+    """An optimizer of one number, whose gradient tells a scaler of an overflow, and numbers to be scaled."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.parameter = nn.Parameter(torch.zeros((), device=device))
+        self.ones = torch.ones(3, dtype=torch.float64, device=device)
+        super().__init__([self.parameter], lr=0.0)
 
 
 class Scaled(Rule):
-    """What an optimizer with two passes does for, and with, a `GradScaler`."""
+    """What an optimizer with two passes does for, and with, a `GradScaler`.
+
+    It unscales nothing by the scaler, which would read and write each gradient. The engine works with gradients that
+    are scaled, see `LossScale`, and the scaler learns of an overflow from a parameter that is there for this alone.
+    """
 
     # What GradScaler.step asks for: it then calls step() whatever it found, and leaves the skipping to it.
     _step_supports_amp_scaling = True
     _grad_scaler: GradScaler | None = None
+    _messenger: _Messenger | None = None
 
     @property
     def grad_scaler(self) -> GradScaler | None:
-        """The scaler by which the closure scales the loss before ``backward``; both passes are unscaled here."""
+        """The scaler by which the closure scales the loss before ``backward``; the scale of both is taken off here."""
         return self._grad_scaler
 
     @grad_scaler.setter
@@ -34,10 +49,31 @@ class Scaled(Rule):
             scaler.scale(torch.zeros((), device=self.param_groups[0]["params"][0].device))
         self._grad_scaler = scaler
 
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Take the loss scale off the gradients; the scaler allows it once per optimizer and step."""
-        if scaler := self.known_scaler():
-            scaler.unscale_(optimizer)
+    def take_scale(self, first: LossScale | None = None) -> LossScale | None:
+        """Know that the gradients that are there now are scaled, as much as the ``first`` ones of this step."""
+        scaler = self._enabled_scaler()
+        if scaler is None:
+            return None
+        scale = LossScale.of(scaler, self._known_messenger().ones) if first is None else first.again()
+        self.weights.loss_scale = scale
+        return scale
+
+    def tell_scaler(self) -> None:
+        """Let the scaler know whether a gradient of this step was not finite."""
+        if scaler := self._enabled_scaler():
+            messenger = self._known_messenger()
+            messenger.parameter.grad = self.overflow.atanh()  # 0 where it is 0, infinite where it is 1
+            scaler.unscale_(messenger)
+
+    def _enabled_scaler(self) -> GradScaler | None:
+        scaler = self.known_scaler()
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _known_messenger(self) -> _Messenger:
+        device = self.param_groups[0]["params"][0].device  # where the overflow flag is from the first climb on
+        if self._messenger is None or self._messenger.ones.device != device:
+            self._messenger = _Messenger(device)
+        return self._messenger
 
     def known_scaler(self) -> GradScaler | None:
         """The scaler, if any; RuntimeError where one calls ``step`` that was not made known."""
@@ -48,14 +84,3 @@ class Scaled(Rule):
                 "optimizer.optimizer.grad_scaler = accelerator.scaler)."
             )
         return self._grad_scaler
-
-    def share_overflow(self) -> None:
-        """Let the scaler of every process see that one's first gradient was not finite, or their scales part.
-
-        It looks at gradients only, so one is spoilt; this step makes no update anyway.
-        """
-        overflow = self.weights.overflow
-        reduce_max(overflow)
-        present = (g for grads in self.weights.gradients().tensors for g in grads if g is not None and g.numel())
-        if (g := next(present, None)) is not None:
-            g.div_(1 - overflow.to(g.device))

@@ -63,14 +63,21 @@ class TritonOps:
         return lesam_kernels.sum_sq(self._table, "g_hat")
 
     def perturb(
-        self, sum_sq: Tensor, radii: Sequence[Radius], keep: bool, overflow: Tensor | None, fresh: bool
+        self,
+        sum_sq: Tensor,
+        radii: Sequence[Radius],
+        keep: bool,
+        overflow: Tensor | None,
+        fresh: bool,
+        times: Tensor | None,
     ) -> Tensor:
         if keep:
             self._table.set("g_kept", self._rows.kept)
+        on_device = self._radii.on_device(radii, torch.float64, pushed=True)
         return lesam_kernels.perturb(
             self._table,
             sum_sq,
-            self._radii.on_device(radii, torch.float64, pushed=True),
+            on_device if times is None else on_device * times,
             **self._direction,
             keep=keep,
             found_inf=overflow,

@@ -18,6 +18,7 @@ from lesam_dist.optim.engine.rows import Gradients
 
 if TYPE_CHECKING:
     from lesam_dist.optim.engine.early_sums import EarlySums
+    from lesam_dist.optim.engine.loss_scale import LossScale
     from lesam_dist.optim.engine.reference import Direction
     from lesam_dist.optim.engine.weights import Weights
 
@@ -28,7 +29,7 @@ class Column:
     """One tensor or None for each parameter, row by row, and what is known of them.
 
     Attributes:
-        tensors: parallel to `Weights.rows`.
+        in_memory: the tensors, parallel to `Weights.rows`, as they are: gradients may be multiplied by a loss scale.
         sum_sq: sum of squares over all rows and shards, float64 0-d; None where nobody has computed it.
         perturbed: what `Vector.perturbed` made of it.
         is_blank: it stands for one that is not there yet; its products are zero and cost nothing.
@@ -37,11 +38,41 @@ class Column:
 
     early: EarlySums | None = None
 
-    def __init__(self, tensors: list[Gradients], is_blank: bool = False) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: list[Gradients], is_blank: bool = False, scale: LossScale | None = None) -> None:
+        self.in_memory = tensors
+        self._scale = scale
         self.sum_sq: Tensor | None = None
         self.perturbed: Column | None = None
         self.is_blank = is_blank
+
+    @property
+    def scale(self) -> LossScale | None:
+        """What `in_memory` is multiplied by; None where it is not."""
+        return self._scale if self._scale is not None and self._scale.is_on else None
+
+    @property
+    def tensors(self) -> list[Gradients]:
+        """The tensors, off which a loss scale is taken now, in place, if it is still on."""
+        self.unscale()
+        return self.in_memory
+
+    def unscale(self) -> None:
+        """Take the loss scale off the tensors, in place."""
+        if scale := self.scale:
+            scale.take_off(t for row in self.in_memory for t in row if t is not None)
+
+    def presence(self) -> list[bool]:
+        """For each parameter whether there is a tensor."""
+        return [tensor is not None for tensors in self.in_memory for tensor in tensors]
+
+    def covers(self, other: Column) -> bool:
+        """Whether there is a tensor wherever the other column has one."""
+        return all(has or not needed for has, needed in zip(self.presence(), other.presence(), strict=True))
+
+    def norm(self, sum_sq: Tensor) -> Tensor:
+        """The norm of which ``sum_sq`` is the square in memory."""
+        norm = sum_sq.sqrt()
+        return norm if self.scale is None else norm * self.scale.inverse
 
 
 class NotKept(Column):
@@ -56,10 +87,6 @@ class NotKept(Column):
             "the rule uses the first gradient after the second pass, but kept no copy of it: let `needs_first` return "
             "True for the param groups where it does."
         )
-
-    @tensors.setter
-    def tensors(self, value: list[Gradients]) -> None:
-        pass
 
 
 class Vector:

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from lesam_dist.optim.engine import reference
 from lesam_dist.optim.engine.backend import Ops, select
 from lesam_dist.optim.engine.base_update import Mixture, base_update
-from lesam_dist.optim.engine.coefficients import ZERO, Coefficient, Factors, lower
+from lesam_dist.optim.engine.coefficients import ZERO, Coefficient, Factors, lower, times
 from lesam_dist.optim.engine.early_sums import Arrivals, EarlySums
+from lesam_dist.optim.engine.loss_scale import LossScale
 from lesam_dist.optim.engine.options import Backend
 from lesam_dist.optim.engine.reference import Direction, Radius
 from lesam_dist.optim.engine.rows import RowCache, Rows
@@ -30,6 +31,7 @@ class Weights:
         ops: who does the maths of each of the rows.
         active: whether the weights are the perturbed ones, or a step without perturbation has begun.
         early: sums taken during backward, where ``arrivals`` says who tells of the gradients.
+        loss_scale: what the gradients that are there now are multiplied by, if anything.
     """
 
     def __init__(self, backend: Backend, arrivals: Arrivals | None = None) -> None:
@@ -41,6 +43,7 @@ class Weights:
         self.rows: list[Rows] = []
         self.ops: list[Ops] = []
         self.active = False
+        self.loss_scale: LossScale | None = None
         self._overflow = torch.zeros(())
         self._unchecked: Tensor | None = None  # sum of squares of the second gradients, not looked at yet
         self._unkept: Column | None = None  # first gradients that are to be kept, not copied yet
@@ -74,7 +77,7 @@ class Weights:
 
     def gradients(self) -> Column:
         """The current gradients."""
-        column = Column([rows.gradients() for rows in self.rows])
+        column = Column([rows.gradients() for rows in self.rows], scale=self.loss_scale)
         column.early = self.early
         return column
 
@@ -107,8 +110,11 @@ class Weights:
         averages = [None] * len(self.rows) if average is None else average.tensors
         known: Sequence[Tensor | None] = [None] * len(self.rows)
         if column.early is not None and all(direction == Direction() for direction in directions):
-            known = column.early.take(column.tensors, perturbed_only=True)
-        zipped = zip(self.ops, column.tensors, averages, known, strict=True)
+            known = column.early.take(column.in_memory, perturbed_only=True)
+        if average is not None or ascent.norm_sq is not None:
+            column.unscale()
+        scale = column.scale
+        zipped = zip(self.ops, column.in_memory, averages, known, strict=True)
         parts = [ops.sum_sq_first(g, ema, directions, own) for ops, g, ema, own in zipped]
         sum_sq = self._sum(parts) if ascent.norm_sq is None else ascent.norm_sq
         signed = _signed(radii, signs)
@@ -122,8 +128,11 @@ class Weights:
         for rows, ops in zip(self.rows, self.ops, strict=True):
             self._touched.append(ops)
             own = None if stats else self._overflow  # which is on the device of the first
-            stats.append(ops.perturb(sum_sq.to(rows.device), signed, keep, own, fresh))
+            times = None if scale is None else scale.of_radius.to(rows.device)
+            stats.append(ops.perturb(sum_sq.to(rows.device), signed, keep, own, fresh, times))
         torch.clear_autocast_cache()  # an autocast around the whole step keeps casts of the weights
+        if scale is not None:
+            stats[0][0].mul_(scale.inverse)
         return stats[0]
 
     def _lower(self, ascent: Ascent) -> tuple[Column, Column | None, list[Direction], Sequence[float]]:
@@ -136,7 +145,7 @@ class Weights:
                 numbers = [float(terms[0][0].of(group)) for group in range(groups)]
                 if numbers[0] != 0.0:
                     return terms[0][1], None, plain, numbers  # as far as along the column itself
-            if len(terms) == 2 and terms[0][0].is_one and ascent.metric is None and _covers(terms[1][1], terms[0][1]):
+            if len(terms) == 2 and terms[0][0].is_one and ascent.metric is None and terms[1][1].covers(terms[0][1]):
                 scales = [Direction(ema_scale=-float(terms[1][0].of(group))) for group in range(groups)]
                 return terms[0][1], terms[1][1], scales, ahead
         return ascent.along.column(), None, plain, ahead
@@ -194,6 +203,8 @@ class Weights:
         if not (vector.terms and vector.terms[0][0].is_one and vector.terms[0][1] is grads):
             self._replace(grads, vector.column())
             return
+        if len(vector.terms) == 1:
+            return
         for row, (rows, tensors) in enumerate(zip(self.rows, grads.tensors, strict=True)):
             for index, (g, group) in enumerate(zip(tensors, rows.groups, strict=True)):
                 for coefficient, column in vector.terms[1:]:
@@ -210,17 +221,18 @@ class Weights:
     # ---- descend -------------------------------------------------------------------------------------------------
 
     def check_second(self, g_hat: Column) -> Tensor:
-        """Raise the overflow flag where a second gradient is not finite; returns their sum of squares, float64 0-d.
+        """Raise the overflow flag where a second gradient is not finite.
 
-        The flag goes up when somebody asks for it, or in the kernel that makes the update.
+        The flag goes up when somebody asks for it, or in the kernel that makes the update. Returns the sum of squares
+        of what is in memory, float64 0-d.
         """
         if g_hat.early is not None:
-            parts = g_hat.early.take(g_hat.tensors)
+            parts = g_hat.early.take(g_hat.in_memory)
         else:
-            parts = [ops.sum_sq_second(g) for ops, g in zip(self.ops, g_hat.tensors, strict=True)]
-        g_hat.sum_sq = self._sum(parts)
-        self._unchecked = g_hat.sum_sq
-        return g_hat.sum_sq
+            parts = [ops.sum_sq_second(g) for ops, g in zip(self.ops, g_hat.in_memory, strict=True)]
+        self._unchecked = sum_sq = self._sum(parts)
+        g_hat.sum_sq = sum_sq if g_hat.scale is None else None
+        return sum_sq
 
     def restore(self) -> None:
         """Give the weights back; harmless when they are not perturbed."""
@@ -271,7 +283,10 @@ class Weights:
             self.restore()
             self._mix(g_hat, mixing, factors, update.beside)
             return False
-        for index, (rows, ops, second) in enumerate(zip(self.rows, self.ops, g_hat.tensors, strict=True)):
+        if scale := g_hat.scale:
+            of_a, of_b = factors
+            factors = (scale.inverse if of_a is None else of_a * scale.inverse.to(of_a.device), of_b)
+        for index, (rows, ops, second) in enumerate(zip(self.rows, self.ops, g_hat.in_memory, strict=True)):
             # The first, on whose device the flag is, raises it for the others.
             news = (self._unchecked, skipped) if index == 0 else (None, None)
             ops.restore_and_update(fused, second, self._overflow.to(rows.device), factors, *news)
@@ -294,7 +309,7 @@ class Weights:
     def _mix(self, g_hat: Column, mixing: list[Mixture], factors: Factors, beside: Vector | None) -> None:
         """Turn the second gradients into ``a * g_hat + b * g``, in place, and g into what goes beside."""
         is_scaled = any(f is not None for f in factors)
-        pairs = [[_times(*of, group) for of in zip(ab, factors, strict=True)] for group, ab in enumerate(mixing)]
+        pairs = [[times(*of, group) for of in zip(ab, factors, strict=True)] for group, ab in enumerate(mixing)]
         for row, (rows, second) in enumerate(zip(self.rows, g_hat.tensors, strict=True)):
             for index, (tensor, group) in enumerate(zip(second, rows.groups, strict=True)):
                 own = None if beside is None or tensor is None else beside.of(row, index)
@@ -354,7 +369,7 @@ class Weights:
         product, sum_sq, sum_sq_hat = self._sum(
             [ops.dots_kept(second) for ops, second in zip(self.ops, g_hat.tensors, strict=True)]
         ).unbind()
-        if _presence(g) == _presence(g_hat):
+        if g.presence() == g_hat.presence():
             g.sum_sq = sum_sq
             g_hat.sum_sq = sum_sq_hat if g_hat.sum_sq is None else g_hat.sum_sq
         return product
@@ -381,18 +396,3 @@ class Weights:
 
 def _signed(radii: Sequence[Radius], signs: Sequence[float]) -> list[Radius]:
     return [r if sign > 0 else r._replace(sigma=-r.sigma) for r, sign in zip(radii, signs, strict=True)]
-
-
-def _times(number: float, factors: Tensor | None, group: int) -> float | Tensor:
-    if factors is None:
-        return number
-    return number * (factors[group] if factors.dim() else factors)
-
-
-def _presence(column: Column) -> list[bool]:
-    return [tensor is not None for tensors in column.tensors for tensor in tensors]
-
-
-def _covers(column: Column, other: Column) -> bool:
-    """Whether a column has a tensor wherever the other has one."""
-    return all(has or not needed for has, needed in zip(_presence(column), _presence(other), strict=True))
