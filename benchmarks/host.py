@@ -1,11 +1,12 @@
-"""What a sharpness-aware step costs on the host: Python, pointer tables and checks, without any kernel.
+"""What a sharpness-aware step costs on the host: Python, pointer tables, checks and launches, down to CUDA's driver.
 
     python benchmarks/host.py [--tensors 161,400,1000] [--base sgd]
 
-Needs no GPU. The optimizer runs on CPU tensors with backend="triton" (Triton's interpreter allows it), and the one
-function through which every Triton kernel is launched, `run` of a @triton.jit function, is replaced by a counter. So
-the numbers hold everything up to Triton's own launch, which costs tens of microseconds each on top: see the column of
-launches. Allocating and pinning memory is cheaper here than under CUDA.
+Needs no GPU and no numpy, but a C compiler. The optimizer runs on CPU tensors, as plain parameters and as FSDP2's
+DTensors, and Triton specialises, compiles and launches its kernels as for an H100; only libcuda is a stub, which counts
+launches and computes nothing (lib/stub_driver.py). Not in the numbers: the driver's own time for a launch, CUDA's
+allocator and pinned memory, and what is asked of CUDA only (the current device and stream, whether a graph is
+captured).
 """
 
 from __future__ import annotations
@@ -13,22 +14,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it is read once, at decoration
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read once, when triton is imported
 
 import torch
+import torch.distributed as dist
 from lib.arguments import Parser
 from lib.problem import Hyper, set_grads
 from lib.providers import base_optimizer, our_optimizer
 from lib.report import Report, Result, number, percentiles, table
+from lib.stub_driver import StubDriver, install
 from lib.summary import HOST_TARGET_SECONDS, HOST_TARGET_TENSORS
 from lib.timing import CpuClock, no_collection
 from lib.traffic import Base
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+
+Layout = Literal["plain", "fsdp2"]
 
 _HYPER = Hyper(sigma=0.3, rho_max=0.2)
 _SHAPE = (4,)  # the fewest bytes: torch's own CPU work must not show
@@ -36,25 +45,26 @@ _WARM_UP = 20
 
 
 @contextmanager
-def no_kernels() -> Iterator[list[str]]:
-    """Within, launching a Triton kernel does nothing but note its name in the list that is given."""
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
+def stubbed_gpu() -> Iterator[StubDriver]:
+    """Within, kernels are launched on CPU tensors, by Triton's own launcher; there is a process group of one."""
+    stub = install()
+    from lesam_dist.optim.engine import backend
 
-    launched: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(backend, "require_interpreter"):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield stub
+        finally:
+            dist.destroy_process_group()
 
-    def run(self: Any, *args: object, **kwargs: object) -> None:
-        launched.append(self.__name__)
 
-    classes = (JITFunction, InterpretedFunction)
-    real = [cls.run for cls in classes]
-    for cls in classes:
-        cls.run = run
-    try:
-        yield launched
-    finally:
-        for cls, function in zip(classes, real, strict=True):
-            cls.run = function
+def make_tensors(count: int, layout: Layout) -> list[Tensor]:
+    """So many tensors, as a plain model or FSDP2 on one process has them."""
+    tensors = [torch.zeros(_SHAPE) for _ in range(count)]
+    if layout == "plain":
+        return tensors
+    mesh = dist.init_device_mesh("cpu", (1,))
+    return [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in tensors]
 
 
 def seconds_per_step(
@@ -110,54 +120,62 @@ def seconds_in_ops(optimizer: Any, step: Callable[[], object], repeats: int) -> 
     return percentiles(samples[_WARM_UP:])
 
 
-def measure(tensors: int, base: Base, repeats: int) -> Result:
+def measure(tensors: int, base: Base, layout: Layout, stub: StubDriver, repeats: int) -> Result:
     """Host seconds of one step over ``tensors`` parameters."""
-
-    def make() -> list[Tensor]:
-        return [torch.zeros(_SHAPE) for _ in range(tensors)]
-
-    params: list[Tensor] = [torch.nn.Parameter(p) for p in make()]
-    grads = [make() for _ in range(3)]  # three over two calls: every column of a table sees new addresses every step
+    params: list[Tensor] = [torch.nn.Parameter(p) for p in make_tensors(tensors, layout)]
+    # Three over two calls: every column of a table sees new addresses every step.
+    grads = [make_tensors(tensors, layout) for _ in range(3)]
     optimizer = our_optimizer(params, base, _HYPER, backend="triton")
     halves = (optimizer.first_step, optimizer.second_step)
-    result: Result = {"tensors": tensors, "base": base}
-    with no_kernels() as launched:
-        result["seconds_same"] = seconds_per_step(params, halves, grads[:2], repeats)
-        result["seconds"] = seconds_per_step(params, halves, grads, repeats)
+    result: Result = {"tensors": tensors, "base": base, "layout": layout}
+    result["seconds_same"] = seconds_per_step(params, halves, grads[:2], repeats)
+    result["seconds"] = seconds_per_step(params, halves, grads, repeats)
 
-        def step() -> None:
-            for half, own in zip(halves, grads, strict=False):
-                set_grads(params, own)
-                half()
+    def step() -> None:
+        for half, own in zip(halves, grads, strict=False):
+            set_grads(params, own)
+            half()
 
-        result["seconds_tables"] = seconds_in_ops(optimizer, step, repeats)
-        launched.clear()
-        step()
-        result["launches"] = len(launched)
-    if not launched:
-        raise SystemExit("no Triton launch was seen: the kernels run some other way, and these numbers mean nothing.")
-    alone = base_optimizer(params, base, _HYPER, fused=True)
+    result["seconds_tables"] = seconds_in_ops(optimizer, step, repeats)
+    before = stub.launches
+    step()
+    result["launches"] = stub.launches - before
+    if not result["launches"]:
+        raise SystemExit("no launch was seen: the kernels run some other way, and these numbers mean nothing.")
+    alone = base_optimizer(params, base, _HYPER, fused=layout == "plain")  # DTensors have no fused SGD
     result["seconds_base"] = seconds_per_step(params, (alone.step,), grads[:1], repeats)
     return result
 
 
 def report(results: list[Result]) -> str:
-    header = ["tensors", "base", "tables and launches, us", "target, us", "whole step, us", "new addresses, us"]
+    header = [
+        "tensors",
+        "base",
+        "parameters",
+        "tables and launches, us",
+        "whole step, us",
+        "new addresses, us",
+        "target",
+    ]
     header += ["launches", "base alone, us"]
     rows = []
     for r in results:
         tables, same, new = (number(r[k]["p50"], 0, 1e6) for k in ("seconds_tables", "seconds_same", "seconds"))
         target = f"<= {HOST_TARGET_SECONDS * 1e6:.0f}" if r["tensors"] == HOST_TARGET_TENSORS else "-"
         alone = number(r["seconds_base"]["p50"], 0, 1e6)
-        rows.append([str(r["tensors"]), r["base"], tables, target, same, new, str(r["launches"]), alone])
+        row = [str(r["tensors"]), r["base"], r["layout"], tables, same, new, target, str(r["launches"]), alone]
+        rows.append(row)
     return table(header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
-    title = "Host time of one optimizer step, kernels left out"
+    title = "Host time of one optimizer step, down to CUDA's driver"
     output = Report(args, "host.py", torch.device("cpu"), title)
-    results = [measure(tensors, base, args.repeats) for base in args.base for tensors in args.tensors]
+    cases = [(tensors, base, "plain") for base in args.base for tensors in args.tensors]
+    cases += [(HOST_TARGET_TENSORS, base, "fsdp2") for base in args.base]
+    with stubbed_gpu() as stub:
+        results = [measure(*case, stub, args.repeats) for case in cases]
     output.add(report(results), results)
 
 
