@@ -305,11 +305,11 @@ class SharpnessAware(Graphed):
         if wanted or self._kind != "ascend":
             sum_sq = weights.check_second(g_hat)
             if self._kind == "plain":
-                self.telemetry["grad_norm"] = g_hat.norm(sum_sq)
+                self.telemetry["grad_norm"] = g_hat.length(sum_sq)
             if max_norm is not None and self._can_scale():
-                factor = torch.clamp(max_norm / (g_hat.norm(sum_sq) + 1e-6), max=1.0)  # as torch's clip_grad_norm_
+                factor = torch.clamp(max_norm / (g_hat.length(sum_sq) + 1e-6), max=1.0)  # as torch's clip_grad_norm_
             elif max_norm is not None:
-                norm = g_hat.norm(sum_sq)
+                norm = g_hat.length(sum_sq)
                 g_hat.unscale()
                 clip_grads_with_norm_([p for rows in weights.rows for p in rows.params], max_norm, norm)
                 g_hat.sum_sq = None

@@ -69,7 +69,7 @@ class Column:
         """Whether there is a tensor wherever the other column has one."""
         return all(has or not needed for has, needed in zip(self.presence(), other.presence(), strict=True))
 
-    def norm(self, sum_sq: Tensor) -> Tensor:
+    def length(self, sum_sq: Tensor) -> Tensor:
         """The norm of which ``sum_sq`` is the square in memory."""
         norm = sum_sq.sqrt()
         return norm if self.scale is None else norm * self.scale.inverse
