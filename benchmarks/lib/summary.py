@@ -12,8 +12,12 @@ from lib.traffic import BASES, Base
 Found = list[tuple[float, str]]
 """Values and where each was measured."""
 
-HOST_TARGET_SECONDS, HOST_TARGET_TENSORS = 100e-6, 161
-"""What `host.py` should find at most, for a list as long as ResNet-50's."""
+HOST_TARGET_SECONDS, HOST_TARGET_TENSORS = 300e-6, 161
+"""What `host.py` should find at most on an idle server core, for a list as long as ResNet-50's and new addresses.
+
+An H100 is predicted to take 375 microseconds for that phase: a host that takes less of them, and leaves some for the
+driver's own part, is never what a step waits for. A shard's phase is shorter; FSDP2's DTensors have no target.
+"""
 
 OURS, UNCHECKED = "lesam_dist", "lesam_unchecked"
 # On lists of small tensors launches dominate: their bandwidth says nothing.
@@ -49,9 +53,14 @@ def _rows(kernels: list[Result], steps: list[Result], host: list[Result]) -> Ite
             mine = [r for r in steps if (r["variant"], r["batch"]) == (variant, 128) and key in r]
             found = [(r[key], r["model"]) for r in mine]
             yield "step", _row(f"step, batch 128: {variant} over {name}", "<=", limit, "x", found)
-    found = [(1e6 * r["seconds"]["p50"], r["base"]) for r in host if r["tensors"] == HOST_TARGET_TENSORS]
-    what = f"host without kernels, {HOST_TARGET_TENSORS} tensors"
+    found = [(1e6 * r["seconds"]["p50"], r["base"]) for r in host if has_host_target(r)]
+    what = f"host down to the driver, {HOST_TARGET_TENSORS} tensors, new addresses"
     yield "host", _row(what, "<=", 1e6 * HOST_TARGET_SECONDS, " us", found)
+
+
+def has_host_target(result: Result) -> bool:
+    """Whether `HOST_TARGET_SECONDS` is about this result of `host.py`."""
+    return result["tensors"] == HOST_TARGET_TENSORS and result["layout"] == "plain"
 
 
 def _row(what: str, sign: str, limit: float, unit: str, found: Found) -> list[str]:
