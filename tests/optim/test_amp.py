@@ -207,3 +207,98 @@ def test_float16_gradients_are_not_unscaled(seed: int) -> None:
         optimizer.step(net.closure(scaler))
     assert torch.equal(net.w, before)
     assert not optimizer.is_perturbed
+
+
+class BrokenError(Exception):
+    """What a closure raises."""
+
+
+def breaking(closure: Callable[[], Tensor], bad_pass: int) -> Callable[[], Tensor]:
+    """A closure whose passes are made, and which raises in one of them."""
+    calls = iter(range(100))
+
+    def run() -> Tensor:
+        loss = closure()
+        if next(calls) == bad_pass:
+            raise BrokenError
+        return loss
+
+    return run
+
+
+@pytest.mark.parametrize("updates", [True, False])
+@pytest.mark.parametrize("bad_pass", [0, 1])
+@pytest.mark.parametrize("way", [step_explicitly, step_by_scaler])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_catches_an_exception_may_update_the_scaler_or_not(
+    seed: int, backend: str, way: Callable[..., None], bad_pass: int, updates: bool
+) -> None:
+    """Two steps fail; either way the next ones are those of the unscaled run, and the scale is as it was."""
+    net, optimizer, scaler = make(backend)
+    twin = copy.deepcopy(net)
+    plain = LESAM(twin.parameters(), torch.optim.SGD, backend=backend, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    for _ in range(2):
+        rng = torch.get_rng_state()
+        for _ in range(2):
+            with pytest.raises(BrokenError):
+                way(optimizer, scaler, breaking(make_closure(net, scaler), bad_pass))
+            if updates:
+                scaler.update()
+            torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=0)
+        torch.set_rng_state(rng)
+        way(optimizer, scaler, make_closure(net, scaler))
+        torch.set_rng_state(rng)
+        plain.step(make_closure(twin, None))
+        torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    assert scaler.get_scale() == SCALE
+
+
+@pytest.mark.parametrize("updates", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_overflow_before_an_exception_is_told(seed: int, backend: str, updates: bool) -> None:
+    """In the first pass, where the second raises; not again by a step that fails before it has looked at a gradient."""
+    net, optimizer, scaler = make(backend)
+    optimizer.grad_scaler = scaler
+    with pytest.raises(BrokenError):
+        optimizer.step(breaking(make_closure(net, scaler, bad_pass=0), 1))
+    if updates:
+        scaler.update()
+        assert scaler.get_scale() == SCALE / 2
+    optimizer.step(make_closure(net, scaler))
+    scaler.update()
+    assert scaler.get_scale() == SCALE / 2
+    optimizer.step(make_closure(net, scaler, bad_pass=0))
+    scaler.update()
+    with pytest.raises(BrokenError):
+        optimizer.step(breaking(make_closure(net, scaler), 0))
+    scaler.update()
+    assert scaler.get_scale() == SCALE / 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_closures_make_the_unscaled_step(seed: int, backend: str, name: str) -> None:
+    """m-sharpness, bit for bit; an overflow in any pass skips the step and halves the scale once."""
+    net, _, scaler = make(backend)
+    twin = copy.deepcopy(net)
+    plain, scaled = (METHODS[name](n.parameters(), backend=backend) for n in (net, twin))
+    scaled.grad_scaler = scaler
+    for _ in range(3):
+        rng = torch.get_rng_state()
+        plain.step([make_closure(net, None) for _ in range(3)])
+        torch.set_rng_state(rng)
+        scaled.step([make_closure(twin, scaler) for _ in range(3)])
+        scaler.update()
+        torch.testing.assert_close(twin.state_dict(), net.state_dict(), rtol=0, atol=0)
+        for key in ("loss", "perturbed_loss", "grad_norm", "rho"):
+            torch.testing.assert_close(scaled.telemetry[key], plain.telemetry[key], rtol=0, atol=0)
+    for index in range(6):
+        bad = [index % 2 if closure == index // 2 else None for closure in range(3)]
+        scaled.step([make_closure(twin, scaler, bad_pass) for bad_pass in bad])
+        scaler.update()
+        torch.testing.assert_close(twin.state_dict(), net.state_dict(), rtol=0, atol=0)
+        assert scaler.get_scale() == SCALE / 2 ** (index + 1)
+    with pytest.raises(BrokenError):
+        scaled.step([make_closure(twin, scaler, bad_pass=1), breaking(make_closure(twin, scaler), 0)])
+    scaler.update()
+    torch.testing.assert_close(twin.state_dict(), net.state_dict(), rtol=0, atol=0)

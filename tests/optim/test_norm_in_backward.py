@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import SGD
 
 from lesam_dist import LESAM, SAM
@@ -94,9 +95,9 @@ def batch(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (12,), generator=generator).to(DEVICE)
 
 
-def closure_of(net: nn.Module, seed: int) -> BatchPasses:
+def closure_of(net: nn.Module, seed: int, scaler: GradScaler | None = None) -> BatchPasses:
     x, y = batch(seed, next(net.parameters()).dtype)
-    return BatchPasses(net, nn.CrossEntropyLoss(), x, y)
+    return BatchPasses(net, nn.CrossEntropyLoss(), x, y, scaler=scaler)
 
 
 def pair(
@@ -130,6 +131,42 @@ def test_every_method_takes_the_step_that_it_takes_without(seed: int, name: str)
         for net, optimizer in both:
             optimizer.step(closure_of(net, seed + step))
         assert_close(both)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_takes_the_same_step_with_a_loss_scale(seed: int, name: str) -> None:
+    """Whether it works with scaled gradients, whose sums were taken, or takes the scale off first."""
+    case = CASES[name]
+    both = pair(seed, case.method, backend="reference", **case.kwargs)
+    (net, plain), (twin, early) = both
+    scaler = early.grad_scaler = GradScaler(DEVICE, init_scale=2.0**12)
+    for step in range(4):
+        plain.step(closure_of(net, seed + step))
+        early.step(closure_of(twin, seed + step, scaler))
+        scaler.update()
+        assert_close(both)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_scaled_gradients_are_taken_in_backward(launches: Launches, seed: int, backend: str) -> None:
+    """And tell of an overflow in either pass."""
+    _, (net, optimizer) = pair(seed, LESAM, torch.float32, backend=backend)
+    scaler = optimizer.grad_scaler = GradScaler(DEVICE, init_scale=2.0**12)
+    optimizer.step(closure_of(net, seed, scaler))
+    scaler.update()
+    launches.take()
+    optimizer.step(closure_of(net, seed + 1, scaler))
+    scaler.update()
+    assert launches.take() == (2 * LAYERS, 0, 0)
+    before = [p.clone() for p in net.parameters()]
+    for bad_pass in range(2):
+        passes = [closure_of(net, seed, scaler) for _ in range(2)]
+        passes[bad_pass].images *= torch.inf
+        calls = iter(passes)
+        optimizer.step(lambda calls=calls: next(calls)())
+        scaler.update()
+        assert all(torch.equal(p, q) for p, q in zip(before, net.parameters(), strict=True))
+        assert scaler.get_scale() == 2.0 ** (11 - bad_pass)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -462,8 +499,5 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"SAM\.sum_buckets: build it with norm_in_backward=True first"):
         SAM(params, SGD, lr=0.1).sum_buckets(nn.Linear(1, 1))  # type: ignore[arg-type]
     optimizer = SAM(params, SGD, lr=0.1, norm_in_backward=True)
-    optimizer.grad_scaler = torch.amp.GradScaler("cpu", enabled=False)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="SAM: norm_in_backward=True takes the norms before a GradScaler can unscale"):
-        optimizer.grad_scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"SAM\.first_step: norm_in_backward=True leaves nothing between"):
         optimizer.first_step()

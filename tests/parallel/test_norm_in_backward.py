@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,14 +51,16 @@ def whole(net: nn.Module) -> dict[str, Any]:
     return {n: p.detach().numpy().copy() for n, p in full.items()}
 
 
-def train(world: Distributed, seed: int, name: str, early: bool) -> dict[str, Any]:
+def train(world: Distributed, seed: int, name: str, early: bool, scaled: bool = False, **method: Any) -> dict[str, Any]:
     _, strategy, kwargs = WRAPPINGS[name]
     state, x, y = make_problem(seed)
     net = make_net().double()
     net.load_state_dict(state)
     model = ddp(net) if strategy == "ddp" else wrap(net, world, strategy, **kwargs)  # type: ignore[arg-type]
     scope = kwargs.get("scope", "global")
-    optimizer = LESAM(net.parameters(), torch.optim.SGD, scope=scope, lr=0.1, max_grad_norm=0.1, norm_in_backward=early)
+    options = {"scope": scope, "lr": 0.1, "max_grad_norm": 0.1, "norm_in_backward": early, **method}
+    optimizer = LESAM(net.parameters(), torch.optim.SGD, **options)
+    scaler = optimizer.grad_scaler = GradScaler("cpu", init_scale=1024.0, enabled=scaled)
     if early and strategy == "ddp":
         optimizer.sum_buckets(model)  # type: ignore[arg-type]
     part = slice(world.rank * BATCH // world.world_size, (world.rank + 1) * BATCH // world.world_size)
@@ -71,8 +74,9 @@ def train(world: Distributed, seed: int, name: str, early: bool) -> dict[str, An
     with mock.patch.object(early_sums._Group, "is_of", watched):
         for t in range(STEPS):
             micro = 2 if name == "micro" else 1
-            passes = BatchPasses(model, nn.CrossEntropyLoss(), x[t][part].double(), y[t][part], micro_batches=micro)
-            optimizer.step(passes)
+            images, labels = x[t][part].double(), y[t][part]
+            optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), images, labels, None, scaler, micro))
+            scaler.update()
             norms.append(optimizer.telemetry["grad_norm"].item())
     return {"weights": whole(net), "norms": norms, "early": was_early}
 
@@ -82,9 +86,9 @@ def ddp(net: nn.Module, **kwargs: Any) -> DistributedDataParallel:
     return DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=1e-4, **kwargs)
 
 
-def both(world: Distributed, seed: int, name: str) -> list[dict[str, Any]]:
+def both(world: Distributed, seed: int, name: str, scaled: bool = False, **method: Any) -> list[dict[str, Any]]:
     with mock.patch.object(early_sums, "LEAST_BYTES", 1):
-        return [train(world, seed, name, early) for early in (False, True)]
+        return [train(world, seed, name, early, early and scaled, **method) for early in (False, True)]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in WRAPPINGS])
@@ -106,6 +110,20 @@ def test_sums_are_of_reduced_gradients_and_none_is_left_in_the_step(seed: int, n
         if name == "local":
             expected[:, 0] = False  # DDP reduces nothing, and so tells of nothing
         assert np.array_equal(by_pass, expected)
+
+
+def scaled(world: Distributed, seed: int) -> list[list[dict[str, Any]]]:
+    return [both(world, seed, name, True, alpha=alpha) for name in ("ddp", "fsdp") for alpha in (0.0, 0.5)]
+
+
+def test_a_loss_scale(seed: int) -> None:
+    """Sums of scaled gradients; for LE-SAM+, which takes the scale off in DDP's buckets, new ones."""
+    for pairs in run(scaled, 2, seed):
+        for plain, early in pairs:
+            np.testing.assert_allclose(early["norms"], plain["norms"], rtol=1e-12)
+            for n, value in plain["weights"].items():
+                np.testing.assert_allclose(early["weights"][n], value, rtol=0, atol=1e-12 * np.abs(value).max())
+            assert any(early["early"])
 
 
 def branch(world: Distributed, seed: int, early: bool) -> dict[str, Any]:

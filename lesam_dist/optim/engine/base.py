@@ -83,6 +83,7 @@ class SharpnessAware(Graphed):
 
     _kind: Kind = "plain"  # of the step that has begun
     _first: Column  # its first gradient, where it is kept
+    _has_looked = False  # whether the overflow flag is that of this step
 
     def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, **kwargs: Any) -> None:
         name = type(self).__name__
@@ -114,7 +115,8 @@ class SharpnessAware(Graphed):
         Raises:
             TypeError: for a closure that returns no loss.
             RuntimeError: where there are gradients already, or accelerate accumulates them over several batches.
-            Whatever the closure raises. The weights are then the exact ones, the gradients zeroed, nothing updated.
+            Whatever the closure raises. The weights are then the exact ones, the gradients zeroed, nothing updated; a
+            GradScaler may be updated or not before the next step.
         """
         if closure is None:
             return self._create_state()
@@ -126,6 +128,7 @@ class SharpnessAware(Graphed):
         require_whole_batches(type(self).__name__)
         if not self.options.static_grads:
             require_no_gradients(type(self).__name__, self._params())
+        self._has_looked = False
         try:
             losses = self._passes(closures)
             self.second_step(zero_grad=True)
@@ -133,6 +136,7 @@ class SharpnessAware(Graphed):
         except BaseException:
             self.restore()
             self.zero_grads()
+            self.tell_scaler_of_failure(self._has_looked)
             raise
         first, second = ([torch.as_tensor(loss).detach() for loss in column] for column in zip(*losses, strict=True))
         self.telemetry["loss"] = first[0] if len(first) == 1 else torch.stack(first).mean()
@@ -145,11 +149,6 @@ class SharpnessAware(Graphed):
         self.require_capturable()
         if len(closures) == 1:
             return [self._passes_of(closures[0], fresh=True)]
-        if self.known_scaler() is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}.step got {len(closures)} closures and a GradScaler, which unscales only once a "
-                "step. Use bfloat16, or one closure."
-            )
         losses = []
         total = GradientSum()
         params = self._params()
@@ -289,6 +288,7 @@ class SharpnessAware(Graphed):
         self._tell(self.weights.stay(fresh))
 
     def _tell(self, stats: Tensor) -> None:
+        self._has_looked = True
         self.telemetry["grad_norm"], self.telemetry["rho"], _ = stats.unbind()
         if self.telemetry["skipped"].device != stats.device:
             self.telemetry["skipped"] = self.telemetry["skipped"].to(stats.device)

@@ -39,8 +39,8 @@ class Options:
     """the single pass of the steps between: plain, or perturbed by the last first gradient (one more copy of it)"""
     norm_in_backward: bool = False
     """take both norms while the backward passes go on, so that the step does not wait for them: for large models and
-    small batches, see docs/speed.md. Under DDP call `sum_buckets` too. For ``step(closure)`` without a `GradScaler`;
-    whoever changes a gradient in the closure after backward must not do it through ``.data``"""
+    small batches, see docs/speed.md. Under DDP call `sum_buckets` too. For ``step(closure)``; whoever
+    changes a gradient in the closure after backward must not do it through ``.data``"""
     static_grads: bool = False
     """zero the gradients in place between passes instead of freeing them, for what holds their addresses (a CUDA graph
     of the step does not need it); nine more passes over the parameters. Not with make_graphed_callables, whose

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD
 
@@ -19,6 +21,11 @@ class _Messenger(SGD):
         self.ones = torch.ones(3, dtype=torch.float64, device=device)
         super().__init__([self.parameter], lr=0.0)
 
+    def tell(self, scaler: GradScaler, overflow: Tensor) -> None:
+        """Bring a flag to the scaler; RuntimeError for a second one before its ``update()``."""
+        self.parameter.grad = overflow.atanh()  # 0 where it is 0, infinite where it is 1
+        scaler.unscale_(self)
+
 
 class Scaled(Rule):
     """What an optimizer with two passes does for, and with, a `GradScaler`.
@@ -31,6 +38,7 @@ class Scaled(Rule):
     _step_supports_amp_scaling = True
     _grad_scaler: GradScaler | None = None
     _messenger: _Messenger | None = None
+    _messenger_of_failures: _Messenger | None = None
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -40,11 +48,6 @@ class Scaled(Rule):
     @grad_scaler.setter
     def grad_scaler(self, scaler: GradScaler | None) -> None:
         if scaler is not None and scaler.is_enabled():
-            if self.options.norm_in_backward:
-                raise ValueError(
-                    f"{type(self).__name__}: norm_in_backward=True takes the norms before a GradScaler can unscale the "
-                    "gradients. Leave it out, or train in bfloat16, which needs no scaler."
-                )
             # The scaler makes its scale on first use, and wants it before the first step, when no closure has run.
             scaler.scale(torch.zeros((), device=self.param_groups[0]["params"][0].device))
         self._grad_scaler = scaler
@@ -61,9 +64,25 @@ class Scaled(Rule):
     def tell_scaler(self) -> None:
         """Let the scaler know whether a gradient of this step was not finite."""
         if scaler := self._enabled_scaler():
-            messenger = self._known_messenger()
-            messenger.parameter.grad = self.overflow.atanh()  # 0 where it is 0, infinite where it is 1
-            scaler.unscale_(messenger)
+            self._known_messenger().tell(scaler, self.overflow)
+
+    def tell_scaler_of_failure(self, has_looked: bool) -> None:
+        """Let the scaler know what a step found before it raised, so that ``scaler.update()`` may follow, as ever.
+
+        Or none may: the next step has another messenger.
+
+        Args:
+            has_looked: whether the step looked at a gradient; where not, it knows of no overflow.
+        """
+        scaler = self._enabled_scaler()
+        if scaler is None:
+            return
+        device = self._known_messenger().ones.device
+        if self._messenger_of_failures is None or self._messenger_of_failures.ones.device != device:
+            self._messenger_of_failures = _Messenger(device)
+        overflow = self.overflow if has_looked else torch.zeros((), device=device)
+        with suppress(RuntimeError):  # several failures without an update are one
+            self._messenger_of_failures.tell(scaler, overflow)
 
     def _enabled_scaler(self) -> GradScaler | None:
         scaler = self.known_scaler()

@@ -109,10 +109,10 @@ class Weights:
         column, average, directions, signs = self._lower(ascent)
         averages = [None] * len(self.rows) if average is None else average.tensors
         known: Sequence[Tensor | None] = [None] * len(self.rows)
-        if column.early is not None and all(direction == Direction() for direction in directions):
-            known = column.early.take(column.in_memory, perturbed_only=True)
         if average is not None or ascent.norm_sq is not None:
             column.unscale()
+        if column.early is not None and all(direction == Direction() for direction in directions):
+            known = column.early.take(column.in_memory, perturbed_only=True)
         scale = column.scale
         zipped = zip(self.ops, column.in_memory, averages, known, strict=True)
         parts = [ops.sum_sq_first(g, ema, directions, own) for ops, g, ema, own in zipped]
