@@ -213,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for offset in (0, 1)
     ]
     legend = (
-        "Largest error over the allowed one: right up to 1. Rounding a result to bfloat16 or float16 takes half of what is "
-        f"allowed, and all of it in Triton's interpreter, which truncates to bfloat16. Seed {args.seed}."
+        "Largest error over the allowed one: right up to 1. Rounding a result to bfloat16 or float16 takes half of "
+        f"what is allowed, and all of it in Triton's interpreter, which truncates to bfloat16. Seed {args.seed}."
     )
     output.add(f"{legend}\n\n{report(results)}", results)
     bad = [r for r in results if r["status"] != "ok"]
