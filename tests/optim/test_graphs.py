@@ -132,9 +132,10 @@ def test_a_replay_skips_what_is_not_finite(seed: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_loss_scale_in_the_graph(seed: int, bad: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"norm_in_backward": True}, {"closures": 2}], ids=str)
+def test_a_loss_scale_in_the_graph(seed: int, options: dict[str, Any], bad: bool) -> None:
     """The scaler's own update is captured with the step: an overflow halves the scale in a replay too."""
-    pair = Training(seed), Training(seed)
+    pair = Training(seed, **options), Training(seed, **options)
     for training in pair:
         training.scaler = torch.amp.GradScaler(DEVICE, init_scale=64.0, growth_interval=2)
         training.optimizer.grad_scaler = training.scaler
