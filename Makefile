@@ -44,7 +44,7 @@ bench-gpu: $(STAMP) ## GPU tests and all GPU benchmarks, in under 27 minutes; AR
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .triton
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

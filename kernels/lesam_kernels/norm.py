@@ -105,9 +105,9 @@ def _sum_sq_kernel(
     for i in tl.static_range(len(TYPES)):
         if segment == i:
             DTYPE: tl.constexpr = TYPES[i][0]
-            # Two vectors per thread and tensor: a kernel that only reads needs more loads under way to cover the
-            # memory's latency.
-            BLOCK: tl.constexpr = 2 * TYPES[i][1]
+            # Two vectors per thread where there is one tensor: a kernel that only reads needs more loads under way to
+            # cover the memory's latency.
+            BLOCK: tl.constexpr = TYPES[i][1] if METRIC or EMA else 2 * TYPES[i][1]
             acc = tl.zeros([BLOCK], tl.float32)
             acc = _sum_sq_span(acc, addresses, start, 0, vector_count, scalars, DTYPE, BLOCK, METRIC, EMA, True)
             acc = _sum_sq_span(acc, addresses, start, vector_count, count, scalars, DTYPE, BLOCK, METRIC, EMA, False)

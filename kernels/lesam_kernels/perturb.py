@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from lesam_kernels.alignment import is_aligned, pointer, vectorised
 from lesam_kernels.arguments import check_argument
 from lesam_kernels.direction import check_direction, load_direction
+from lesam_kernels.launch_config import MAX_REGISTERS
 from lesam_kernels.program import block_of_launch, group_of, load_address, locate
 from lesam_kernels.restore import copy_chunk
 from lesam_kernels.tensor_table import TensorTable
@@ -239,6 +240,8 @@ def perturb(
     if found_inf is not None:
         check_argument("found_inf", found_inf, torch.float32, (), table.device)
     kept_ptrs = table.column("g_kept") if keep else None
+    # With all of them ptxas spills to get down to 40 registers, which the others need: see MAX_REGISTERS.
+    limit = {"maxnreg": MAX_REGISTERS} if keep and metric is not None and ema_scale is not None else {}
     stats = torch.empty(3, dtype=torch.float64, device=table.device)
     with table.device_guard():
         for segment in table.segments:
@@ -261,6 +264,7 @@ def perturb(
                 segment.first_block,
                 RAISE=raise_only,
                 **segment.constants,
+                **limit,
             )
         if not table.segments:
             table.launch(_stats_kernel, 1, sum_sq, radius, stats, found_inf, RAISE=raise_only)

@@ -1,119 +1,162 @@
-"""Compile every kernel offline and print what came out as JSON: run by test_ptx.py in a process of its own.
+"""Every kernel as its launcher specialises it, compiled without a GPU by every Triton that pyproject.toml admits.
 
-Whether a kernel is interpreted is decided where it is decorated, so the test process cannot compile it.
+    python -m tests.kernels.compile_kernels            # the table of kernels/README.md, as Markdown
+    python -m tests.kernels.compile_kernels --write    # written there
+
+launch_offline.py launches and compiles, in a process for each version of Triton. Versions that are not installed are
+fetched once, into .triton/ in the checkout: the wheel alone, put before the installed one. torch is the installed one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from lesam_kernels.dots import _dots_kernel
-from lesam_kernels.launch_config import CHUNK, MAX_REGISTERS, NUM_WARPS, TRITON_DTYPES, block_of
-from lesam_kernels.norm import _FINISH_BLOCK, _sum_sq_kernel
-from lesam_kernels.perturb import _perturb_kernel, _stats_kernel
-from lesam_kernels.restore import _restore_kernel
-from lesam_kernels.restore_adamw import _STEPS_BLOCK, _restore_adamw_kernel
-from lesam_kernels.restore_sgd import _restore_sgd_kernel
-
-Spec = tuple[str, Any, dict[str, Any], set[str]]  # name, kernel, constexprs, arguments that are None
-
-DOUBLES = {"sum_sq_ptr", "sum_ptr", "radius_ptr", "stats_ptr", "a_factors_ptr", "b_factors_ptr"}
-INTS = {"blocks_ptr", "ticket_ptr"}
-NO_METRIC, NO_EMA = {"metric_ptr", "w_ptrs"}, {"ema_scale_ptr", "ema_ptrs"}
+ROOT = Path(__file__).parents[2]
+README = ROOT / "kernels" / "README.md"
+ARCHS = (80, 90, 100)
+INSTALLED = version("triton")
+VERSIONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
+"""The last of each minor version; the installed one stands for its own."""
+BEGIN, END = "<!-- python -m tests.kernels.compile_kernels --write -->\n", "<!-- end -->"
 
 
-def specs() -> Iterator[Spec]:
-    """Kernels as the launchers launch them: with every option, and sums without them also over all dtypes at once."""
-    yield "dots", _dots_kernel, over(*TRITON_DTYPES), set()
-    yield "sum_sq", _sum_sq_kernel, over(*TRITON_DTYPES), NO_METRIC | NO_EMA
-    yield "stats", _stats_kernel, {"RAISE": False}, set()
-    for dtype, triton_dtype in TRITON_DTYPES.items():
-        constants = {"DTYPE": triton_dtype, "CHUNK": CHUNK, "BLOCK": block_of(dtype), "WALK_BACK": True}
-        perturb = {**constants, "RAISE": False}
-        steps = {**constants, "STEPS_BLOCK": _STEPS_BLOCK}
-        yield f"restore-{triton_dtype}", _restore_kernel, constants, set()
-        yield f"perturb-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"metric_ptr", "kept_ptrs"}
-        yield f"perturb-kept-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"metric_ptr"}
-        yield f"perturb-metric-{triton_dtype}", _perturb_kernel, perturb, NO_EMA | {"kept_ptrs"}
-        yield f"perturb-ema-{triton_dtype}", _perturb_kernel, perturb, {"metric_ptr", "kept_ptrs"}
-        plain = {"g_kept_ptrs", "a_factors_ptr", "b_factors_ptr"}
-        yield f"restore_sgd-{triton_dtype}", _restore_sgd_kernel, constants, plain
-        yield f"restore_sgd-kept-{triton_dtype}", _restore_sgd_kernel, constants, set()
-        yield (
-            f"restore_sgd-plain-{triton_dtype}",
-            _restore_sgd_kernel,
-            constants,
-            {*plain, "buf_ptrs"},
-        )
-        yield f"restore_adamw-{triton_dtype}", _restore_adamw_kernel, steps, plain
-        yield f"restore_adamw-kept-{triton_dtype}", _restore_adamw_kernel, steps, set()
-        yield f"dots-{triton_dtype}", _dots_kernel, over(dtype), set()
-        yield f"sum_sq-{triton_dtype}", _sum_sq_kernel, over(dtype), NO_METRIC | NO_EMA
-        yield f"sum_sq-metric-{triton_dtype}", _sum_sq_kernel, over(dtype), NO_EMA
-        yield f"sum_sq-ema-{triton_dtype}", _sum_sq_kernel, over(dtype), NO_METRIC
+@dataclass(frozen=True)
+class Kernel:
+    """One specialisation. Instructions by opcode: "ld.global.v4.b32" in PTX, "LDG.E.128" in SASS."""
+
+    kernel: str
+    dtypes: tuple[str, ...]
+    options: tuple[str, ...]  # arguments that it has and others of the kernel do not
+    registers: int  # per thread
+    local: int  # bytes of stack and spills per thread
+    shared: int  # bytes per program
+    ptx: Counter[str]
+    sass: Counter[str]
+
+    def __str__(self) -> str:
+        return " ".join([self.kernel, *self.dtypes, *(f"+{option}" for option in self.options)])
+
+    def ptx_count(self, start: str, end: str = "") -> int:
+        """How many instructions in PTX begin and end so."""
+        return sum(n for opcode, n in self.ptx.items() if opcode.startswith(start) and opcode.endswith(end))
+
+    def sass_count(self, start: str, part: str = "") -> int:
+        """How many instructions in SASS begin so, and have this part."""
+        return sum(n for opcode, n in self.sass.items() if opcode.startswith(start) and part in opcode)
 
 
-def over(*dtypes: torch.dtype) -> dict[str, Any]:
-    """Constants of a launch that reads segments of these dtypes."""
-    types = tuple((TRITON_DTYPES[dtype], block_of(dtype)) for dtype in dtypes)
-    return {"TYPES": types, "CHUNK": CHUNK, "FINISH_BLOCK": _FINISH_BLOCK}
+@dataclass(frozen=True)
+class Report:
+    """What one version of Triton made for one architecture."""
+
+    triton: str
+    arch: int
+    never_launched: list[str]
+    compiled_again: list[str]
+    kernels: list[Kernel] = field(repr=False)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Report:
+        types = {"dtypes": tuple, "options": tuple, "ptx": Counter, "sass": Counter}
+        kernels = [
+            Kernel(**{key: types.get(key, int)(value) if key != "kernel" else value for key, value in kernel.items()})
+            for kernel in values.pop("kernels")
+        ]
+        return cls(kernels=kernels, **values)
 
 
-def type_of(argument: str, kernel: Any) -> str:
-    if argument in DOUBLES or (argument == "scalars_ptr" and kernel is _restore_adamw_kernel):
-        return "*fp64"
-    if argument.endswith("_ptrs") or argument == "rows_ptr":
-        return "*i64"
-    if argument in INTS:
-        return "*i32"
-    return "*fp32" if argument.endswith("_ptr") else "i32"
+class UnavailableError(Exception):
+    """This version of Triton cannot be had here; ``has_wheel`` is False where none is published for this Python."""
+
+    def __init__(self, message: str, *, has_wheel: bool) -> None:
+        super().__init__(message)
+        self.has_wheel = has_wheel
 
 
-def compile_one(kernel: Any, constants: dict[str, Any], absent: set[str], arch: int) -> dict[str, Any]:
-    constants = {**constants, **dict.fromkeys(absent)}
-    signature = {a: "constexpr" if a in constants else type_of(a, kernel) for a in kernel.arg_names}
-    options = {"num_warps": NUM_WARPS}
-    if kernel is _restore_adamw_kernel:
-        options["maxnreg"] = MAX_REGISTERS
-    assembler = io.StringIO()
-    with contextlib.redirect_stdout(assembler):
-        source = ASTSource(kernel, signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    accesses = re.findall(r"\b(ld|st)\.global[\w.:]*?((?:\.v\d)?\.[bfus]\d+)\b", ptx)
-    return {
-        "ptx": ptx,
-        "shared": compiled.metadata.shared,
-        "global": [operation + width for operation, width in accesses],
-        **resource_use(assembler.getvalue()),
-    }
+def folder_of(triton: str) -> Path | None:
+    """Where a version lies, fetched if it is not there yet; None for the installed one. Raises UnavailableError."""
+    if triton == INSTALLED:
+        return None
+    folder = ROOT / ".triton" / f"{triton}-{sys.implementation.cache_tag}"
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+            command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+            command += ["--only-binary", ":all:", "--target", f"{partial}/{triton}", f"triton=={triton}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                # pip lists the versions that it has wheels of; where it could not ask, there are none at all.
+                has_wheel = "(from versions: none)" in done.stderr or "No matching distribution" not in done.stderr
+                raise UnavailableError(
+                    f"Triton {triton} could not be fetched: {done.stderr.strip()}", has_wheel=has_wheel
+                )
+            os.rename(f"{partial}/{triton}", folder)  # so that it is whole or not there
+    return folder
 
 
-def resource_use(report: str) -> dict[str, int]:
-    """What ptxas said of the kernel."""
-    patterns = {
-        "registers": r"Used (\d+) registers",
-        "spill_stores": r"(\d+) bytes spill stores",
-        "spill_loads": r"(\d+) bytes spill loads",
-        "stack": r"(\d+) bytes stack frame",
-    }
-    return {name: max(int(n) for n in re.findall(pattern, report)) for name, pattern in patterns.items()}
+def compile_with(triton: str, archs: Iterable[int]) -> dict[int, Report]:
+    """What a version makes for each architecture.
+
+    Raises UnavailableError, and RuntimeError with Triton's message where a kernel does not compile.
+    """
+    folder = folder_of(triton)
+    path = [folder, ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    env["PYTHONPATH"] = os.pathsep.join(str(part) for part in path if part)
+    command = [sys.executable, "-m", "tests.kernels.launch_offline", *map(str, archs)]
+    with tempfile.TemporaryDirectory() as cache:
+        env["TRITON_CACHE_DIR"] = cache
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"Triton {triton} compiles no kernels for {list(archs)}:\n{done.stderr}")
+    reports = [Report.of(values) for values in json.loads(done.stdout)]
+    assert all(report.triton == triton for report in reports)
+    return {report.arch: report for report in reports}
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The worst of all versions, per kernel and architecture, as Markdown."""
+    rows: dict[str, list[tuple[int, Kernel]]] = {}
+    for report in reports:
+        for kernel in report.kernels:
+            rows.setdefault(kernel.kernel, []).append((report.arch, kernel))
+    lines = [
+        f"| kernel | variants | {' | '.join(f'sm_{arch}' for arch in ARCHS)} | shared bytes | spilled bytes |",
+        "|---" * (len(ARCHS) + 4) + "|",
+    ]
+    for name, found in sorted(rows.items()):
+        registers = [max(kernel.registers for arch, kernel in found if arch == wanted) for wanted in ARCHS]
+        variants = len({str(kernel) for _, kernel in found})
+        shared, local = (max(getattr(kernel, key) for _, kernel in found) for key in ("shared", "local"))
+        lines.append(f"| `{name}` | {variants} | {' | '.join(map(str, registers))} | {shared} | {local} |")
+    return "\n".join(lines) + "\n"
+
+
+def in_readme() -> str:
+    """The table as kernels/README.md has it."""
+    return README.read_text().split(BEGIN, 1)[1].split(END, 1)[0]
+
+
+def main() -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        each = pool.map(lambda triton: compile_with(triton, ARCHS), VERSIONS)
+        reports = [report for found in each for report in found.values()]
+    text = table(reports)
+    print(text)
+    if "--write" in sys.argv:
+        README.write_text(README.read_text().replace(BEGIN + in_readme() + END, BEGIN + text + END))
 
 
 if __name__ == "__main__":
-    triton.knobs.nvidia.dump_ptxas_log = True
-    json.dump(
-        {f"{name}-sm{arch}": compile_one(*spec, int(arch)) for arch in sys.argv[1:] for name, *spec in specs()},
-        sys.stdout,
-    )
+    main()
