@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from lesam_kernels.layout import (
     check_dtype,
     check_memory,
     check_parallel,
+    guard_of,
 )
 
 PARAM_COLUMNS = ("w", "copy", "momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -131,6 +132,7 @@ class TensorTable:
         self._refuse_capture()
 
         self._layouts, self._dtypes = layouts, [p.dtype for p in params]
+        self._passed: dict[str, Callable[..., bool]] = {}
         self._kinds = _kinds_of(params) if all(p.layout == torch.strided for p in params) else None
         self._order = _order_of_rows(self._dtypes, [p.numel() for p in params])
         self.num_groups = max(groups, default=0) + 1
@@ -263,7 +265,7 @@ class TensorTable:
         known: list[int | None],
         addresses: list[int | None],
     ) -> None:
-        """Check the tensors whose address is new."""
+        """Raise for a column or for tensors that the kernels cannot take."""
         if column not in (*PARAM_COLUMNS, *GRAD_COLUMNS, STEP_COLUMN):
             raise KeyError(f"no column is called {column!r}; there are {(*PARAM_COLUMNS, *GRAD_COLUMNS, STEP_COLUMN)}.")
         if len(tensors) != len(self._layouts):
@@ -275,14 +277,34 @@ class TensorTable:
             raise ValueError(
                 f"column 'w', parameter {addresses.index(None)}: there is no tensor, but each has weights."
             )
+        # Gradients may get new addresses in every step, and are else like those of the last one.
+        is_guarded = column in GRAD_COLUMNS and bool(addresses) and None not in addresses
+        if not is_guarded:
+            self._check_each(column, tensors, known, addresses)
+        elif not (self._has_memory(addresses) and column in self._passed and self._passed[column](*tensors)):
+            self._check_each(column, tensors, [], addresses)
+            self._passed[column] = guard_of(tensors)
+
+    def _has_memory(self, addresses: list[int | None]) -> bool:
+        """Whether no row's tensor is at address 0."""
+        return 0 not in addresses or 0 not in [addresses[i] for i in self._order]
+
+    def _check_each(
+        self,
+        column: str,
+        tensors: Sequence[Tensor | None],
+        known: list[int | None],
+        addresses: list[int | None],
+    ) -> None:
+        """Check the tensors whose address is not the known one."""
         unusual: Iterable[int] = range(len(tensors))
         if addresses and self._kinds and column != STEP_COLUMN:
-            # What is nearly always so, and quick: gradients get new addresses in every step.
+            # What is nearly always so, and quick.
             given: Sequence[Tensor | None] = tensors
             if None in addresses:
                 given = [w if t is None else t for t, w in zip(tensors, self.written, strict=True)]
             kinds = _kinds_of(given)
-            if kinds == self._kinds and (0 not in addresses or 0 not in [addresses[i] for i in self._order]):
+            if kinds == self._kinds and self._has_memory(addresses):
                 return
             rows = zip(addresses, zip(*kinds, strict=True), zip(*self._kinds, strict=True), strict=True)
             unusual = [index for index, (address, kind, of_param) in enumerate(rows) if not address or kind != of_param]

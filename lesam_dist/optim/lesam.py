@@ -101,6 +101,8 @@ class LESAM(
         return bool(group["plus_alpha"] > 0)
 
     def descend(self, g: Vector, g_hat: Vector) -> Vector:
+        if not any(map(self.needs_first, self.param_groups)):
+            return g_hat
         alpha = self.per_group("alpha")
         a = self.per_group(lambda group: group["plus_alpha"] if group["plus_form"] == "paper" else 0.0)
         return (1 + a) * g_hat - alpha * g

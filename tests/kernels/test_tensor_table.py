@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesam_kernels import TensorTable, sum_sq
+from lesam_kernels import TensorTable, layout, sum_sq
 from lesam_kernels.launch_config import CHUNK
 from lesam_kernels.tensor_table import GRAD_COLUMNS, PARAM_COLUMNS
 from tests.kernels.cases import BF16, F16, F32, Make, Tensors, table_of
 
 
-def ones(numel: int, device: torch.device, dtype: torch.dtype = F32) -> Tensor:
+def ones(numel: int | tuple[int, ...], device: torch.device, dtype: torch.dtype = F32) -> Tensor:
     return torch.ones(numel, device=device, dtype=dtype)
 
 
@@ -304,6 +304,37 @@ def test_no_gradient_is_not_a_gradient_without_memory(device: torch.device) -> N
     table = table_of([w], g=[None])
     with pytest.raises(ValueError, match="column 'g', parameter 0: the tensor has no memory of its own"):
         table.set("g", [ones(3, device).as_subclass(Wrapper)])
+
+
+WRONG: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
+    "dtype": (lambda g: g.bfloat16(), TypeError, "is torch.bfloat16, but the parameter torch.float32"),
+    "shape": (lambda g: ones((3, 2), g.device), ValueError, "do not lie in the same order"),
+    "elements": (lambda g: ones((2, 4), g.device), ValueError, "has 8 elements"),
+    "strides": (lambda g: ones((3, 2), g.device).t(), ValueError, "do not lie in the same order"),
+    "gaps": (lambda g: ones((2, 6), g.device)[:, ::2], ValueError, "is not dense in memory"),
+    "memory": (lambda g: torch.empty_like(g, device="meta"), ValueError, "on 'meta'"),
+}
+
+
+@pytest.mark.parametrize("has_guard", [True, False])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_gradients_that_passed_do_not_open_the_door(
+    wrong: str, has_guard: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is like the last list that passed is not looked at one by one; what is not, is."""
+    if not has_guard:  # a torch whose guards take other arguments
+        monkeypatch.setattr(layout, "TensorGuards", lambda: None)
+    table = table_of([ones((2, 3), device), ones(5, device)])
+    lists = [[ones((2, 3), device), ones(5, device)] for _ in range(3)]
+    for grads in lists:
+        table.set("g", grads)
+        assert table.column("g").tolist() == [g.data_ptr() for g in grads]
+    make_wrong, error, message = WRONG[wrong]
+    with pytest.raises(error, match=f"column 'g', parameter 0: the tensor.*{message}"):
+        table.set("g", [make_wrong(lists[0][0]), lists[0][1]])
+    assert table.column("g").tolist() == [g.data_ptr() for g in lists[-1]]
+    table.set("g", [None, lists[0][1]])
+    assert table.column("g").tolist() == [0, lists[0][1].data_ptr()]
 
 
 def test_memory_formats_differ(make: Make) -> None:

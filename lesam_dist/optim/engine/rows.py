@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lesam_dist.parallel.shards import ShardAxes, local_shard, shard_axes
+from lesam_dist.parallel.shards import ShardAxes, local_shard, local_shards, shard_axes
 
 Gradients = list[Tensor | None]
 
@@ -50,9 +50,7 @@ class Rows:
     def gradients(self) -> Gradients:
         """The current gradients, as shards; None where there is none. Not kept: the caller zeroes them when done."""
         grads: Gradients = list(map(_GRAD, self.params))
-        if self.dtensors:
-            grads = [None if g is None else local_shard(g) for g in grads]
-        return grads
+        return local_shards(grads) if self.dtensors else grads
 
 
 class RowCache:
@@ -63,29 +61,27 @@ class RowCache:
         self._params: list[Tensor] = []
         self._addresses: list[int] = []
         self._perturb: list[bool] = []
+        self._dtensors = False
 
     def refresh(self, param_groups: list[dict[str, Any]]) -> bool:
         """Bring the rows up to date; returns whether they are new objects."""
         params = [p for group in param_groups for p in group["params"]]
         perturb = [bool(group["perturb"]) for group in param_groups]
         same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
-        if same and perturb == self._perturb:
-            # Through `.data = ` or `.to()` a parameter keeps its identity and gets another storage.
-            addresses = _addresses(params)
-            if addresses == self._addresses:
-                return False
+        # Through `.data = ` or `.to()` a parameter keeps its identity and gets another storage.
+        if same and perturb == self._perturb and _addresses(params, self._dtensors) == self._addresses:
+            return False
         self._params, self._perturb = params, perturb
-        self._addresses = _addresses(params)
+        self._dtensors = any(isinstance(p, DTensor) for p in params)
+        self._addresses = _addresses(params, self._dtensors)
         _require_own_storages(params, self._addresses)
         self.rows = _build(param_groups)
         return True
 
 
-def _addresses(params: list[Tensor]) -> list[int]:
-    addresses = [p.data_ptr() for p in params]
-    if 0 in addresses:  # DTensors, or empty
-        return [local_shard(p).data_ptr() for p in params]
-    return addresses
+def _addresses(params: list[Tensor], dtensors: bool) -> list[int]:
+    """Of their shards; ``dtensors``: whether any of them is one."""
+    return list(map(Tensor.data_ptr, local_shards(params) if dtensors else params))
 
 
 def _require_own_storages(params: list[Tensor], addresses: list[int]) -> None:
