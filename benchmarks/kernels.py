@@ -136,7 +136,7 @@ def report(results: list[Result]) -> str:
     """Markdown of one parameter list."""
     first = results[0]
     title = f"### {first['model']}, {first['base']}, {first['dtype']}\n\n"
-    title += f"{first['tensors']} tensors, {first['elements'] / 1e6:.1f} M elements"
+    title += f"{first['tensors']} tensors, {first['elements']:,} elements"
     copy = first["copy_bytes_per_second"]
     title += f", copy {copy / 1e12:.2f} TB/s\n\n" if copy else "\n\n"
     return title + (_cuda_table(results) if copy else _cpu_table(results))

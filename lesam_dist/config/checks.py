@@ -184,17 +184,11 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.scope is replica but parallel.strategy is {strategy}: only hsdp has replicas of shards. "
             "Choose hsdp, or global."
         )
-    if config.data.accumulation_mode == "micro":
-        if optimizer.name in PLAIN:
-            raise UserError(
-                f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: "
-                "choose batch."
-            )
-        if config.precision.compute == "fp16":
-            raise UserError(
-                "data.accumulation_mode is micro but precision.compute is fp16, whose loss scale is taken off only "
-                "once a step: choose bf16, or batch."
-            )
+    if config.data.accumulation_mode == "micro" and optimizer.name in PLAIN:
+        raise UserError(
+            f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: choose "
+            "batch."
+        )
 
 
 def _check_unread(config: Config) -> None:

@@ -67,7 +67,6 @@ FLAGS = [
         ["--data.accumulation_mode", "micro", "--optimizer.name", "sgd"],
         "accumulation_mode is micro but optimizer.name is sgd",
     ),
-    (["--data.accumulation_mode", "micro", "--precision.compute", "fp16"], "whose loss scale is taken off only once"),
     (["--precision.weights", "bf16"], "precision.weights is bf16 but precision.compute is fp32"),
     (["--precision.gather_dtype", "bf16"], "gather_dtype is bf16 but parallel.strategy is ddp"),
     (["--precision.gather_dtype", "bf16", "--parallel.strategy", "none"], "choose fsdp or hsdp, or fp32"),

@@ -105,7 +105,10 @@ def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...],
             "--optimizer.ascent_fraction",
             "0.5",
         ),
-        ("--data.accumulation_mode", "micro", "--data.micro_batches", "2", "--optimizer.max_grad_norm", "0.5"),
+        (
+            *("--data.accumulation_mode", "micro", "--data.micro_batches", "2", "--optimizer.max_grad_norm", "0.5"),
+            *("--precision.compute", "fp16", "--data.image_size", "8", "--data.val_resize", "8"),
+        ),
     ],
     ids=" ".join,
 )
