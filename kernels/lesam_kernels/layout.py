@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from lesam_kernels.launch_config import SUPPORTED_DTYPES
 
@@ -98,7 +97,9 @@ def guard_of(tensors: Sequence[Any]) -> Callable[..., bool]:
     """
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
-    try:
+    try:  # torch's own: it may go, and its arguments may change
+        from torch._C._dynamo.guards import TensorGuards
+
         return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    except (TypeError, RuntimeError):  # torch's own, so its arguments may change
+    except (ImportError, TypeError, RuntimeError):
         return lambda *_: False
