@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def check_if_given(
+    name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """`check_argument` of one that may be left out."""
+    if value is not None:
+        check_argument(name, value, dtype, shape, device)
+
+
 def check_argument(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless ``value`` is a contiguous tensor of this dtype, shape and device; () means one element.
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lesam_kernels.arguments import check_argument
+from lesam_kernels.arguments import check_if_given
 from lesam_kernels.tensor_table import TensorTable
 
 
@@ -29,7 +29,5 @@ def load_direction(metric_ptr, ema_scale_ptr, group):
 
 def check_direction(table: TensorTable, metric: Tensor | None, ema_scale: Tensor | None) -> None:
     """Check the optional arguments of `sum_sq` and `perturb`; `arguments.check_argument` says how."""
-    if metric is not None:
-        check_argument("metric", metric, torch.float32, (table.num_groups, 2), table.device)
-    if ema_scale is not None:
-        check_argument("ema_scale", ema_scale, torch.float32, (table.num_groups,), table.device)
+    check_if_given("metric", metric, torch.float32, (table.num_groups, 2), table.device)
+    check_if_given("ema_scale", ema_scale, torch.float32, (table.num_groups,), table.device)

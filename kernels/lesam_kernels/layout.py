@@ -93,7 +93,7 @@ def guard_of(tensors: Sequence[Any]) -> Callable[..., bool]:
     """A quick test whether other tensors are like these in type, dtype, device, sizes and strides, each like its own.
 
     ``guard(*others)`` is True only where they are; False also where it cannot know. The one of torch.compile: a list
-    passes in one call, where reading the attributes of each tensor in Python takes five times as long.
+    passes in one call, where reading the attributes of each tensor in Python takes several times as long.
     """
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]

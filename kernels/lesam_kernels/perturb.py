@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lesam_kernels.alignment import is_aligned, pointer, vectorised
-from lesam_kernels.arguments import check_argument
+from lesam_kernels.arguments import check_argument, check_if_given
 from lesam_kernels.direction import check_direction, load_direction
 from lesam_kernels.launch_config import MAX_REGISTERS
 from lesam_kernels.program import block_of_launch, group_of, load_address, locate
@@ -237,8 +237,7 @@ def perturb(
     check_direction(table, metric, ema_scale)
     if ema_scale is not None:
         table.require("ema", where="g")
-    if found_inf is not None:
-        check_argument("found_inf", found_inf, torch.float32, (), table.device)
+    check_if_given("found_inf", found_inf, torch.float32, (), table.device)
     kept_ptrs = table.column("g_kept") if keep else None
     # With all of them ptxas spills to get down to 40 registers, which the others need: see MAX_REGISTERS.
     limit = {"maxnreg": MAX_REGISTERS} if keep and metric is not None and ema_scale is not None else {}

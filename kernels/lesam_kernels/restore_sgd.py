@@ -14,7 +14,7 @@ from lesam_kernels.arguments import check_argument
 from lesam_kernels.program import block_of_launch, group_of, load_address, locate
 from lesam_kernels.restore import copy_chunk, load_exact
 from lesam_kernels.tensor_table import TensorTable
-from lesam_kernels.update import check_update, is_allowed, skip_nothing, tell_skipped, times
+from lesam_kernels.update import check_update, is_allowed, tell_skipped, tell_without_rows, times
 
 
 @triton.jit
@@ -192,5 +192,5 @@ def restore_sgd(
                 segment.first_block,
                 **segment.constants,
             )
-        skip_nothing(table, found_inf, sum_sq, skipped)
+        tell_without_rows(table, found_inf, sum_sq, skipped)
     increment_version(table.written)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lesam_kernels.arguments import check_argument
+from lesam_kernels.arguments import check_argument, check_if_given
 from lesam_kernels.tensor_table import TensorTable
 
 
@@ -54,16 +54,13 @@ def check_update(
 ) -> None:
     """Check the arguments that both updates take; `arguments.check_argument` says how."""
     check_argument("found_inf", found_inf, torch.float32, (), table.device)
-    for name, factors in (("a_factors", a_factors), ("b_factors", b_factors)):
-        if factors is not None:
-            check_argument(name, factors, torch.float64, (table.num_groups,), table.device)
-    if sum_sq is not None:
-        check_argument("sum_sq", sum_sq, torch.float64, (), table.device)
-    if skipped is not None:
-        check_argument("skipped", skipped, torch.float32, (), table.device)
+    check_if_given("a_factors", a_factors, torch.float64, (table.num_groups,), table.device)
+    check_if_given("b_factors", b_factors, torch.float64, (table.num_groups,), table.device)
+    check_if_given("sum_sq", sum_sq, torch.float64, (), table.device)
+    check_if_given("skipped", skipped, torch.float32, (), table.device)
 
 
-def skip_nothing(table: TensorTable, found_inf: Tensor, sum_sq: Tensor | None, skipped: Tensor | None) -> None:
-    """Tell of a step that is left out where no update kernel runs, as the table is empty."""
+def tell_without_rows(table: TensorTable, found_inf: Tensor, sum_sq: Tensor | None, skipped: Tensor | None) -> None:
+    """Where the table is empty, and so no update runs: tell of a step that is left out."""
     if not table.segments:
         table.launch(_skip_kernel, 1, found_inf, sum_sq, skipped)

@@ -23,7 +23,7 @@ _LOCAL = operator.attrgetter("_local_tensor")
 def local_shard(tensor: Tensor) -> Tensor:
     """What this process stores of a tensor: a DTensor's shard (writes go through), a plain tensor itself.
 
-    No part of autograd. Not `to_local`, which makes a view of each Parameter, at ten times the cost.
+    No part of autograd. Not `to_local`, which makes a view of each Parameter, at ten times the cost and more.
     """
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 

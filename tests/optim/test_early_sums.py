@@ -18,7 +18,7 @@ from lesam_dist import LESAM, SAM
 from lesam_dist.optim.engine import early_sums
 from lesam_dist.optim.engine.early_sums import EarlySums
 from lesam_dist.optim.engine.rows import RowCache
-from tests.optim import test_graphs
+from tests.optim.captures import both, replays
 from tests.optim.early_norms import (
     BACKENDS,
     accumulated,
@@ -205,9 +205,9 @@ def hooks_of(p: Tensor) -> dict[int, Any]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="emulates graphs in Triton's interpreter")
 def test_replays_of_a_graph_take_the_sums_of_its_gradients(seed: int) -> None:
-    steps = test_graphs.both(seed, norm_in_backward=True)
+    steps = both(seed, norm_in_backward=True)
     graph = steps[0].capture()
-    test_graphs.replays(steps, graph, range(3, 6), lr=lambda n: 0.1 / n, sigma=lambda n: 0.3 / n)
+    replays(steps, graph, range(3, 6), lr=lambda n: 0.1 / n, sigma=lambda n: 0.3 / n)
 
 
 def test_refusals() -> None:

@@ -128,8 +128,8 @@ class Weights:
         for rows, ops in zip(self.rows, self.ops, strict=True):
             self._touched.append(ops)
             own = None if stats else self._overflow  # which is on the device of the first
-            times = None if scale is None else scale.of_radius.to(rows.device)
-            stats.append(ops.perturb(sum_sq.to(rows.device), signed, keep, own, fresh, times))
+            of_radius = None if scale is None else scale.of_radius.to(rows.device)
+            stats.append(ops.perturb(sum_sq.to(rows.device), signed, keep, own, fresh, of_radius))
         torch.clear_autocast_cache()  # an autocast around the whole step keeps casts of the weights
         if scale is not None:
             stats[0][0].mul_(scale.inverse)
