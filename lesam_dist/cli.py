@@ -54,6 +54,7 @@ _TRAIN_EXTRA = {
     "docstring_parser": "docstring-parser",  # of jsonargparse[signatures]
     "yaml": "pyyaml",
     "rich": "rich",
+    "safetensors": "safetensors",
     "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",

@@ -42,3 +42,11 @@ def one_line(text: str) -> str:
     """What a user wrote, for an error: without line breaks, and not too long."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."
+
+
+class PreemptedError(SharedError):
+    """A run that was asked to end, and has saved what it needs to go on; its status is `PREEMPTED`."""
+
+
+PREEMPTED = 75
+"""Exit status of a run that ended because a signal asked it to: EX_TEMPFAIL of sysexits.h, "try again"."""

@@ -28,8 +28,11 @@ _AT_MOST = {
     "data.crop_padding": 1 << 14,
     "data.cutout": 1 << 14,
     "data.workers": 1024,
+    "data.max_bad_files": 10**9,
     "optimizer.ascent_interval": 1_000_000,
     "parallel.timeout_s": 10_000_000,
+    "checkpoint.every_minutes": 10_000_000,
+    "checkpoint.grace_seconds": 10_000_000,
 }
 
 _AT_LEAST = {
@@ -42,6 +45,7 @@ _AT_LEAST = {
     "data.image_size": 1,
     "data.val_resize": 1,
     "data.workers": 1,
+    "data.max_bad_files": 0,
     "optimizer.lr": 0,
     "optimizer.momentum": 0,
     "optimizer.weight_decay": 0,
@@ -53,7 +57,14 @@ _AT_LEAST = {
     "parallel.replicate_size": 1,
     "parallel.timeout_s": 1,
     "checkpoint.every_epochs": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.every_minutes": 0.01,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every_epochs": 1,
+    "checkpoint.grace_seconds": 1,
+    "guard.max_loss_increase": 0,
+    "guard.max_rollbacks": 0,
+    "checks.every_steps": 1,
     "logging.every_steps": 1,
     "max_nonfinite_steps": 1,
 }

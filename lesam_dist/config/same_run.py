@@ -17,10 +17,15 @@ _FREE_ON_RESUME = (
     "max_nonfinite_steps",
     "checkpoint",
     "logging",
+    "checks",
     "data.root",
     "data.workers",
     "data.eval_batch_size",
+    "data.skip_list",  # what it leaves out is compared with the images
+    "data.max_bad_files",
     "parallel.timeout_s",
+    "parallel.shard_size",
+    "parallel.replicate_size",
     "model.compile",
     "model.activation_checkpointing",
 )

@@ -78,6 +78,11 @@ class DataConfig:
     """per channel, on the scale 0 to 1"""
     workers: int = 4
     """decoding threads (DALI) or processes (torchvision) per process"""
+    skip_list: str | None = None
+    """file that `lesam-dist scan` wrote: the images in it are left out of both splits (class folders)"""
+    max_bad_files: int = 10
+    """training images that cannot be decoded and are replaced by others, over all processes and the whole run, before
+    it stops; each is named and counted (class folders)"""
 
 
 FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
@@ -205,8 +210,42 @@ class CheckpointConfig:
 
     every_epochs: int = 1
     """save after every so many epochs, and after the last"""
+    every_steps: int | None = None
+    """and after every so many steps of the run; null for none"""
+    every_minutes: float | None = None
+    """and when so many minutes have passed since the last one; null for none"""
     keep: int = 2
     """how many of the newest stay on disk"""
+    keep_every_epochs: int | None = None
+    """those at the end of every so many epochs stay for good; null for none"""
+    keep_best: bool = True
+    """the one with the highest top-1 accuracy stays (of the averaged weights, where ema.decay is set)"""
+    asynchronous: Literal["auto", "always", "never"] = "auto"
+    """write while training goes on, at the cost of a copy of the state in the host's memory; auto does so where waiting
+    would take more than 1 % of the time"""
+    grace_seconds: float = 25.0
+    """seconds after SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in which the run makes its last checkpoint and ends (status
+    75), or else is ended; torchrun kills after 30"""
+
+
+@dataclass
+class GuardConfig:
+    """What a run does when its loss jumps."""
+
+    max_loss_increase: float | None = None
+    """go back to the last checkpoint and leave the batch out whose loss, the mean over all processes, is higher than
+    the average of the last steps by more than this; null for never. Looked at in every step, one step late"""
+    max_rollbacks: int = 10
+    """how often, before the run stops"""
+
+
+@dataclass
+class ChecksConfig:
+    """What a run checks about itself."""
+
+    every_steps: int | None = None
+    """compare the weights, optimizer state and averages of all replicas after every so many steps, to find memory or a
+    device that flips bits; null for never"""
 
 
 @dataclass
@@ -232,6 +271,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     epochs: int = 90
     """passes over the training images"""

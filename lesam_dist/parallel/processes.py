@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lesam_dist.errors import SharedError, UserError
+from lesam_dist.parallel.agreed import Agreed
 from lesam_dist.parallel.peers import Peers
 from lesam_dist.parallel.place import Place, find_place
 
@@ -36,6 +37,7 @@ class Distributed:
     device: torch.device
     local_world_size: int = 1  # processes on this node
     move: Callable[[], None] = _nobody_waits  # called at each part of a step, so that a process that hangs is found
+    agreed: Agreed = field(default_factory=Agreed)
 
     @property
     def is_main(self) -> bool:
