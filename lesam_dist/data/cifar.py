@@ -135,9 +135,9 @@ class CifarLoader:
     def __len__(self) -> int:
         return len(self._sampling)
 
-    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         sampling = self._sampling
-        for i, batch in enumerate(sampling.batches(index)):
+        for i, batch in enumerate(sampling.batches(index, start), start):
             if not sampling.train:
                 yield self._batch(batch[None])
                 continue

@@ -44,9 +44,9 @@ class DaliLoader:
     def __len__(self) -> int:
         return len(self._plan)
 
-    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._rewind()
-        self._batches = self._plan.epoch(index)
+        self._batches = self._plan.epoch(index, start)
         while outputs := self._run():
             # No copy: DALI allocates new outputs for each batch, and they live as long as these tensors.
             with torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext():

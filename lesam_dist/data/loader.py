@@ -28,12 +28,19 @@ class Loader(Protocol):
         """Batches per epoch on this rank; for training the same on all ranks."""
         ...
 
-    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(images, labels)`` on the device: normalised float32 ``(B, 3, S, S)`` and int64 ``(B,)``.
 
         A batch is the caller's: it stays valid for as long as it is referenced, so two passes can read it.
 
+        Args:
+            index: of the epoch, not negative.
+            start: batches of this rank to leave out, whose files are not opened. The others are what they are in the
+                whole epoch, to the bit. A global training batch holds the same samples for any number of processes, so
+                those from ``start`` on are what the batches before did not hold, after a change of that number too.
+
         Raises:
+            ValueError: ``start`` is negative.
             UserError: an image cannot be decoded; names the file.
         """
         ...

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch)).
-ORDER_STREAM, CROP_STREAM, CIFAR_STREAM = 0, 1, 2
+# Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch, ...)).
+ORDER_STREAM, CROP_STREAM, CIFAR_STREAM, SYNTHETIC_STREAM = 0, 1, 2, 3
 
 _PHILOX_WORDS = 4  # random numbers of 64 bits that one value of Philox's counter gives
 

@@ -29,10 +29,10 @@ class Plan(Sampling):
     folder: ImageFolder
     transform: Transform
 
-    def epoch(self, index: int) -> Iterator[Batch]:
-        """The batches of epoch ``index`` (any, in any order); evaluation epochs are all the same."""
+    def epoch(self, index: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``index`` (any, in any order) from ``start`` on; evaluation epochs are all the same."""
         paths, labels = self.folder.paths, self.folder.labels
-        for i, batch in enumerate(self.batches(index)):
+        for i, batch in enumerate(self.batches(index, start), start):
             draws = None
             if self.train:
                 draws = draw(self.transform, self.positions(i), seed=self.seed, epoch=index)

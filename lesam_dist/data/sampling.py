@@ -98,12 +98,18 @@ class Sampling:
         n, rank, world = len(self.folder), self.rank, self.world_size
         return -(-((rank + 1) * n // world - rank * n // world) // self.batch_size)
 
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The samples of each batch of any epoch; evaluation epochs are all the same."""
+    def batches(self, epoch: int, start: int = 0) -> list[NDArray[np.int64]]:
+        """The samples of each batch of any epoch, from batch ``start`` on; evaluation epochs are all the same.
+
+        Raises:
+            ValueError: ``start`` is negative.
+        """
+        if start < 0:
+            raise ValueError(f"start is {start}: it is a number of batches, at least 0")
         order = epoch_order(len(self.folder), seed=self.seed, epoch=epoch, shuffle=self.train)
         return rank_batches(
             order, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, train=self.train
-        )
+        )[start:]
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"samples": len(self.folder), "files": self.folder.digest}

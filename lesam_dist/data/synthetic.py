@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lesam_dist.data.order import SYNTHETIC_STREAM
 
 
 class SyntheticLoader:
@@ -17,7 +20,7 @@ class SyntheticLoader:
         image_size: side of the square images, in pixels.
         batch_size: images per batch on this rank.
         batches: per epoch.
-        seed: batches are a function of (seed, epoch, rank); they differ between kinds of device.
+        seed: a batch is a function of (seed, epoch, batch, rank); they differ between kinds of device.
         rank: of this process.
         device: where the batches are made.
     """
@@ -43,12 +46,14 @@ class SyntheticLoader:
     def __len__(self) -> int:
         return self.batches
 
-    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(images, labels)``: float32 ``(B, 3, S, S)`` and int64 ``(B,)``, new tensors each time."""
-        # A hash of three small integers: neighbouring (seed, epoch, rank) must not share a stream.
-        mixed = (self.seed * 1_000_003 + index) * 1_000_003 + self.rank
-        generator = torch.Generator(self.device).manual_seed(mixed % 2**63)
-        for _ in range(self.batches):
+        if start < 0:
+            raise ValueError(f"start is {start}: it is a number of batches, at least 0")
+        for batch in range(start, self.batches):
+            key = np.random.SeedSequence(self.seed, spawn_key=(SYNTHETIC_STREAM, index, batch, self.rank))
+            # All bits of it are mixed: torch's generator on the CPU reads the lower 32.
+            generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
             images = torch.randn(self.shape, generator=generator, device=self.device)
             labels = torch.randint(
                 self.num_classes, self.shape[:1], generator=generator, device=self.device, dtype=torch.int64

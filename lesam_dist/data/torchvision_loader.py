@@ -49,10 +49,10 @@ class TorchvisionLoader:
     def __len__(self) -> int:
         return len(self._plan)
 
-    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
-        self._epoch.index = index
+        self._epoch.index, self._epoch.start = index, start
         for loaded in self._loader:
             if isinstance(loaded, UserError):
                 raise loaded
@@ -85,17 +85,17 @@ def _start_method() -> BaseContext:
 
 
 class _Epoch(Sized):
-    """The batches of epoch ``index``, iterated in the main process."""
+    """The batches of epoch ``index`` from ``start`` on, iterated in the main process."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.index = 0
+        self.index = self.start = 0
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return max(0, len(self.plan) - self.start)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.plan.epoch(self.index)
+        return self.plan.epoch(self.index, self.start)
 
 
 class _Decoder(Dataset[Any]):
