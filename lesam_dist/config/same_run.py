@@ -37,12 +37,14 @@ _ONCE_OF_LESAM = ("sigma", "rho_max", "eps", "plus_form", "adaptive")
 def differences(now: Config, saved: dict[str, Any], when: str) -> list[str]:
     """Every field that changes what a run computes and that differs, with both values; ``when`` is the saved one's."""
     values, then = flatten(now), _with_all(saved)
+    is_whole = values["data.accumulation_mode"] == "batch"  # else each part of a batch has its own perturbation
+    free = (*_FREE_ON_RESUME, *(["data.micro_batches"] if is_whole else []))
     if _is_same_method(values[_NAME], then[_NAME]):
         then[_NAME] = values[_NAME]
     return [
         f"{path}: {then[path]!r} {when}, {value!r} now"
         for path, value in values.items()
-        if path in then and then[path] != value and not path.startswith(_FREE_ON_RESUME)
+        if path in then and then[path] != value and not path.startswith(free)
     ]
 
 

@@ -21,11 +21,15 @@ class NonFiniteSteps:
         in_a_row: such steps since the last finite one, float64 0-d.
     """
 
-    def __init__(self, config: Config, device: torch.device, in_a_row: float = 0.0) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         self._config, self._warned = config, False
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.in_a_row = torch.full_like(self.total, in_a_row)
+        self.in_a_row = torch.zeros_like(self.total)
         self._skipped = torch.zeros_like(self.total)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was counted, by name, as it is: not copies. A resumed run writes into it what it was."""
+        return {"total": self.total, "in_a_row": self.in_a_row, "skipped": self._skipped}
 
     @torch.no_grad()
     def count(self, loss: Tensor, skipped: Tensor) -> None:

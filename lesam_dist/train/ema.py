@@ -61,9 +61,13 @@ class WeightAverage:
             _lerp_all([average for average, _ in alike], [source for _, source in alike], weights[torch.float32])
         self._updates += made
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The averages of the model's buffers, which differ between processes within an epoch; not copies."""
+        return {name: average for name, average in self._averages.items() if name in self._buffers}
+
     def average_buffers(self, world: Distributed) -> None:
         """Give every rank the mean of all ranks' averaged buffers, as the model's own are before they are used."""
-        average_over_ranks([average for name, average in self._averages.items() if name in self._buffers], world)
+        average_over_ranks(list(self.buffers().values()), world)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
 
 
-def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per_epoch: int, epoch: int) -> str:
-    """Model, method, precision, processes and length of a run that goes on from ``epoch``; and its plan."""
+def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per_epoch: int, step: int) -> str:
+    """Model, method, precision, processes and length of a run that goes on after ``step`` steps; and its plan."""
     params = sum(p.numel() for p in model.parameters())
     method = config.optimizer.name
     if method not in PLAIN:
@@ -18,7 +18,8 @@ def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per
     processes = f"{world.world_size} x {world.device.type}"
     if world.world_size > 1:
         processes += f", {config.parallel.strategy}"
-    start = f", from epoch {epoch}" if epoch else ""
+    epoch, rest = divmod(step, steps_per_epoch)
+    start = f", from step {step} (epoch {step / steps_per_epoch:.2f})" if rest else f", from epoch {epoch}" * (step > 0)
     return (
         f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, {processes}, "
         f"batch {config.data.batch_size}, {config.epochs} epochs of {steps_per_epoch} steps{start}{_plan(config)}"

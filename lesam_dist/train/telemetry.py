@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lesam_dist.train.lines import Lines
+
 METRICS = "metrics.jsonl"
 _SUPERSEDED = "metrics.superseded.jsonl"
 
@@ -41,10 +43,11 @@ class RunLog:
         *,
         evaluated: bool = True,
     ) -> None:
-        self._file = self._board = None
+        self._file: Lines | None = None
+        self._board = None
         if run_dir is not None:
             _supersede(run_dir, start_step, evaluated)
-            self._file = (run_dir / METRICS).open("a", buffering=1)
+            self._file = Lines(run_dir / METRICS)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -69,16 +72,25 @@ class RunLog:
         """Log one line of ``values`` everywhere."""
         line = {"step": step, "epoch": round(epoch, 4), "split": split}
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        if self._file:
-            self._file.write(json.dumps(line) + "\n")
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        if self._file and (news := self._file.append(json.dumps(line))):
+            self.print(news)
+        self._draw(split, step, values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.console.is_terminal and split == "train":
             self._progress.update(self._task, description=f"epoch {epoch:.1f}  loss {values['loss']:.3f}")
         else:
             self.print(f"[{split}] step {step}  epoch {epoch:.2f}  {shown}")
+
+    def _draw(self, split: str, step: int, values: dict[str, float]) -> None:
+        """To TensorBoard, whose writer gives up for good where the disk is full: metrics.jsonl has all of it."""
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        except OSError as error:
+            self._board = None
+            self.print(f"warning: no more TensorBoard events from step {step} on ({error.strerror or error}).")
 
     def print(self, text: str) -> None:
         """A plain line on the terminal, above the progress bar."""
@@ -90,7 +102,8 @@ class RunLog:
         if self._file:
             self._file.close()
         if self._board:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

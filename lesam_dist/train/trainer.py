@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from lesam_dist.config.schema import Config
-from lesam_dist.config.values import flatten
 from lesam_dist.data import Loader
+from lesam_dist.errors import PreemptedError
 from lesam_dist.optim.plain import Plain
+from lesam_dist.parallel.agreed import Wish
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import reduce_max
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import build
 from lesam_dist.train.buffers import ModelBuffers
+from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
 from lesam_dist.train.ema import WeightAverage
@@ -28,6 +30,7 @@ from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.meter import Meter, event_of
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
 from lesam_dist.train.run_dir import RunDir
+from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.summary import describe_run
 from lesam_dist.train.telemetry import RunLog, plot_curves
 
@@ -82,35 +85,55 @@ class Trainer:
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-        self.epoch = self.step = 0
+        self.step = 0
+        self.total_steps = config.epochs * self.steps_per_epoch
         self.warned = False
-        self.last_evaluation: dict[str, float] | None = None  # of `step`, where a checkpoint can be of it
+        self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
+        self.saved_step: int | None = None  # of the last checkpoint
         self.nonfinite = NonFiniteSteps(config, world.device)
+        self.state = RunState(
+            config,
+            world,
+            model,
+            self.optimizer,
+            self.train_loader,
+            self.lr_schedule,
+            self.budget,
+            self.scaler,
+            self.ema,
+            self.nonfinite,
+        )
         self.checkpoints = (
             None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", config.checkpoint.keep, world)
         )
+        self.cadence = Cadence(config.checkpoint, config.epochs, self.steps_per_epoch, world)
         self.log: RunLog | None = None
 
+    @property
+    def epoch(self) -> int:
+        """Epochs that have ended."""
+        return self.step // self.steps_per_epoch
+
     def fit(self) -> dict[str, float]:
-        """Run from the start, or from the checkpoint that the config resumes, to the last epoch."""
+        """Run from the start, or from the checkpoint that the config resumes, to the last epoch.
+
+        Raises:
+            PreemptedError: it was asked to stop, and has saved what it needs to go on.
+        """
         if self.config.resume is not None:
             self._resume()
-        total, evaluated = self.config.epochs * self.steps_per_epoch, bool(self.last_evaluation or not self.step)
+        is_between_epochs = self.step > 0 and self.step % self.steps_per_epoch == 0
+        evaluated = not is_between_epochs or self.last_evaluation is not None
         if self.world.is_main:
             board = self.config.logging.tensorboard
-            self.log = RunLog(self.run_dir, total, self.step, board, evaluated=evaluated)
-            self.log.print(describe_run(self.config, self.world, self.model, self.steps_per_epoch, self.epoch))
+            self.log = RunLog(self.run_dir, self.total_steps, self.step, board, evaluated=evaluated)
+            self.log.print(describe_run(self.config, self.world, self.model, self.steps_per_epoch, self.step))
         if not evaluated:  # it was cut off after its checkpoint
             self._evaluate()
-        if self.run_dir and self.epoch < self.config.epochs:
+        if self.run_dir and self.step < self.total_steps:
             self._try_evaluation()
-        while self.epoch < self.config.epochs:
-            self._train_epoch()
-            average_batchnorm(self.model, self.world)
-            if self.ema:
-                self.ema.average_buffers(self.world)
-            self._save()
-            self._evaluate()
+        while self.step < self.total_steps:
+            self._end_epoch(self._train_epoch())
         self._require_learning()
         assert self.last_evaluation is not None
         return self.last_evaluation
@@ -134,32 +157,50 @@ class Trainer:
         if self._claim:
             self._claim.release()
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> Wish | None:
+        """The rest of the epoch that `step` lies in; returns what all processes want after its last step."""
         self.wrapped.train()
-        # A function of (seed, epoch, rank), so that a resumed epoch draws what the uninterrupted one drew.
-        torch.manual_seed(((self.config.seed * 100_003 + self.epoch) * 100_003 + self.world.rank) % 2**63)
         meter = Meter(self.config.data.batch_size, event_of(self.world.device))
-        batches = self.train_loader.epoch(self.epoch)
-        for index in range(self.steps_per_epoch):
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        batches = self.train_loader.epoch(epoch, start)
+        for index in range(start, self.steps_per_epoch):
             with meter.waiting():
                 images, labels = next(batches)
             self.world.move()
-            images = images.to(memory_format=self.memory_format)
-            used = self._schedule_values()
-            loss = self._step(images, labels)
-            if self.ema:
-                self.ema.update(self.optimizer.overflow)
-            self.lr_schedule.step()
-            if self.budget:
-                self.budget.step()
-            self.step += 1
-            self.world.move()
-            self.nonfinite.count(loss, self.optimizer.telemetry["skipped"])
-            if self.log:
-                self.log.advance()
-            if self._logs(self.step):
-                self._log_step(loss, used, meter, self.epoch + (index + 1) / self.steps_per_epoch)
-        self.epoch += 1
+            self._train_step(images, labels, meter)
+            self.cadence.look_at_clock()
+            wish = self.world.agreed.due(self.step)
+            if index + 1 == self.steps_per_epoch:
+                return wish
+            self._save_if(wish)
+        raise AssertionError("an epoch has at least one step")
+
+    def _train_step(self, images: Tensor, labels: Tensor, meter: Meter) -> None:
+        """One update with all that belongs to it."""
+        seed_step(self.config.seed, self.step, self.world.rank)
+        used = self._schedule_values()
+        loss = self._step(images.to(memory_format=self.memory_format), labels)
+        if self.ema:
+            self.ema.update(self.optimizer.overflow)
+        self.lr_schedule.step()
+        if self.budget:
+            self.budget.step()
+        self.step += 1
+        self.last_evaluation = None
+        self.world.move()
+        self.nonfinite.count(loss, self.optimizer.telemetry["skipped"])
+        if self.log:
+            self.log.advance()
+        if self._logs(self.step):
+            self._log_step(loss, used, meter)
+
+    def _end_epoch(self, wish: Wish | None) -> None:
+        """What follows an epoch's last step. It is saved before the evaluation: if that fails, it is not lost."""
+        average_batchnorm(self.model, self.world)
+        if self.ema:
+            self.ema.average_buffers(self.world)
+        self._save_if(wish)
+        self._evaluate()
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns this rank's loss at the weights before it."""
@@ -194,7 +235,7 @@ class Trainer:
     def _logs(self, step: int) -> bool:
         return step % self.config.logging.every_steps == 0
 
-    def _log_step(self, loss: Any, used: dict[str, float], meter: Meter, epoch: float) -> None:
+    def _log_step(self, loss: Any, used: dict[str, float], meter: Meter) -> None:
         counts = {"total": self.nonfinite.total, "in_a_row": self.nonfinite.in_a_row}
         scalars: dict[str, Tensor] = {"loss": loss, **counts}
         names = ["grad_norm", "skipped"]
@@ -209,7 +250,7 @@ class Trainer:
         means = dict(zip(scalars, self.world.mean(list(scalars.values())), strict=True))
         total, in_a_row = (means.pop(name) for name in counts)
         if self.log:
-            self.log.write("train", self.step, epoch, {**means, **used, **rates})
+            self.log.write("train", self.step, self.step / self.steps_per_epoch, {**means, **used, **rates})
             if "realized_rho" in means:
                 self._warn_of_rounding(means["rho"], means["realized_rho"])
             if warning := self.nonfinite.warning(self.step, total, in_a_row):
@@ -242,22 +283,29 @@ class Trainer:
                 "rho. This is said once; realized_rho is in the log."
             )
 
-    def _save(self) -> None:
-        """Save where it is due, and before the evaluation: if that fails, the epoch is not lost."""
-        self.last_evaluation = None
-        state = [*self.model.parameters(), *self.model.buffers()]
-        in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(state)])
-        self.nonfinite.require_few(self.step, in_a_row, self.checkpoints)
-        if self._saves():
-            assert self.checkpoints is not None
-            progress = {**self._progress(), "nonfinite_in_a_row": in_a_row}
-            good = in_a_row == 0 and finite == 1
-            self.checkpoints.save(self.step, self.model, self.optimizer, progress, self.ema, finite=good)
+    def _save_if(self, wish: Wish | None) -> None:
+        """After a step and what belongs to it: save where that is due or wished for, and stop where that is.
 
-    def _saves(self) -> bool:
-        """Whether a checkpoint of the epoch that has just ended is kept."""
-        last = self.epoch == self.config.epochs
-        return self.checkpoints is not None and (last or self.epoch % self.config.checkpoint.every_epochs == 0)
+        Raises:
+            PreemptedError: all processes have agreed to stop here.
+        """
+        if self.checkpoints and (wish or self.cadence.is_due(self.step)):
+            self._save(self.checkpoints)
+        if wish == "stop":
+            raise self._preempted()
+
+    def _save(self, checkpoints: Checkpointer) -> None:
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(weights)])
+        self.nonfinite.require_few(self.step, in_a_row, checkpoints)
+        progress = {"epoch": self.epoch, "evaluation": self.last_evaluation, **self.state.progress()}
+        good = in_a_row == 0 and finite == 1
+        checkpoints.save(self.step, self.model, self.optimizer, progress, self.ema, finite=good)
+        self.saved_step = self.step
+        self.cadence.saved()
+
+    def _preempted(self) -> PreemptedError:
+        return PreemptedError(f"stopped as asked after step {self.step}: go on with --resume auto.")
 
     def _try_evaluation(self) -> None:
         """Evaluate one batch, which changes nothing: what is broken shows before an epoch has been spent."""
@@ -274,11 +322,12 @@ class Trainer:
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)
-        if self.checkpoints and self._saves():
+        if self.checkpoints and self.saved_step == self.step:
             self.checkpoints.amend(self.step, {"evaluation": result})
 
     def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((images.to(memory_format=self.memory_format), labels) for images, labels in self.val_loader.epoch(0))
+        for images, labels in self.val_loader.epoch(0):
+            yield images.to(memory_format=self.memory_format), labels
 
     def _evaluate_weights(self) -> dict[str, float]:
         batches, count = self._validation(), len(self.val_loader)
@@ -294,17 +343,6 @@ class Trainer:
             values["sigma"] = float(self.budget.get_last_sigma()[0])
         return values
 
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "lr_schedule": self.lr_schedule.state_dict(),
-            "budget": self.budget.state_dict() if self.budget else None,
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "data": self.train_loader.state_dict(),
-            "evaluation": self.last_evaluation,
-            "config": flatten(self.config),
-        }
-
     def _resume(self) -> None:
         assert self.checkpoints is not None
         progress, damaged = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
@@ -313,12 +351,7 @@ class Trainer:
                 print(f"warning: {fault}; going on from an older checkpoint", flush=True)
         if progress is None:
             return
-        self.train_loader.load_state_dict(progress["data"])
-        self.lr_schedule.load_state_dict(progress["lr_schedule"])
-        if self.budget:
-            self.budget.load_state_dict(progress["budget"])
-        if self.scaler:
-            self.scaler.load_state_dict(progress["scaler"])
-        self.epoch, self.step = progress["epoch"], progress["step"]
-        self.nonfinite = NonFiniteSteps(self.config, self.world.device, progress["nonfinite_in_a_row"])
+        self.state.check(progress)
+        self.state.restore(progress, {})
+        self.step = self.saved_step = progress["step"]
         self.last_evaluation = progress["evaluation"]

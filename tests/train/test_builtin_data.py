@@ -42,10 +42,10 @@ def test_a_run_on_cifar_and_its_resumption(
         calls = iter([True, False])
         real = build.CifarLoader.epoch
 
-        def interrupted(self: build.CifarLoader, index: int) -> object:
+        def interrupted(self: build.CifarLoader, index: int, start: int = 0) -> object:
             if self._sampling.train and not next(calls):
                 raise KeyboardInterrupt
-            return real(self, index)
+            return real(self, index, start)
 
         patch.setattr(build.CifarLoader, "epoch", interrupted)
         assert command(*cifar, "--run_dir", broken)[0] == 130
