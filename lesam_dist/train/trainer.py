@@ -19,7 +19,7 @@ from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.agreed import Wish
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import reduce_max
-from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.parallel.wrapping import is_sharded, wrap
 from lesam_dist.train import build
 from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.cadence import Cadence
@@ -327,6 +327,9 @@ class Trainer:
 
     def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.val_loader.epoch(0):
+            # Its forwards are collective where the model is sharded: nobody may leave them alone.
+            if self.world.agreed.stopping and self.saved_step == self.step and not is_sharded(self.model):
+                raise self._preempted()
             yield images.to(memory_format=self.memory_format), labels
 
     def _evaluate_weights(self) -> dict[str, float]:
