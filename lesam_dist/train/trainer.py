@@ -16,7 +16,6 @@ from lesam_dist.config.schema import Config
 from lesam_dist.data import Loader
 from lesam_dist.errors import PreemptedError
 from lesam_dist.optim.plain import Plain
-from lesam_dist.parallel.agreed import Wish
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import reduce_max
 from lesam_dist.parallel.wrapping import is_sharded, wrap
@@ -132,8 +131,8 @@ class Trainer:
             self._evaluate()
         if self.run_dir and self.step < self.total_steps:
             self._try_evaluation()
-        while self.step < self.total_steps:
-            self._end_epoch(self._train_epoch())
+        for _ in self.steps():
+            pass
         self._require_learning()
         assert self.last_evaluation is not None
         return self.last_evaluation
@@ -157,23 +156,23 @@ class Trainer:
         if self._claim:
             self._claim.release()
 
-    def _train_epoch(self) -> Wish | None:
-        """The rest of the epoch that `step` lies in; returns what all processes want after its last step."""
+    def steps(self) -> Iterator[int]:
+        """Train, one step with all that belongs to it at each turn; gives the number of steps made."""
+        while self.step < self.total_steps:
+            yield from self._rest_of_epoch()
+
+    def _rest_of_epoch(self) -> Iterator[int]:
         self.wrapped.train()
         meter = Meter(self.config.data.batch_size, event_of(self.world.device))
         epoch, start = divmod(self.step, self.steps_per_epoch)
         batches = self.train_loader.epoch(epoch, start)
-        for index in range(start, self.steps_per_epoch):
+        for _ in range(start, self.steps_per_epoch):
             with meter.waiting():
                 images, labels = next(batches)
             self.world.move()
             self._train_step(images, labels, meter)
-            self.cadence.look_at_clock()
-            wish = self.world.agreed.due(self.step)
-            if index + 1 == self.steps_per_epoch:
-                return wish
-            self._save_if(wish)
-        raise AssertionError("an epoch has at least one step")
+            self._after_step()
+            yield self.step
 
     def _train_step(self, images: Tensor, labels: Tensor, meter: Meter) -> None:
         """One update with all that belongs to it."""
@@ -194,13 +193,25 @@ class Trainer:
         if self._logs(self.step):
             self._log_step(loss, used, meter)
 
-    def _end_epoch(self, wish: Wish | None) -> None:
-        """What follows an epoch's last step. It is saved before the evaluation: if that fails, it is not lost."""
-        average_batchnorm(self.model, self.world)
-        if self.ema:
-            self.ema.average_buffers(self.world)
-        self._save_if(wish)
-        self._evaluate()
+    def _after_step(self) -> None:
+        """Save and evaluate where that is due. It is saved first: if the evaluation fails, the epoch is not lost.
+
+        Raises:
+            PreemptedError: all processes have agreed to stop after this step; it has been saved.
+        """
+        self.cadence.look_at_clock()
+        wish = self.world.agreed.due(self.step)
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if ends_epoch:
+            average_batchnorm(self.model, self.world)
+            if self.ema:
+                self.ema.average_buffers(self.world)
+        if self.checkpoints and (wish or self.cadence.is_due(self.step)):
+            self._save(self.checkpoints)
+        if wish == "stop":
+            raise self._preempted()
+        if ends_epoch:
+            self._evaluate()
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns this rank's loss at the weights before it."""
@@ -282,17 +293,6 @@ class Trainer:
                 f"{realized:.4g}: rounding spoils the perturbation. Use precision.weights fp32, or a larger sigma or "
                 "rho. This is said once; realized_rho is in the log."
             )
-
-    def _save_if(self, wish: Wish | None) -> None:
-        """After a step and what belongs to it: save where that is due or wished for, and stop where that is.
-
-        Raises:
-            PreemptedError: all processes have agreed to stop here.
-        """
-        if self.checkpoints and (wish or self.cadence.is_due(self.step)):
-            self._save(self.checkpoints)
-        if wish == "stop":
-            raise self._preempted()
 
     def _save(self, checkpoints: Checkpointer) -> None:
         weights = [*self.model.parameters(), *self.model.buffers()]
