@@ -174,7 +174,7 @@ def _finished(config: Config, world: Distributed) -> dict[str, float] | None:
 
     found: dict[str, float] | None = None
     if world.is_main:
-        progress = Checkpointer(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, world).progress()
+        progress = Checkpointer(Path(config.run_dir) / "checkpoints", world, config.checkpoint).progress()
         if progress is not None:
             try:
                 check_same_run(config, progress["config"])

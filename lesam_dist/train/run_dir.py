@@ -54,7 +54,7 @@ def claim(config: Config, world: Distributed) -> RunDir:
 
 
 def _claim(config: Config, world: Distributed, path: Path) -> RunDir:
-    checkpoints = Checkpointer(path / "checkpoints", config.checkpoint.keep, world)
+    checkpoints = Checkpointer(path / "checkpoints", world, config.checkpoint)
     if config.resume is None and ((path / METRICS).exists() or checkpoints.exist()):
         raise UserError(f"run_dir '{path}' already holds a run: go on with --resume auto, or choose another --run_dir.")
     path.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ class Trainer:
             self.nonfinite,
         )
         self.checkpoints = (
-            None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", config.checkpoint.keep, world)
+            None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", world, config.checkpoint)
         )
         self.cadence = Cadence(config.checkpoint, config.epochs, self.steps_per_epoch, world)
         self.log: RunLog | None = None
@@ -141,6 +141,8 @@ class Trainer:
         """Draw the curves, flush the logs, free the loaders; also after an error."""
         self.train_loader.close()
         self.val_loader.close()
+        if self.checkpoints:
+            self.checkpoints.wait()
         if self.log:
             self.log.close()
             if self.run_dir:
@@ -207,7 +209,7 @@ class Trainer:
             if self.ema:
                 self.ema.average_buffers(self.world)
         if self.checkpoints and (wish or self.cadence.is_due(self.step)):
-            self._save(self.checkpoints)
+            self._save(self.checkpoints, final=wish == "stop")
         if wish == "stop":
             raise self._preempted()
         if ends_epoch:
@@ -294,14 +296,24 @@ class Trainer:
                 "rho. This is said once; realized_rho is in the log."
             )
 
-    def _save(self, checkpoints: Checkpointer) -> None:
+    def _save(self, checkpoints: Checkpointer, *, final: bool) -> None:
         weights = [*self.model.parameters(), *self.model.buffers()]
         in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(weights)])
         self.nonfinite.require_few(self.step, in_a_row, checkpoints)
         progress = {"epoch": self.epoch, "evaluation": self.last_evaluation, **self.state.progress()}
         good = in_a_row == 0 and finite == 1
-        checkpoints.save(self.step, self.model, self.optimizer, progress, self.ema, finite=good)
-        self.saved_step = self.step
+        saved = checkpoints.save(
+            self.step,
+            self.model,
+            self.optimizer,
+            progress,
+            self.ema,
+            own=self.state.own(),
+            finite=good,
+            epoch_end=None if self.step % self.steps_per_epoch else self.epoch,
+            final=final or self.step == self.total_steps,
+        )
+        self.saved_step = self.step if saved else None
         self.cadence.saved()
 
     def _preempted(self) -> PreemptedError:
@@ -348,13 +360,14 @@ class Trainer:
 
     def _resume(self) -> None:
         assert self.checkpoints is not None
-        progress, damaged = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
+        loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
+        progress = loaded.progress
         if self.world.is_main:
-            for fault in damaged:
+            for fault in loaded.damaged:
                 print(f"warning: {fault}; going on from an older checkpoint", flush=True)
         if progress is None:
             return
         self.state.check(progress)
-        self.state.restore(progress, {})
+        self.state.restore(progress, loaded.own)
         self.step = self.saved_step = progress["step"]
         self.last_evaluation = progress["evaluation"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +15,24 @@ import torch
 from torch import nn
 
 from lesam_dist import LESAM
+from lesam_dist.config.schema import CheckpointConfig
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train import manifest
-from lesam_dist.train.checkpoint import Checkpointer
+from lesam_dist.train.checkpoint import Checkpointer, Loaded, manifest
+from lesam_dist.train.checkpoint import index as index_file
 
-MANIFEST = manifest.NAME
-VERSIONS = {"torch": torch.__version__, "world_size": 1}
+MANIFEST, DATA = manifest.NAME, "rank_00000.safetensors"
+ALWAYS = {"torch": torch.__version__, "world_size": 1, "epoch_end": None, "finite": True}
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
 
 def make() -> tuple[nn.Module, LESAM]:
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     return net, LESAM(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def keeping(folder: Path, keep: int, **fields: Any) -> Checkpointer:
+    return Checkpointer(folder, ALONE, CheckpointConfig(keep=keep, **{"asynchronous": "never", **fields}))
 
 
 def train_a_step(net: nn.Module, optimizer: LESAM) -> None:
@@ -45,7 +50,7 @@ def save_steps(
     folder: Path, keep: int, steps: range
 ) -> tuple[Checkpointer, nn.Module, LESAM, dict[int, dict[str, Any]]]:
     net, optimizer = make()
-    checkpointer = Checkpointer(folder, keep, ALONE)
+    checkpointer = keeping(folder, keep)
     states = {}
     for step in steps:
         train_a_step(net, optimizer)
@@ -54,20 +59,31 @@ def save_steps(
     return checkpointer, net, optimizer, states
 
 
+def step_of(loaded: Loaded) -> int:
+    assert loaded.progress is not None
+    step: int = loaded.progress["step"]
+    return step
+
+
+def what_was_saved(loaded: Loaded) -> dict[str, Any]:
+    assert loaded.progress is not None
+    return {name: value for name, value in loaded.progress.items() if name != "saved"}
+
+
 def test_round_trip_is_bit_exact(seed: int, tmp_path: Path) -> None:
     checkpointer, net, optimizer, _ = save_steps(tmp_path, 3, range(1, 3))
     fresh_net, fresh = make()
-    progress, damaged = checkpointer.load_latest(fresh_net, fresh)
-    assert damaged == []
-    assert progress is not None
-    assert (progress["step"], progress["epoch"]) == (2, 2)
+    loaded = checkpointer.load_latest(fresh_net, fresh)
+    assert loaded.damaged == []
+    assert loaded.progress is not None
+    assert (loaded.progress["step"], loaded.progress["epoch"]) == (2, 2)
     torch.testing.assert_close(fresh_net.state_dict(), net.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(fresh.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
     assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 def test_no_checkpoint_is_not_an_error(tmp_path: Path) -> None:
-    assert Checkpointer(tmp_path / "none", 2, ALONE).load_latest(*make()) == (None, [])
+    assert keeping(tmp_path / "none", 2).load_latest(*make()) == Loaded(None)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -92,10 +108,14 @@ def change_progress(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "cut data": ("__0_0.distcp", truncate, "is truncated"),
-    "no data": ("__0_0.distcp", Path.unlink, "is missing"),
-    "a bit of the data": ("__0_0.distcp", lambda path: flip(path, path.stat().st_size // 3), "its checksum is"),
-    "a bit of the metadata": (".metadata", lambda path: flip(path, 40), "its checksum is"),
+    "cut data": (DATA, truncate, "is truncated"),
+    "no data": (DATA, Path.unlink, "is missing"),
+    "a bit of the data": (
+        "rank_00000.safetensors",
+        lambda path: flip(path, path.stat().st_size // 3),
+        "its checksum is",
+    ),
+    "a bit of the index": (index_file.NAME, lambda path: flip(path, 40), "its checksum is"),
     "cut manifest": (MANIFEST, truncate, "cannot be read"),
     "a digit in the manifest": (MANIFEST, change_progress, "its content is not that of its checksum"),
     "binary manifest": (MANIFEST, lambda path: path.write_bytes(bytes(range(256))), "cannot be read"),
@@ -111,80 +131,23 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damage:
     victim = tmp_path / "step_00000003" / name
     apply(victim)
     net, optimizer = make()
-    progress, damaged = checkpointer.load_latest(net, optimizer)
-    assert progress is not None
-    assert progress["step"] == 2
-    assert len(damaged) == 1
-    assert str(victim) in damaged[0]
-    assert message in damaged[0]
+    loaded = checkpointer.load_latest(net, optimizer)
+    assert step_of(loaded) == 2
+    assert len(loaded.damaged) == 1
+    assert str(victim) in loaded.damaged[0]
+    assert message in loaded.damaged[0]
     torch.testing.assert_close(net.state_dict(), states[2], rtol=0, atol=0)
     # The run goes on from there and saves the damaged step anew.
     checkpointer.save(3, net, optimizer, {"epoch": 3})
-    progress, damaged = checkpointer.load_latest(*make())
-    assert (progress or {})["step"] == 3
-    assert damaged == []
-
-
-class Code:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def as_metadata(folder: Path, evidence: Path) -> None:
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    metadata.planner_data = Code(evidence)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def as_other_file(folder: Path, evidence: Path) -> None:
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    for info in metadata.storage_data.values():
-        info.relative_path = "../step_00000001/__0_0.distcp"
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-CRAFTED = {
-    as_metadata: "asks for pathlib.Path.touch",
-    as_other_file: "'../step_00000001/__0_0.distcp', which is no file",
-}
-
-
-@pytest.mark.parametrize("craft", CRAFTED, ids=lambda craft: craft.__name__)
-def test_crafted_metadata_is_passed_over(tmp_path: Path, craft: Callable[[Path, Path], None]) -> None:
-    """Whoever writes the files writes their checksums too."""
-    checkpointer, _, _, states = save_steps(tmp_path, 3, range(1, 3))
-    folder, evidence = tmp_path / "step_00000002", tmp_path / "evidence"
-    craft(folder, evidence)
-    content, files = manifest.read(folder)
-    manifest.write(folder, {**content, "files": manifest.checksums(folder, files)})
-    net, optimizer = make()
-    progress, damaged = checkpointer.load_latest(net, optimizer)
-    assert not evidence.exists()
-    assert len(damaged) == 1
-    assert CRAFTED[craft] in damaged[0]
-    assert (progress or {})["step"] == 1
-    torch.testing.assert_close(net.state_dict(), states[1], rtol=0, atol=0)
-
-
-def test_crafted_value_runs_no_code(tmp_path: Path) -> None:
-    checkpointer, net, optimizer, _ = save_steps(tmp_path, 3, range(1, 2))
-    evidence = tmp_path / "evidence"
-    optimizer.param_groups[0]["lr"] = Code(evidence)
-    checkpointer.save(2, net, optimizer, {})
-    with pytest.raises(UserError, match=r"step_00000002 cannot be loaded into this run: Weights only load failed"):
-        checkpointer.load_latest(*make())
-    assert not evidence.exists()
+    loaded = checkpointer.load_latest(*make())
+    assert step_of(loaded) == 3
+    assert loaded.damaged == []
 
 
 def test_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     checkpointer, *_ = save_steps(tmp_path, 3, range(1, 2))
     net = nn.Linear(4, 6)
-    with pytest.raises(UserError, match=r"cannot be loaded into this run: .*model\.weight"):
+    with pytest.raises(UserError, match=r"cannot be loaded into this run: .*model\.bias"):
         checkpointer.load_latest(net, LESAM(net.parameters(), torch.optim.SGD, lr=0.1))
 
 
@@ -192,9 +155,9 @@ def test_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
 def test_pointer_to_nothing_means_the_newest(tmp_path: Path, content: bytes) -> None:
     checkpointer, *_ = save_steps(tmp_path, 3, range(1, 3))
     (tmp_path / "latest").write_bytes(content)
-    progress, damaged = checkpointer.load_latest(*make())
-    assert (progress or {})["step"] == 2
-    assert damaged == []
+    loaded = checkpointer.load_latest(*make())
+    assert step_of(loaded) == 2
+    assert loaded.damaged == []
 
 
 def names(folder: Path) -> list[str]:
@@ -204,18 +167,19 @@ def names(folder: Path) -> list[str]:
 def test_what_was_just_saved_is_kept_after_going_back(tmp_path: Path) -> None:
     """keep 1, and a newer step is on disk: it is the one that goes, with what a killed save left behind."""
     save_steps(tmp_path, 3, range(1, 5))
-    flip(tmp_path / "step_00000004" / "__0_0.distcp", 50)
-    flip(tmp_path / "step_00000003" / "__0_0.distcp", 50)
+    flip(tmp_path / "step_00000004" / "rank_00000.safetensors", 50)
+    flip(tmp_path / "step_00000003" / "rank_00000.safetensors", 50)
     for folder in (".step_00000007.partial", "step_00000009.mine"):
         (tmp_path / folder).mkdir()
-    checkpointer = Checkpointer(tmp_path, 1, ALONE)
+    checkpointer = keeping(tmp_path, 1)
     net, optimizer = make()
-    assert (checkpointer.load_latest(net, optimizer)[0] or {})["step"] == 2
+    assert step_of(checkpointer.load_latest(net, optimizer)) == 2
     train_a_step(net, optimizer)
     checkpointer.save(3, net, optimizer, {})
     assert names(tmp_path) == ["latest", "step_00000003", "step_00000009.mine"]
     again, optimizer = make()
-    assert checkpointer.load_latest(again, optimizer) == ({"step": 3, "finite": True, **VERSIONS}, [])
+    loaded = checkpointer.load_latest(again, optimizer)
+    assert (what_was_saved(loaded), loaded.damaged) == ({"step": 3, **ALWAYS}, [])
     torch.testing.assert_close(again.state_dict(), net.state_dict(), rtol=0, atol=0)
 
 
@@ -232,34 +196,39 @@ def test_progress_can_be_amended(tmp_path: Path) -> None:
     checkpointer, *_ = save_steps(tmp_path, 2, range(1, 3))
     checkpointer.amend(1, {"evaluation": {"loss": math.inf}, 5: "a key that is no text"})
     checkpointer.amend(2, {"epoch": 0.1})
-    assert checkpointer.load_latest(*make()) == ({"step": 2, "epoch": 0.1, "finite": True, **VERSIONS}, [])
+    assert what_was_saved(checkpointer.load_latest(*make())) == {"step": 2, "epoch": 0.1, **ALWAYS}
     flip(tmp_path / "step_00000002" / MANIFEST, 30)
-    expected = {"step": 1, "epoch": 1, "finite": True, "evaluation": {"loss": math.inf}, "5": "a key that is no text"}
-    assert checkpointer.load_latest(*make())[0] == expected | VERSIONS
+    expected = {"step": 1, "epoch": 1, "evaluation": {"loss": math.inf}, "5": "a key that is no text"}
+    assert what_was_saved(checkpointer.load_latest(*make())) == expected | ALWAYS
 
 
 def test_nothing_but_damage_is_an_error_that_names_the_files(tmp_path: Path) -> None:
     checkpointer, *_ = save_steps(tmp_path, 1, range(1, 2))
-    victim = next((tmp_path / "step_00000001").glob("*.distcp"))
+    victim = next((tmp_path / "step_00000001").glob("*.safetensors"))
     victim.write_bytes(b"")
-    with pytest.raises(UserError, match=r"distcp is truncated: 0 of \d+ bytes"):
+    with pytest.raises(UserError, match=r"safetensors is truncated: 0 of \d+ bytes"):
         checkpointer.load_latest(*make())
 
 
-def test_disk_that_takes_no_more_leaves_the_older_one(tmp_path: Path) -> None:
-    """A limit on the size of files is what can be had without a disk to fill; torch hides both behind numbers."""
+def test_disk_that_takes_no_more_leaves_the_older_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on the size of files is what can be had without a disk to fill."""
     checkpointer, net, optimizer, states = save_steps(tmp_path, 2, range(1, 2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(UserError, match=r"step 2 could not be written.*File too large"):
-            checkpointer.save(2, net, optimizer, {})
+        assert checkpointer.save(2, net, optimizer, {}) is False
+        assert re.search(
+            r"^warning: .* step 2 could not be written.*File too large.*run goes on", capsys.readouterr().out
+        )
+        with pytest.raises(UserError, match=r"step 2 could not be written.*File too large.*--resume auto"):
+            checkpointer.save(2, net, optimizer, {}, final=True)
+        checkpointer.amend(2, {"evaluation": None})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["latest", "step_00000001"]
     fresh, fresh_optimizer = make()
-    progress, _ = checkpointer.load_latest(fresh, fresh_optimizer)
-    assert (progress or {})["step"] == 1
+    loaded = checkpointer.load_latest(fresh, fresh_optimizer)
+    assert step_of(loaded) == 1
     torch.testing.assert_close(fresh.state_dict(), states[1], rtol=0, atol=0)
 
 

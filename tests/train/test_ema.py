@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lesam_dist import LESAM
 from lesam_dist.config.command_line import parse
+from lesam_dist.config.schema import CheckpointConfig
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import Strategy, wrap
 from lesam_dist.train.checkpoint import Checkpointer
@@ -220,7 +221,7 @@ def test_an_error_inside_gives_the_weights_back(seed: int) -> None:
 def save_then_finish(world: Distributed, seed: int, folder: Path) -> Weights:
     this = Run(world, seed, "fsdp", wrap_classes=["Linear"])
     this.train(range(2))
-    checkpointer = Checkpointer(folder, 2, world)
+    checkpointer = Checkpointer(folder, world, CheckpointConfig(asynchronous="never"))
     checkpointer.save(2, this.net, this.optimizer, {}, this.ema)
     this.train(range(2, STEPS))
     checkpointer.save(STEPS, this.net, this.optimizer, {}, this.ema)
@@ -229,9 +230,9 @@ def save_then_finish(world: Distributed, seed: int, folder: Path) -> Weights:
 
 def load_then_finish(world: Distributed, seed: int, folder: Path, strategy: Strategy) -> tuple[Weights, Weights]:
     this = Run(world, seed, strategy, wrap_classes=["Linear"])
-    progress, damaged = Checkpointer(folder, 1, world).load_latest(this.net, this.optimizer, this.ema)
-    assert (progress or {})["step"] == 2
-    assert [f"{STEPS:08d}/__1_0.distcp is damaged" in fault for fault in damaged] == [True]
+    loaded = Checkpointer(folder, world, CheckpointConfig(keep=1)).load_latest(this.net, this.optimizer, this.ema)
+    assert (loaded.progress or {})["step"] == 2
+    assert [f"{STEPS:08d}/rank_00001.safetensors is damaged" in fault for fault in loaded.damaged] == [True]
     this.before = 2
     loaded = this.average()
     this.train(range(2, STEPS))
@@ -243,8 +244,9 @@ def test_resumed_average_equals_the_uninterrupted_one(seed: int, tmp_path: Path)
     damaged, is passed over by all.
     """
     uninterrupted = run(save_then_finish, 2, seed, tmp_path)[0]
-    victim = tmp_path / f"step_{STEPS:08d}" / "__1_0.distcp"
-    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    victim = tmp_path / f"step_{STEPS:08d}" / "rank_00001.safetensors"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
     alone = Run(ALONE, seed, "none")
     alone.train(range(2))
     again = run(load_then_finish, 2, seed, tmp_path, "fsdp")

@@ -18,7 +18,7 @@ from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 from lesam_dist.experiments.runs import ExperimentParser
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train import manifest
+from lesam_dist.train.checkpoint import manifest
 from lesam_dist.train.run_dir import claim
 from tests.conftest import Command
 

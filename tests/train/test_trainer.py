@@ -17,27 +17,24 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lesam_dist.train import trainer as module
 from lesam_dist.train.telemetry import read_metrics
+from tests.checkpoints import latest, read_checkpoint
 from tests.conftest import CLASSES, VAL, Command
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def final_state(run_dir: Path, tmp_path: Path) -> dict[str, Any]:
-    latest = run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text()
-    dcp_to_torch_save(latest, tmp_path / "state.pt")
-    state: dict[str, Any] = torch.load(tmp_path / "state.pt", weights_only=False)
-    return state
+def final_state(run_dir: Path) -> dict[str, Any]:
+    return read_checkpoint(latest(run_dir))
 
 
 def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
     torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
     torch.testing.assert_close(first.get("ema"), second.get("ema"), rtol=0, atol=0)
-    torch.testing.assert_close(first["optimizer"]["state"], second["optimizer"]["state"], rtol=0, atol=0)
-    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    torch.testing.assert_close(first["optimizer"], second["optimizer"], rtol=0, atol=0)
+    assert first["values"] == second["values"]
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
@@ -50,6 +47,7 @@ def timeless(run_dir: Path) -> list[dict[str, Any]]:
 def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...], tmp_path: Path, backend: str) -> None:
     run_dir = tmp_path / "run"
     flags = ("--data.backend", backend, "--optimizer.sigma", "0.15", "--schedule.anneal_start_epoch", "1")
+    flags += ("--checkpoint.keep_best", "false")
     status, out, err = command(*small, "--run_dir", run_dir, *flags)
     assert (status, err) == (0, "")
     assert str(run_dir) in out.splitlines()[-1]
@@ -133,7 +131,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert status == 0
     assert "from epoch 2" in out
     assert timeless(broken) == timeless(whole)
-    assert_same_state(final_state(broken, tmp_path), final_state(whole, tmp_path))
+    assert_same_state(final_state(broken), final_state(whole))
     superseded = (broken / "metrics.superseded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in superseded] == [7, 8], "the lines of the cut epoch are kept aside"
 
@@ -151,15 +149,15 @@ def test_resuming_a_finished_run_changes_nothing(command: Command, small: tuple[
 def test_damaged_checkpoint_falls_back_with_a_warning(command: Command, small: tuple[str, ...], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command(*small, "--run_dir", run_dir)
-    expected = timeless(run_dir), final_state(run_dir, tmp_path)
-    victim = next((run_dir / "checkpoints" / "step_00000009").glob("*.distcp"))
+    expected = timeless(run_dir), final_state(run_dir)
+    victim = next((run_dir / "checkpoints" / "step_00000009").glob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:100])
     status, out, _ = command(*small, "--run_dir", run_dir, "--resume", "auto")
     assert status == 0
     assert f"{victim} is truncated: 100 of" in out
     assert "from epoch 2" in out
     assert timeless(run_dir) == expected[0]
-    assert_same_state(final_state(run_dir, tmp_path), expected[1])
+    assert_same_state(final_state(run_dir), expected[1])
 
 
 def test_any_name_on_a_terminal_without_its_characters(
@@ -283,7 +281,7 @@ def test_bad_validation_image_costs_no_epoch(
         assert len(read_metrics(broken)) == steps
     assert command(*flags, "--run_dir", broken, "--resume", "auto")[0] == 0
     assert timeless(broken) == timeless(whole)
-    assert_same_state(final_state(broken, tmp_path), final_state(whole, tmp_path))
+    assert_same_state(final_state(broken), final_state(whole))
 
 
 @pytest.mark.parametrize("method", ["sam", "adamw"])

@@ -1,4 +1,4 @@
-"""Reads a checkpoint of torch.distributed.checkpoint without running what somebody may have put into it.
+"""Format 1 of a checkpoint, which version 0.1.0 wrote: torch.distributed.checkpoint's own files, read with care.
 
 torch unpickles `.metadata` and every value that is not a tensor, and a pickle can call anything. Here `.metadata` is
 read by an unpickler that knows a closed list of torch's data classes and no other name, and the values by torch's
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from lesam_dist.train.checkpoint.manifest import DamagedError
+
 _DATA = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),  # from a layout's name to the layout
@@ -31,6 +33,15 @@ _DATA = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),  # its name in Python 3.13
 }
+
+
+def check(folder: Path, files: Collection[str]) -> None:
+    """Raise `DamagedError` where the metadata cannot be read, or asks for what no checkpoint needs."""
+    try:
+        Reader(folder, files).read_metadata()
+    except Exception as error:  # whatever a pickle of data alone can raise
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DamagedError(f"{folder / '.metadata'} cannot be read: {text}") from error
 
 
 class Reader(FileSystemReader):

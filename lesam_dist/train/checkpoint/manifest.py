@@ -1,11 +1,13 @@
-"""manifest.json of a checkpoint: the progress of a run, and a checksum of every file, itself included.
+"""manifest.json of a checkpoint: its format, the progress of a run, and a checksum of every file, itself included.
 
 Checksums are CRC-32: 0.4 s per GB on one core, where BLAKE2b takes 1 s. They find damage. They do not find forgery,
-since whoever changes a file can change its checksum too: `lesam_dist.train.reader` makes forged files harmless.
+since whoever changes a file can change its checksum too: the readers of the formats make forged files harmless.
+Every format has its number and its own checksum here in the same way, so that an old version can name a new one.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -13,7 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lesam_dist import __version__
+from lesam_dist.errors import UserError
+
 NAME = "manifest.json"
+FORMAT = 2
+"""What this version writes; 1 was torch.distributed.checkpoint's own files, with pickles in them."""
 _CHUNK = 1 << 20
 Checksum = dict[str, int]  # size in bytes, crc32
 Files = dict[str, Checksum]
@@ -45,6 +52,22 @@ def verify(folder: Path, files: Files) -> None:
             raise DamagedError(f"{path} is damaged: its checksum is {found['crc32']:08x}, not {expected['crc32']:08x}")
 
 
+def read_verified(path: Path, expected: Checksum) -> bytes:
+    """The content of a small file; raises `DamagedError` where it is not what was written."""
+    verify(path.parent, {path.name: expected})
+    content = path.read_bytes()
+    if zlib.crc32(content) != expected["crc32"]:
+        raise DamagedError(f"{path} has just been changed")
+    return content
+
+
+def check_no_others(folder: Path, files: Files) -> None:
+    """Raise `DamagedError` for a file that nobody wrote; hidden ones are a file system's, or of a killed process."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and path.name != NAME and not path.name.startswith("."):
+            raise DamagedError(f"{path} does not belong to the checkpoint: the manifest does not name it")
+
+
 def check_size(path: Path, expected: Checksum) -> None:
     """Raise `DamagedError` for a file that is missing or of another size, without reading it."""
     if not path.is_file():
@@ -56,12 +79,30 @@ def check_size(path: Path, expected: Checksum) -> None:
 def write(folder: Path, content: dict[str, Any]) -> None:
     """Write the manifest, whole or not at all; ``content`` is JSON, with ``files``."""
     content = json.loads(json.dumps(content))  # as it will be read: keys are texts
-    aside = folder / f".{NAME}.partial"
-    with aside.open("w", encoding="ascii") as file:
-        file.write(json.dumps({**content, "crc32": _own_checksum(content)}, indent=1))
+    write_bytes(folder / NAME, json.dumps({**content, "crc32": _own_checksum(content)}, indent=1).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> Checksum:
+    """Write a small file, whole or not at all, and have it on disk; its name is there after `sync_folder`."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(folder / NAME)
+    aside.replace(path)
+    return {"size": len(content), "crc32": zlib.crc32(content)}
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(opened)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], Files]:
@@ -82,7 +123,32 @@ def read(folder: Path) -> tuple[dict[str, Any], Files]:
     files = content.pop("files", None)
     if not _is_files(files):
         raise DamagedError(f"{path} names no files with their size and checksum")
+    if not isinstance(content.get("values", {}), dict):
+        raise DamagedError(f"{path} holds no values by name")
     return content, files
+
+
+def progress_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The progress in a manifest's content: all but what describes the files."""
+    return {name: value for name, value in content.items() if name not in ("format", "values")}
+
+
+def format_of(path: Path, content: dict[str, Any]) -> int:
+    """The format of a checkpoint, by its manifest.
+
+    Raises:
+        UserError: it is of a later version than this one.
+        DamagedError: it is none.
+    """
+    found = content.get("format", 1)  # the first did not say
+    if type(found) is not int or found < 1:
+        raise DamagedError(f"{path / NAME} says that its format is {found!r}")
+    if found > FORMAT:
+        raise UserError(
+            f"the checkpoint {path} has format {found}, and this version of lesam-dist ({__version__}) reads up to "
+            f"format {FORMAT}: install a newer one (pip install --upgrade lesam-dist)."
+        )
+    return found
 
 
 def _is_files(files: Any) -> bool:
