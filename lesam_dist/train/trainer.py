@@ -133,6 +133,8 @@ class Trainer:
             self._try_evaluation()
         for _ in self.steps():
             pass
+        if self.checkpoints and not (self.checkpoints.wait() and self.saved_step == self.step):
+            self._save(self.checkpoints, final=True)  # the disk was full: now or never
         self._require_learning()
         assert self.last_evaluation is not None
         return self.last_evaluation
@@ -142,7 +144,8 @@ class Trainer:
         self.train_loader.close()
         self.val_loader.close()
         if self.checkpoints:
-            self.checkpoints.wait()
+            with suppress(Exception):  # after an error, which says more than that its last checkpoint failed too
+                self.checkpoints.wait()
         if self.log:
             self.log.close()
             if self.run_dir:
@@ -311,7 +314,7 @@ class Trainer:
             own=self.state.own(),
             finite=good,
             epoch_end=None if self.step % self.steps_per_epoch else self.epoch,
-            final=final or self.step == self.total_steps,
+            final=final,
         )
         self.saved_step = self.step if saved else None
         self.cadence.saved()
