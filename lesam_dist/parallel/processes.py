@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lesam_dist.errors import SharedError, UserError
-from lesam_dist.parallel.agreed import Agreed
+from lesam_dist.parallel.agreed import Agreed, AgreedByAll
 from lesam_dist.parallel.peers import Peers
 from lesam_dist.parallel.place import Place, find_place
 
@@ -97,6 +97,7 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
     use_cuda = target.type == "cuda"
     store = _join(place, timeout_s)
     peers = Peers(store, place, timeout_s)
+    agreed = AgreedByAll(store, place.rank, place.world_size, timeout_s)
     failed = True
     try:
         _agree_on_device(store, place, target)
@@ -110,8 +111,10 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
             device_id=target if use_cuda else None,
         )
         peers.start()
-        yield replace(world, move=peers.move)
+        agreed.start()
+        yield replace(world, move=peers.move, agreed=agreed)
         dist.barrier()
+        agreed.close()
         peers.stop()  # before rank 0, which may have the store, can leave
         dist.barrier()  # a rank that leaves early breaks the others' connections
         failed = False
@@ -122,6 +125,7 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
             raise
         raise explained from error
     finally:
+        agreed.close()
         peers.stop()
         if not use_cuda:
             # Gloo's threads drop the tensors of their last collective a little after it is done, and need the

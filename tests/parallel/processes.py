@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lesam_dist.parallel.agreed import Agreed, AgreedByAll
 from lesam_dist.parallel.processes import Distributed
 from tests.interpreter import language_patched_once
 
@@ -52,8 +53,12 @@ def free_port() -> int:
 
 def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    world = Distributed(rank, rank, world_size, torch.device("cpu"))
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size)
+    agreed = AgreedByAll(store, rank, world_size, 60) if world_size > 1 else Agreed()
+    world = Distributed(rank, rank, world_size, torch.device("cpu"), agreed=agreed)
+    if isinstance(agreed, AgreedByAll):
+        agreed.start()
     with language_patched_once():
         result = function(world, *args)
     (folder / f"rank{rank}").write_bytes(pickle.dumps(result))
