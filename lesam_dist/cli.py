@@ -10,9 +10,10 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from lesam_dist import __version__
-from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.errors import PreemptedError, UserError, unknown_name
 from lesam_dist.parallel.place import Place, find_place
 from lesam_dist.parallel.report import end_with_launcher, report_failure
+from lesam_dist.parallel.signals import preempted_status
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -94,6 +95,10 @@ def run(command: str) -> NoReturn:
         if missing := _missing():  # all at once, and before a run that would need the last of them at its end
             raise UserError(f"lesam-dist {command} needs {missing}")
         _COMMANDS[command][0](sys.argv[1:])
+    except PreemptedError as error:
+        if place.rank == 0:
+            print(f"lesam-dist: {error}", file=sys.stderr, flush=True)
+        _leave(preempted_status())
     except UserError as error:
         if not getattr(error, "same_node", False):
             report_failure(place, error)

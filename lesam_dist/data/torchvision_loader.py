@@ -18,6 +18,7 @@ from lesam_dist.data.errors import unreadable_image
 from lesam_dist.data.plan import Batch, Plan
 from lesam_dist.data.transform import Draws, Transform, crop_window
 from lesam_dist.errors import UserError
+from lesam_dist.parallel.signals import heed_main_process, not_for_helpers
 
 
 class TorchvisionLoader:
@@ -43,6 +44,7 @@ class TorchvisionLoader:
             persistent_workers=workers > 0,
             multiprocessing_context=_start_method() if workers > 0 else None,
             pin_memory=device.type == "cuda",
+            worker_init_fn=heed_main_process,
             generator=torch.Generator(),  # else every epoch draws from the global one, which is the model's
         )
 
@@ -53,7 +55,9 @@ class TorchvisionLoader:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
         self._epoch.index, self._epoch.start = index, start
-        for loaded in self._loader:
+        with not_for_helpers():
+            batches = iter(self._loader)
+        for loaded in batches:
             if isinstance(loaded, UserError):
                 raise loaded
             images, labels = (part.to(self._device, non_blocking=True) for part in loaded)

@@ -17,6 +17,7 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Literal
 
@@ -26,6 +27,7 @@ Wish = Literal["save", "stop"]
 
 _TICK = 1.0  # seconds between two looks for a round of another process
 _SOON = 0.03  # the same while answers are missing
+_PART = 5.0  # seconds that a process which stops waits for the others
 
 
 class Agreed:
@@ -115,6 +117,18 @@ class AgreedByAll(Agreed):
         self._asked.put(None)
         if self._thread.is_alive():
             self._thread.join(_TICK)
+
+    def part(self) -> None:
+        """After a stop: wait a little until all have come here, as the store may end with this process.
+
+        No collective, since a process may leave where another is in one.
+        """
+        with suppress(RuntimeError):
+            missing = self._store.add("parted", 1) < self._world_size
+            until = time.monotonic() + _PART
+            while missing and time.monotonic() < until:
+                time.sleep(_SOON)
+                missing = self._store.add("parted", 0) < self._world_size
 
     def request(self, wish: Wish, reason: str = "") -> None:
         """See `Agreed`."""

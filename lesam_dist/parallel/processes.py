@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lesam_dist.errors import SharedError, UserError
+from lesam_dist.errors import PreemptedError, SharedError, UserError
 from lesam_dist.parallel.agreed import Agreed, AgreedByAll
-from lesam_dist.parallel.peers import Peers
+from lesam_dist.parallel.peers import PeerError, Peers
 from lesam_dist.parallel.place import Place, find_place
 
 
@@ -87,6 +87,7 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
         UserError: for more local processes than GPUs, "cuda" on a host without one.
         SharedError: for processes on GPUs beside processes on CPUs.
         PeerError: another process failed, or is lost.
+        PreemptedError: the same, where all are to stop anyway.
     """
     place = find_place(os.environ)
     target = _choose_device(device, place)
@@ -118,8 +119,16 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
         peers.stop()  # before rank 0, which may have the store, can leave
         dist.barrier()  # a rank that leaves early breaks the others' connections
         failed = False
+    except PreemptedError:
+        agreed.part()
+        raise
     except Exception as error:
         explained = peers.explain(error)
+        if agreed.stopping and isinstance(explained, PeerError):  # it left a little earlier
+            reason = agreed.reason or "a request"
+            raise PreemptedError(
+                f"stopped by {reason}, and other processes had left before: go on with --resume auto."
+            ) from error
         if explained is error:
             peers.part()
             raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import io
 import itertools
+import multiprocessing
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, bui
 from lesam_dist.data.plan import Plan
 from lesam_dist.data.transform import ATTEMPTS, crop_window, draw
 from lesam_dist.errors import UserError
+from lesam_dist.parallel.signals import STOP_SIGNALS
 
 Load = Callable[..., Loader]
 WHOLE = Transform(image_size=32, val_resize=32, mean=(0, 0, 0), std=(1, 1, 1))  # digits as they are
@@ -234,6 +237,22 @@ def test_worker_processes_and_threads_change_nothing(digits_train: ImageFolder, 
     alone, helped = (load(folder, backend, batch_size=20, workers=workers) for workers in (0, 2))
     next(helped.epoch(0))  # left halfway
     assert same(read(helped, 1), read(alone, 1))
+
+
+def test_workers_outlive_the_signals_that_end_a_run(digits_train: ImageFolder, load: Load) -> None:
+    """torchrun and Slurm signal all processes: the step is finished, and the checkpoint made, with their help."""
+    loader = load(take(digits_train, 100), "torchvision", batch_size=10, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    (worker,) = (child for child in multiprocessing.active_children() if "forkserver" in str(type(child)).lower())
+    numbers = " ".join(f"-{int(number)} {worker.pid};" for number in STOP_SIGNALS)
+    subprocess.run(["sh", "-c", numbers.replace("-", "kill -")], check=True)
+    assert len(list(itertools.islice(batches, 8))) == 8
+    assert worker.is_alive()
+    worker.terminate()  # as the interpreter does at its end, where nobody has closed the loader
+    worker.join(60)
+    assert worker.exitcode == 0
+    loader.close()
 
 
 def test_reading_leaves_the_global_random_state_alone(digits_train: ImageFolder, backend: str, load: Load) -> None:
