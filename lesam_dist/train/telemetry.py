@@ -43,15 +43,8 @@ class RunLog:
         *,
         evaluated: bool = True,
     ) -> None:
-        self._file: Lines | None = None
-        self._board = None
-        if run_dir is not None:
-            _supersede(run_dir, start_step, evaluated)
-            self._file = Lines(run_dir / METRICS)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._run_dir, self._tensorboard = run_dir, tensorboard
+        self._open(start_step, evaluated)
         self.console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -81,6 +74,24 @@ class RunLog:
         else:
             self.print(f"[{split}] step {step}  epoch {epoch:.2f}  {shown}")
 
+    def go_back(self, step: int, *, evaluated: bool) -> None:
+        """The run goes on from an earlier step: as when it is resumed from there."""
+        self._close_files()
+        self._open(step, evaluated)
+        self._progress.update(self._task, completed=step)
+
+    def _open(self, start_step: int, evaluated: bool) -> None:
+        self._file: Lines | None = None
+        self._board = None
+        if self._run_dir is None:
+            return
+        _supersede(self._run_dir, start_step, evaluated)
+        self._file = Lines(self._run_dir / METRICS)
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step + 1)
+
     def _draw(self, split: str, step: int, values: dict[str, float]) -> None:
         """To TensorBoard, whose writer gives up for good where the disk is full: metrics.jsonl has all of it."""
         if self._board is None:
@@ -99,6 +110,9 @@ class RunLog:
     def close(self) -> None:
         """Flush and close everything."""
         self._progress.stop()
+        self._close_files()
+
+    def _close_files(self) -> None:
         if self._file:
             self._file.close()
         if self._board:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from lesam_dist.config.schema import Config
+from lesam_dist.config.schema import Config, GuardConfig
 from lesam_dist.data import Loader
-from lesam_dist.errors import PreemptedError
+from lesam_dist.errors import PreemptedError, SharedError
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.parallel.shards import reduce_max
 from lesam_dist.parallel.wrapping import is_sharded, wrap
 from lesam_dist.train import build
 from lesam_dist.train.buffers import ModelBuffers
@@ -26,14 +25,15 @@ from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.evaluate import evaluate
+from lesam_dist.train.guard import LossGuard
+from lesam_dist.train.integrity import ReplicaCheck
 from lesam_dist.train.meter import Meter, event_of
 from lesam_dist.train.passes import BatchPasses, average_batchnorm
+from lesam_dist.train.readings import Readings
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.summary import describe_run
 from lesam_dist.train.telemetry import RunLog, plot_curves
-
-_ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
 
 
 class Trainer:
@@ -86,10 +86,14 @@ class Trainer:
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.step = 0
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.warned = False
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
         self.saved_step: int | None = None  # of the last checkpoint
         self.nonfinite = NonFiniteSteps(config, world.device)
+        self.readings = Readings(world, self.optimizer, self.nonfinite)
+        self.guard = LossGuard(GuardConfig() if run_dir is None else config.guard, world)
+        self.check = None
+        if config.checks.every_steps is not None:
+            self.check = ReplicaCheck(model, self.optimizer, self.ema, world, config.optimizer.scope)
         self.state = RunState(
             config,
             world,
@@ -119,18 +123,21 @@ class Trainer:
         Raises:
             PreemptedError: it was asked to stop, and has saved what it needs to go on.
         """
-        if self.config.resume is not None:
-            self._resume()
-        is_between_epochs = self.step > 0 and self.step % self.steps_per_epoch == 0
-        evaluated = not is_between_epochs or self.last_evaluation is not None
+        if self.config.resume is not None and (progress := self._load()):
+            self.guard.load(progress.get("guard") or self.guard.state())
+        evaluated = self._is_evaluated()
         if self.world.is_main:
             board = self.config.logging.tensorboard
             self.log = RunLog(self.run_dir, self.total_steps, self.step, board, evaluated=evaluated)
             self.log.print(describe_run(self.config, self.world, self.model, self.steps_per_epoch, self.step))
+            if self.check and (remark := self.check.remark()):
+                self.log.print(remark)
         if not evaluated:  # it was cut off after its checkpoint
             self._evaluate()
         if self.run_dir and self.step < self.total_steps:
             self._try_evaluation()
+        if self.checkpoints and self.guard.is_on and self.step == 0:
+            self._save(self.checkpoints, final=False)  # to go back to
         for _ in self.steps():
             pass
         if self.checkpoints and not (self.checkpoints.wait() and self.saved_step == self.step):
@@ -180,23 +187,27 @@ class Trainer:
             yield self.step
 
     def _train_step(self, images: Tensor, labels: Tensor, meter: Meter) -> None:
-        """One update with all that belongs to it."""
+        """One update with all that belongs to it; of a batch that is left out, all but the update."""
         seed_step(self.config.seed, self.step, self.world.rank)
         used = self._schedule_values()
-        loss = self._step(images.to(memory_format=self.memory_format), labels)
-        if self.ema:
-            self.ema.update(self.optimizer.overflow)
+        loss = None
+        if not self.guard.leaves_out(self.step + 1):
+            loss = self._step(images.to(memory_format=self.memory_format), labels)
+            if self.ema:
+                self.ema.update(self.optimizer.overflow)
         self.lr_schedule.step()
         if self.budget:
             self.budget.step()
         self.step += 1
         self.last_evaluation = None
         self.world.move()
-        self.nonfinite.count(loss, self.optimizer.telemetry["skipped"])
         if self.log:
             self.log.advance()
-        if self._logs(self.step):
-            self._log_step(loss, used, meter)
+        if loss is not None:
+            self.nonfinite.count(loss, self.optimizer.telemetry["skipped"])
+            self.guard.observe(self.step, loss, self.optimizer.overflow)
+            if self._logs(self.step):
+                self._log_step(loss, used, meter)
 
     def _after_step(self) -> None:
         """Save and evaluate where that is due. It is saved first: if the evaluation fails, the epoch is not lost.
@@ -206,17 +217,38 @@ class Trainer:
         """
         self.cadence.look_at_clock()
         wish = self.world.agreed.due(self.step)
+        saves = wish is not None or self.cadence.is_due(self.step)
         ends_epoch = self.step % self.steps_per_epoch == 0
-        if ends_epoch:
-            average_batchnorm(self.model, self.world)
-            if self.ema:
-                self.ema.average_buffers(self.world)
-        if self.checkpoints and (wish or self.cadence.is_due(self.step)):
-            self._save(self.checkpoints, final=wish == "stop")
+        if self.guard.verdict(final=saves or ends_epoch) is not None:
+            self._roll_back()
+        else:
+            if ends_epoch:
+                average_batchnorm(self.model, self.world)
+                if self.ema:
+                    self.ema.average_buffers(self.world)
+            every = self.config.checks.every_steps
+            if self.check and every and (saves or self.step % every == 0):
+                self.check.compare(self.step, self.checkpoints, buffers=ends_epoch)
+            if self.checkpoints and saves:
+                self._save(self.checkpoints, final=wish == "stop")
         if wish == "stop":
             raise self._preempted()
-        if ends_epoch:
+        if not self._is_evaluated():
             self._evaluate()
+
+    def _is_evaluated(self) -> bool:
+        """Whether what is known of `step` includes its evaluation, if it is one after which an epoch ends."""
+        return self.step == 0 or self.step % self.steps_per_epoch != 0 or self.last_evaluation is not None
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, and on from there without the batch that the guard leaves out."""
+        if self.log:
+            self.log.print(self.guard.remark())
+        if (progress := self._load()) is None:
+            raise SharedError("there is no checkpoint to go back to: look at RUN_DIR/checkpoints, or start anew.")
+        self.guard.roll_back(progress["guard"])
+        if self.log:
+            self.log.go_back(self.step, evaluated=self._is_evaluated())
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns this rank's loss at the weights before it."""
@@ -251,27 +283,15 @@ class Trainer:
     def _logs(self, step: int) -> bool:
         return step % self.config.logging.every_steps == 0
 
-    def _log_step(self, loss: Any, used: dict[str, float], meter: Meter) -> None:
-        counts = {"total": self.nonfinite.total, "in_a_row": self.nonfinite.in_a_row}
-        scalars: dict[str, Tensor] = {"loss": loss, **counts}
-        names = ["grad_norm", "skipped"]
-        names += [] if isinstance(self.optimizer, Plain) else ["perturbed_loss", "rho"]
-        names += ["realized_rho"] if self.optimizer.measure_rho else []
-        scalars |= {name: self.optimizer.telemetry[name].to(loss.device) for name in names}
-        rates = meter.rates()
-        scalars["data_wait"] = torch.tensor(rates.pop("data_wait"), device=loss.device)
-        longest = scalars["data_wait"].clone()  # of all ranks': one that starves holds up the others
-        reduce_max(longest)
-        rates["data_wait_max"] = float(longest)
-        means = dict(zip(scalars, self.world.mean(list(scalars.values())), strict=True))
-        total, in_a_row = (means.pop(name) for name in counts)
+    def _log_step(self, loss: Tensor, used: dict[str, float], meter: Meter) -> None:
+        reading = self.readings.read(loss, meter)
         if self.log:
-            self.log.write("train", self.step, self.step / self.steps_per_epoch, {**means, **used, **rates})
-            if "realized_rho" in means:
-                self._warn_of_rounding(means["rho"], means["realized_rho"])
-            if warning := self.nonfinite.warning(self.step, total, in_a_row):
-                self.log.print(warning)
-        self.nonfinite.require_few(self.step, in_a_row, self.checkpoints)
+            self.log.write("train", self.step, self.step / self.steps_per_epoch, reading.values | used)
+            rounding = self.readings.rounding(self.step, reading.values)
+            for warning in (rounding, self.nonfinite.warning(self.step, reading.nonfinite, reading.in_a_row)):
+                if warning:
+                    self.log.print(warning)
+        self.nonfinite.require_few(self.step, reading.in_a_row, self.checkpoints)
 
     def _require_learning(self) -> None:
         """At the end: a run that diverged shortly before it must not count as finished.
@@ -289,21 +309,12 @@ class Trainer:
         if self.last_evaluation and not math.isfinite(self.last_evaluation["loss"]):
             raise self.nonfinite.diverged(self.step, in_a_row, self.checkpoints)
 
-    def _warn_of_rounding(self, rho: float, realized: float) -> None:
-        """Once, where bfloat16 weights moved by much more or less than rho."""
-        if self.log and rho > 0 and not self.warned and not 1 / _ROUNDED <= realized / rho <= _ROUNDED:
-            self.warned = True
-            self.log.print(
-                f"warning: at step {self.step} rho was {rho:.4g} but the weights, stored in bfloat16, moved by "
-                f"{realized:.4g}: rounding spoils the perturbation. Use precision.weights fp32, or a larger sigma or "
-                "rho. This is said once; realized_rho is in the log."
-            )
-
     def _save(self, checkpoints: Checkpointer, *, final: bool) -> None:
         weights = [*self.model.parameters(), *self.model.buffers()]
         in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(weights)])
         self.nonfinite.require_few(self.step, in_a_row, checkpoints)
         progress = {"epoch": self.epoch, "evaluation": self.last_evaluation, **self.state.progress()}
+        progress["guard"] = self.guard.state() if self.guard.is_on else None
         good = in_a_row == 0 and finite == 1
         saved = checkpoints.save(
             self.step,
@@ -320,7 +331,8 @@ class Trainer:
         self.cadence.saved()
 
     def _preempted(self) -> PreemptedError:
-        return PreemptedError(f"stopped as asked after step {self.step}: go on with --resume auto.")
+        reason = self.world.agreed.reason or "a request"
+        return PreemptedError(f"stopped by {reason} after step {self.step}: go on with --resume auto.")
 
     def _try_evaluation(self) -> None:
         """Evaluate one batch, which changes nothing: what is broken shows before an epoch has been spent."""
@@ -361,16 +373,17 @@ class Trainer:
             values["sigma"] = float(self.budget.get_last_sigma()[0])
         return values
 
-    def _resume(self) -> None:
+    def _load(self) -> dict[str, Any] | None:
+        """Go to where the newest whole checkpoint is, and return its progress; None where there is none."""
         assert self.checkpoints is not None
         loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
-        progress = loaded.progress
         if self.world.is_main:
             for fault in loaded.damaged:
                 print(f"warning: {fault}; going on from an older checkpoint", flush=True)
-        if progress is None:
-            return
-        self.state.check(progress)
-        self.state.restore(progress, loaded.own)
-        self.step = self.saved_step = progress["step"]
-        self.last_evaluation = progress["evaluation"]
+        progress = loaded.progress
+        if progress is not None:
+            self.state.check(progress)
+            self.state.restore(progress, loaded.own)
+            self.step = self.saved_step = progress["step"]
+            self.last_evaluation = progress["evaluation"]
+        return progress

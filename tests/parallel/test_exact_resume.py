@@ -107,7 +107,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "fsdp msam adamw": (
         2,
         (
-            *(*TORCHVISION, "--parallel.strategy", "fsdp", "--optimizer.name", "msam", "--optimizer.base", "adamw"),
+            *(*DALI, "--parallel.strategy", "fsdp", "--optimizer.name", "msam", "--optimizer.base", "adamw"),
             *("--optimizer.lr", "0.01", "--schedule.anneal_start_epoch", "null"),
         ),
     ),
@@ -154,7 +154,7 @@ def on_some(
 
     Plan.epoch = listening  # type: ignore[method-assign,assignment]
     module.build.build_network = lambda config, classes, world: _seeded()  # type: ignore[attr-defined,assignment]
-    argv = [*SMALL, *TORCHVISION, "--data.root", root, "--data.horizontal_flip", "true", *flags]
+    argv = [*SMALL, *DALI, "--data.root", root, *flags]
     trainer = start(parse([*argv, "--run_dir", folder]), world, stop)
     weights = {
         name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in trainer.model.named_parameters()
@@ -183,7 +183,7 @@ def test_a_run_goes_on_with_the_samples_left_on_other_numbers_of_processes(
         stop = None if end == 2 * STEPS_PER_EPOCH else end
         ranks = run(on_some, world_size, str(images), str(tmp_path / "run"), flags, stop)
         for _, given in ranks:
-            used += given[: (end - begin) * BATCH // world_size]  # a loader may have read ahead
+            used += given[: (end - begin) * BATCH // world_size]  # the rest was read ahead
         last = ranks[0][0]
     assert set(Counter(used).values()) == {2}, "each image once in each of two epochs"
     assert len(used) == 2 * STEPS_PER_EPOCH * BATCH

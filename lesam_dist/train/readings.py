@@ -1,0 +1,68 @@
+"""What is logged of a step: read from the device in one go, as means over the processes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lesam_dist.optim import SharpnessAware
+from lesam_dist.optim.plain import Plain
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.shards import reduce_max
+from lesam_dist.train.divergence import NonFiniteSteps
+from lesam_dist.train.meter import Meter
+
+_ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
+
+
+class Reading(NamedTuple):
+    """``values`` to log, and how many steps were not finite: so far, and since the last finite one."""
+
+    values: dict[str, float]
+    nonfinite: float
+    in_a_row: float
+
+
+class Readings:
+    """Reads what the optimizer and the counters know of the last step; every process reads after the same steps.
+
+    Args:
+        world: this process among all.
+        optimizer: whose telemetry is read.
+        nonfinite: of the run.
+    """
+
+    def __init__(self, world: Distributed, optimizer: SharpnessAware, nonfinite: NonFiniteSteps) -> None:
+        self._world, self._optimizer, self._nonfinite = world, optimizer, nonfinite
+        self._warned = False
+
+    def read(self, loss: Tensor, meter: Meter) -> Reading:
+        """One all-reduce of a few numbers, one of the longest wait for data, and two host syncs."""
+        counts = {"total": self._nonfinite.total, "in_a_row": self._nonfinite.in_a_row}
+        scalars: dict[str, Tensor] = {"loss": loss, **counts}
+        names = ["grad_norm", "skipped"]
+        names += [] if isinstance(self._optimizer, Plain) else ["perturbed_loss", "rho"]
+        names += ["realized_rho"] if self._optimizer.measure_rho else []
+        scalars |= {name: self._optimizer.telemetry[name].to(loss.device) for name in names}
+        rates = meter.rates()
+        scalars["data_wait"] = torch.tensor(rates.pop("data_wait"), device=loss.device)
+        longest = scalars["data_wait"].clone()  # of all ranks': one that starves holds up the others
+        reduce_max(longest)
+        rates["data_wait_max"] = float(longest)
+        means = dict(zip(scalars, self._world.mean(list(scalars.values())), strict=True))
+        total, in_a_row = (means.pop(name) for name in counts)
+        return Reading(means | rates, total, in_a_row)
+
+    def rounding(self, step: int, values: dict[str, float]) -> str | None:
+        """What to say, once, where bfloat16 weights moved by much more or less than rho; None for nothing."""
+        rho, realized = values.get("rho", 0.0), values.get("realized_rho")
+        if self._warned or realized is None or rho <= 0 or 1 / _ROUNDED <= realized / rho <= _ROUNDED:
+            return None
+        self._warned = True
+        return (
+            f"warning: at step {step} rho was {rho:.4g} but the weights, stored in bfloat16, moved by {realized:.4g}: "
+            "rounding spoils the perturbation. Use precision.weights fp32, or a larger sigma or rho. This is said "
+            "once; realized_rho is in the log."
+        )
