@@ -1,0 +1,151 @@
+"""What it costs a run that it cannot be lost: the trainer's steps with each of its guards, against the same without.
+
+    python benchmarks/guards.py [--ranks 2] [--model resnet18] [--batch 64]
+
+Processes (gloo on a CPU, NCCL on GPUs) build one trainer for each variant on scanned digits, and let them take turns: a
+number of steps each, there and back, so that whatever else the machine does meets all alike. All write to a temporary
+folder. A ratio is a variant's time over that of `off` in the same round; the table has the median over the rounds, and
+the middle 60 %. What is always on (signals, the agreement on a step, stack dumps) is in `off` too: what a step pays for
+it is timed by itself, as a share of a step.
+
+Checkpoints cost by how often they are made. Their row makes one in every round; the last column says what share of the
+time they would take at one every ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.arguments import Parser
+from lib.report import Report, Result, number, percentiles, table
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lesam_dist.parallel.processes import Distributed, process_group
+
+INTERVAL = 600.0  # seconds between two checkpoints of a run
+OFF: dict[str, Any] = {"checkpoint.every_epochs": 1_000_000}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "off": {},
+    "off again": {},
+    "guard.max_loss_increase": {"guard.max_loss_increase": 1e9},
+    "checks.every_steps 100": {"checks.every_steps": 100},
+    "all guards": {"guard.max_loss_increase": 1e9, "checks.every_steps": 100},
+    "checkpoints, waiting": {"checkpoint.asynchronous": "never"},
+    "checkpoints, beside": {"checkpoint.asynchronous": "always"},
+}
+SAVING = [name for name in VARIANTS if name.startswith("checkpoints")]
+
+
+def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Namespace) -> Iterator[int]:
+    """The steps of a run of a variant, one at each turn."""
+    from lesam_dist.config.command_line import parse
+    from lesam_dist.train.run import build_trainer
+
+    every = {"checkpoint.every_steps": args.steps} if name in SAVING else {}
+    flags = [part for path, value in (OFF | VARIANTS[name] | every).items() for part in (f"--{path}", str(value))]
+    recipe = ["--config", "digits", "--data.root", str(folder / "data"), "--data.backend", "torchvision"]
+    fixed = ["--model.name", args.model, "--data.batch_size", str(args.batch), "--epochs", "1000000"]
+    fixed += ["--schedule.anneal_start_epoch", "null", "--logging.every_steps", "1000000", "--data.workers", "1"]
+    fixed += ["--parallel.device", args.device, "--run_dir", str(folder / name.replace(" ", "_"))]
+    trainer = build_trainer(parse([*recipe, *fixed, *flags]), dataclasses.replace(world))
+    trainer.wrapped.train()
+    try:
+        yield from trainer.steps()
+    finally:
+        trainer.close()
+
+
+def run(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each variant's turn in each round, and of the agreement on a step by itself."""
+    torch.set_num_threads(1)
+    with process_group(args.device) as world:
+        variants = {name: trainer_steps(world, Path(args.folder), name, args) for name in VARIANTS}
+        seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+        for steps in variants.values():
+            _turn(steps, args.steps, world)  # a warm-up, and the copies that asynchronous saves need
+        for number_of_round in range(args.rounds):
+            order = list(variants) if number_of_round % 2 == 0 else list(reversed(variants))
+            for name in order:
+                seconds[name].append(_turn(variants[name], args.steps, world))
+        for steps in variants.values():
+            steps.close()  # type: ignore[attr-defined]
+        calls = 10_000
+        begin = time.perf_counter()
+        for step in range(calls):
+            world.agreed.due(step)
+            world.move()
+        seconds["agreement"] = [(time.perf_counter() - begin) / calls]
+    return seconds
+
+
+def _turn(steps: Iterator[int], count: int, world: Distributed) -> float:
+    world.barrier()
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    world.barrier()
+    return time.perf_counter() - begin
+
+
+def compare(seconds: dict[str, list[float]], args: argparse.Namespace) -> list[Result]:
+    """A result for each variant: its time over that of `off`, and the share of the time at the usual interval."""
+    results: list[Result] = []
+    step = statistics.median(seconds["off"]) / args.steps
+    for name in list(VARIANTS)[1:]:
+        ratios = [own / off for own, off in zip(seconds[name], seconds["off"], strict=True)]
+        result: Result = {"variant": name, "ratio": percentiles(ratios), "seconds": {"step": step}}
+        if name in SAVING:
+            result["share"] = (statistics.median(ratios) - 1) * args.steps * step / INTERVAL
+        results.append(result)
+    results.append({"variant": "agreement on a step", "seconds": {"call": seconds["agreement"][0], "step": step}})
+    results[-1]["share"] = seconds["agreement"][0] / step
+    return results
+
+
+def rows(results: Sequence[Result]) -> list[list[str]]:
+    """The table's."""
+    found = []
+    for result in results:
+        ratio = result.get("ratio")
+        spread = f"{ratio['p20']:.3f} to {ratio['p80']:.3f}" if ratio else "-"
+        median = ratio["p50"] if ratio else None
+        found.append([result["variant"], number(median, 3), spread, number(result.get("share"), 3, 100, " %")])
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = Parser(__doc__)
+    options.add_device()
+    options.add_argument("--ranks", type=int, metavar="N", help="processes; default: all GPUs, on a CPU 2")
+    options.add_argument("--model", default="resnet18", metavar="NAME", help="of the trainer's; default: resnet18")
+    options.add_argument("--batch", type=int, default=64, metavar="N", help="images of a step; default: 64")
+    options.add_argument("--steps", type=int, default=10, metavar="N", help="of a turn; default: 10")
+    options.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each variant; default: 20")
+    options.add_files()
+    args = options.parse(argv)
+    args.ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
+    output = Report(args, "guards.py", torch.device(args.device), f"Guards of a run, {args.model}, {args.ranks} ranks")
+    config = LaunchConfig(1, 1, args.ranks, run_id="guards", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+    config.max_restarts = 0
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = folder
+        by_rank: dict[int, dict[str, list[float]]] = elastic_launch(config, run)(args)
+    results = compare(by_rank[0], args)
+    header = ["variant", "of a step without", "middle 60 %", "share of the time"]
+    output.add(table(header, rows(results)), results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
