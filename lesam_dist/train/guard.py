@@ -57,8 +57,8 @@ class LossGuard:
 
         guard.observe(step, loss, skipped)
         if guard.verdict() is not None:
-            ...                                 # load the last checkpoint
-            guard.roll_back(its state)
+            ...                                 # load the last checkpoint, and from it:
+            guard.load(state)
 
     Before each step ``guard.leaves_out(step)`` says whether its batch is left out: read, and counted as a step, but
     nothing is computed from it, and it is not observed. Before a checkpoint is written ``verdict(final=True)`` waits
@@ -141,15 +141,6 @@ class LossGuard:
             f"the last checkpoint, and on without that batch (rollback {len(self._jumps)} of {self._most})."
         )
 
-    def roll_back(self, state: Mapping[str, Any]) -> None:
-        """Take the average that a checkpoint has; the batches to leave out, and their number, stay.
-
-        Args:
-            state: what `state` gave for it.
-        """
-        self._forget_pending()
-        self._sum, self._count = state["sum"], state["count"]
-
     def state(self) -> dict[str, Any]:
         """JSON, equal on all processes, for a checkpoint of after the last step.
 
@@ -162,9 +153,11 @@ class LossGuard:
         return {"sum": self._sum, "count": self._count, "left_out": jumps}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.roll_back(state)
-        self._jumps = [Jump(*jump) for jump in state["left_out"]]
+        """Go on from a checkpoint, after a stop or a jump: its average; the batches of both are left out."""
+        self._forget_pending()
+        self._sum, self._count = state["sum"], state["count"]
+        saved = [Jump(*jump) for jump in state["left_out"]]
+        self._jumps = [*(jump for jump in saved if not self.leaves_out(jump.step)), *self._jumps]
         self._left_out = frozenset(jump.step for jump in self._jumps)
 
     def _leave_out(self, jump: Jump) -> None:

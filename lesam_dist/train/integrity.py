@@ -108,9 +108,9 @@ class ReplicaCheck:
         own = torch.stack([self._hasher.of(values) + _digest(tensors) for tensors, values in pairs])
         width = max(map(len, self._places))
         own = nn.functional.pad(own, (0, width - len(own)))
-        every = own.new_empty(self._world.world_size * width)
-        dist.all_gather_into_tensor(every, own)
-        rows = every.view(-1, width).tolist()
+        every = own.new_empty(self._world.world_size, width)
+        dist.all_gather(list(every), own)
+        rows = every.tolist()
         if any(len({rows[rank][kind] for rank in ranks}) > 1 for kind, ranks in self._classes()):
             raise self._error(step, kinds, hashes, checkpoints)
         self._equal_at = step
