@@ -107,7 +107,9 @@ class BatchPasses:
                 losses: Tensor = self.criterion(self.model(images), labels)
             loss = (losses.mean() if per_sample else losses) * share
         if backward:
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            # 1, or nan: the gradients of a loss that is not finite may be, and every process must skip the step.
+            scaled.backward(scaled.detach() - scaled.detach() + 1)
         return losses.detach() if per_sample else loss.detach()
 
 

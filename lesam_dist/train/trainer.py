@@ -88,7 +88,7 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
         self.saved_step: int | None = None  # of the last checkpoint
-        self.nonfinite = NonFiniteSteps(config, world.device)
+        self.nonfinite = NonFiniteSteps(config, world)
         self.readings = Readings(world, self.optimizer, self.nonfinite)
         self.guard = LossGuard(GuardConfig() if run_dir is None else config.guard, world)
         self.check = None
@@ -204,7 +204,7 @@ class Trainer:
         if self.log:
             self.log.advance()
         if loss is not None:
-            self.nonfinite.count(loss, self.optimizer.telemetry["skipped"])
+            self.nonfinite.count(self.step, loss, self.optimizer.telemetry)
             self.guard.observe(self.step, loss, self.optimizer.overflow)
             if self._logs(self.step):
                 self._log_step(loss, used, meter)
@@ -246,7 +246,7 @@ class Trainer:
             self.log.print(self.guard.remark())
         if (progress := self._load()) is None:
             raise SharedError("there is no checkpoint to go back to: look at RUN_DIR/checkpoints, or start anew.")
-        self.guard.roll_back(progress["guard"])
+        self.guard.load(progress["guard"])
         if self.log:
             self.log.go_back(self.step, evaluated=self._is_evaluated())
 

@@ -237,6 +237,8 @@ def test_diverging_run_is_stopped(command: Command, small: tuple[str, ...], tmp_
     train = [line for line in read_metrics(tmp_path / "run") if line["split"] == "train"]
     assert [line["loss"] for line in train[-4:]] == [None] * 4
     assert len(train) < 9
+    good = next(line for line in reversed(train) if line["loss"] is not None)
+    assert f"step {good['step']}: loss {good['loss']:.4g}, rho {good.get('rho', 0.0):.4g}, grad_norm " in err
 
 
 def test_diverged_run_keeps_the_last_finite_checkpoint(
