@@ -138,6 +138,8 @@ class Trainer:
             self._try_evaluation()
         if self.checkpoints and self.guard.is_on and self.step == 0:
             self._save(self.checkpoints, final=False)  # to go back to
+        if self.check:
+            self.check.compare(self.step, self.checkpoints)
         for _ in self.steps():
             pass
         if self.checkpoints and not (self.checkpoints.wait() and self.saved_step == self.step):
@@ -183,8 +185,10 @@ class Trainer:
                 images, labels = next(batches)
             self.world.move()
             self._train_step(images, labels, meter)
-            self._after_step()
+            went_back = self._after_step()
             yield self.step
+            if went_back:
+                return  # to batches that begin elsewhere
 
     def _train_step(self, images: Tensor, labels: Tensor, meter: Meter) -> None:
         """One update with all that belongs to it; of a batch that is left out, all but the update."""
@@ -209,8 +213,11 @@ class Trainer:
             if self._logs(self.step):
                 self._log_step(loss, used, meter)
 
-    def _after_step(self) -> None:
+    def _after_step(self) -> bool:
         """Save and evaluate where that is due. It is saved first: if the evaluation fails, the epoch is not lost.
+
+        Returns:
+            Whether the run went back to an earlier step instead.
 
         Raises:
             PreemptedError: all processes have agreed to stop after this step; it has been saved.
@@ -219,7 +226,8 @@ class Trainer:
         wish = self.world.agreed.due(self.step)
         saves = wish is not None or self.cadence.is_due(self.step)
         ends_epoch = self.step % self.steps_per_epoch == 0
-        if self.guard.verdict(final=saves or ends_epoch) is not None:
+        went_back = self.guard.verdict(final=saves or ends_epoch) is not None
+        if went_back:
             self._roll_back()
         else:
             if ends_epoch:
@@ -235,6 +243,7 @@ class Trainer:
             raise self._preempted()
         if not self._is_evaluated():
             self._evaluate()
+        return went_back
 
     def _is_evaluated(self) -> bool:
         """Whether what is known of `step` includes its evaluation, if it is one after which an epoch ends."""
@@ -244,9 +253,10 @@ class Trainer:
         """Go back to the last checkpoint, and on from there without the batch that the guard leaves out."""
         if self.log:
             self.log.print(self.guard.remark())
-        if (progress := self._load()) is None:
+        if self.checkpoints is None or (progress := self._load()) is None:
             raise SharedError("there is no checkpoint to go back to: look at RUN_DIR/checkpoints, or start anew.")
         self.guard.load(progress["guard"])
+        self.checkpoints.amend(self.step, {"guard": self.guard.state()})  # what a kill must not make it meet again
         if self.log:
             self.log.go_back(self.step, evaluated=self._is_evaluated())
 
