@@ -98,7 +98,7 @@ def run(command: str) -> NoReturn:
     except PreemptedError as error:
         if place.rank == 0:
             print(f"lesam-dist: {error}", file=sys.stderr, flush=True)
-        _leave(preempted_status())
+        _leave(preempted_status(), at_once=place.world_size > 1)
     except UserError as error:
         if not getattr(error, "same_node", False):
             report_failure(place, error)
@@ -121,9 +121,11 @@ def _missing() -> str:
     return f'packages that are not installed ({", ".join(missing)}): pip install "lesam-dist[train]"' if missing else ""
 
 
-def _leave(status: int) -> NoReturn:
+def _leave(status: int, at_once: bool = False) -> NoReturn:
+    """End the process; at once where it is about to be killed, as tearing the interpreter down takes seconds."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    in_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if at_once or in_group:  # a group with unfinished operations can keep the interpreter from ending
         sys.stdout.flush()
-        os._exit(status)  # a group with unfinished operations can keep the interpreter from ending
+        os._exit(status)
     sys.exit(status)

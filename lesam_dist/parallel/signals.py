@@ -55,3 +55,10 @@ def preempted_status() -> int:
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
         return 0
     return PREEMPTED
+
+
+def forget_preemption() -> None:
+    """A run begins: the launch script's file, if there is one, is of processes that torchrun has replaced by now."""
+    if file := os.environ.get("LESAM_DIST_PREEMPTED"):
+        with suppress(OSError):
+            os.unlink(file)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.parallel.signals import STOP_SIGNALS, preempted_status
+from lesam_dist.parallel.signals import STOP_SIGNALS, forget_preemption, preempted_status
 
 _AGAIN = 1.0  # seconds after which another Ctrl-C is meant: torchrun passes the first on, twice within milliseconds
 _LOOK = 0.5  # seconds between two looks for what other processes were asked
@@ -42,6 +42,7 @@ def preemption(world: Distributed, grace: float, *, active: bool = True) -> Iter
     if not active or threading.current_thread() is not threading.main_thread():
         yield
         return
+    forget_preemption()
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     taken = {number: signal.getsignal(number) for number in STOP_SIGNALS}

@@ -194,6 +194,12 @@ def one_is_signalled_under_a_script(rank: int) -> None:
 def test_a_launch_script_is_told_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun, between the two, takes any status but 0 for a failure."""
     monkeypatch.chdir(tmp_path)
+    Path("told").touch()
+    with preemption(alone(), 60), monkeypatch.context() as patch:
+        assert Path("told").exists()
+        patch.setenv("LESAM_DIST_PREEMPTED", "told")
+        with preemption(alone(), 60):
+            assert not Path("told").exists(), "it was of processes before these"
     found, err = launch(one_is_signalled_under_a_script, tmp_path, srun_like)
     assert found == [0, 0], err
     assert Path("told").exists()
