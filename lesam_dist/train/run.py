@@ -15,6 +15,7 @@ from lesam_dist.parallel.processes import Distributed, process_group
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.dry_run import shorten
+from lesam_dist.train.preemption import preemption
 from lesam_dist.train.run_dir import claim
 from lesam_dist.train.trainer import Trainer
 
@@ -33,6 +34,7 @@ def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
 
     Raises:
         UserError: for anything that the user can mend; raised before training where it can be known then.
+        PreemptedError: a signal asked it to stop, and it has saved.
     """
     with process_group(config.parallel.device, config.parallel.timeout_s) as world:
         return train_here(config, world, given)
@@ -46,17 +48,18 @@ def train_here(config: Config, world: Distributed, given: Collection[str] = ()) 
     build.check_optimizer(config.optimizer, world.device)
     _set_precision(config)
     trainer = _dry_trainer(config, world, given) if config.dry_run else build_trainer(config, world)
-    try:
-        return trainer.fit()
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        raise UserError(
-            f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, "
-            "then go on with --resume auto."
-        ) from error
-    finally:
-        trainer.close()
+    with preemption(world, config.checkpoint.grace_seconds, active=not config.dry_run):
+        try:
+            return trainer.fit()
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise UserError(
+                f"run_dir '{config.run_dir}' cannot be written: {error}. Checkpoints on disk are whole: make room, "
+                "then go on with --resume auto."
+            ) from error
+        finally:
+            trainer.close()
 
 
 def build_trainer(config: Config, world: Distributed) -> Trainer:

@@ -158,8 +158,9 @@ class Trainer:
         if self.log:
             self.log.close()
             if self.run_dir:
-                with suppress(OSError):  # a full disk has been reported by now
-                    plot_curves(self.run_dir)
+                if not self.world.agreed.stopping:  # there are seconds left
+                    with suppress(OSError):  # a full disk has been reported by now
+                        plot_curves(self.run_dir)
                 if self.last_evaluation:
                     last = self.last_evaluation
                     top5 = f", top-5 {last['acc5']:.2f} %" if "acc5" in last else ""
