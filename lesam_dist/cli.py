@@ -12,8 +12,9 @@ from typing import NoReturn
 from lesam_dist import __version__
 from lesam_dist.errors import PreemptedError, UserError, unknown_name
 from lesam_dist.parallel.place import Place, find_place
-from lesam_dist.parallel.report import end_with_launcher, report_failure
+from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure
 from lesam_dist.parallel.signals import preempted_status
+from lesam_dist.parallel.stacks import dump_on_signals
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -90,11 +91,13 @@ def run(command: str) -> NoReturn:
         place = find_place(os.environ)
         if place.launcher not in ("", "hand"):  # a shell may end before what it started
             end_with_launcher()
+        dump_on_signals(place)
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)
         if missing := _missing():  # all at once, and before a run that would need the last of them at its end
             raise UserError(f"lesam-dist {command} needs {missing}")
-        _COMMANDS[command][0](sys.argv[1:])
+        with ends_with_any_thread(place):
+            _COMMANDS[command][0](sys.argv[1:])
     except PreemptedError as error:
         if place.rank == 0:
             print(f"lesam-dist: {error}", file=sys.stderr, flush=True)

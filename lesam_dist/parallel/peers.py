@@ -1,34 +1,41 @@
-"""What the processes of a group tell each other besides their collectives: that they live, and why one failed.
+"""That the processes of a group live, and why one failed: all hear of it, also while a collective waits for ever.
 
-Everything goes through the group's store, so it works while a collective waits for a process that will never come.
+Two threads: one talks to the group's store, which may stop answering; the other does not, and ends a process that
+nothing else would end, as under NCCL, whose collectives do not notice that a process has died.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
-from lesam_dist.errors import UserError
+from lesam_dist.errors import SharedError, UserError
+from lesam_dist.parallel.beats import Beat, Look, RunningClock, behind
+from lesam_dist.parallel.board import Board, Failure
+from lesam_dist.parallel.meeting import Member, store_of_agent
 from lesam_dist.parallel.place import Place
-from lesam_dist.parallel.report import name_of
+from lesam_dist.parallel.progress import Progress
+from lesam_dist.parallel.report import name_of, report_failure
+from lesam_dist.parallel.stall import StallWatch
 
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|failed to (recv|send)|ncclRemoteError|remote process exited"
-    r"|timed out waiting|(wait|socket|operation) timeout",
+    r"|timed out|(wait|socket|operation) timeout",
     re.IGNORECASE,
 )
-_FAILURE = "failure"
 _WARN_AFTER = 60.0  # seconds
 _TICK = 1.0  # seconds between two beats
-_FAREWELL = 30.0  # seconds after another one's failure in which a process leaves by itself, or else is ended
+_SEARCH = 5.0  # seconds in which the process that a collective has lost is looked for
+_FAREWELL = 10.0  # seconds after another one's failure in which a process leaves by itself, or else is ended
+_PATIENT_FAREWELL = 60.0  # where all have the same reason to leave, and each will
+_KILLED = "killed (out of memory? see dmesg there), or crashed (see its output)"
 
 
 class PeerError(UserError):
@@ -43,161 +50,205 @@ class Peers:
     """The other processes of the group.
 
     Args:
-        store: of the group; a connection of its own is made.
+        store: that all share.
+        members: all processes by rank.
         place: this process.
-        timeout: seconds after which a run whose process is silent ends.
+        progress: of this process.
+        timeout: seconds after which a run ends in which one process keeps the others waiting.
     """
 
-    def __init__(self, store: Store, place: Place, timeout: float) -> None:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive a restart
-        self._store = PrefixStore(f"lesam_dist/{attempt}", store.clone())
-        self._place, self._timeout = place, timeout
-        self._warn_after = min(_WARN_AFTER, timeout / 2)
-        self._host = socket.gethostname()
-        self._position = 0
-        self._known: dict[str, Any] | None = None  # why another process failed
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+    def __init__(
+        self, store: Store, members: Sequence[Member], place: Place, progress: Progress, timeout: float
+    ) -> None:
+        self._board = Board(store, place.rank, place.world_size)
+        self._members, self._place, self._progress, self._timeout = members, place, progress, timeout
+        self._warn_after, self._tick = min(_WARN_AFTER, timeout / 2), min(_TICK, timeout / 8)
+        mine = (members[place.rank].host, members[place.rank].space)
+        self._siblings = [rank for rank, member in enumerate(members) if (member.host, member.space) == mine]
+        self._number = 0  # of the last beat
+        self._failure: Failure | None = None  # why the run ends, once that is known
+        self._timed_out = False  # the collective that broke
+        self._known, self._lost, self._over, self._wake = (threading.Event() for _ in range(4))
+        self._threads = [
+            threading.Thread(target=self._talk, name="peers", daemon=True),
+            threading.Thread(target=self._guard, name="peers_guard", daemon=True),
+        ]
+        self._hook_before: Callable[[threading.ExceptHookArgs], Any] | None = None
 
     def start(self) -> None:
         """Begin to tell the others that this process lives, and to watch whether they do."""
-        self._tell(0)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
+        self._hook_before, threading.excepthook = threading.excepthook, self._thread_failed
 
     def stop(self) -> None:
         """Stop telling and watching."""
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(_TICK)
+        self._wake.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(_TICK)
+        if self._hook_before is not None:
+            threading.excepthook, self._hook_before = self._hook_before, None
 
     def part(self) -> None:
         """After `publish`: if the store ends with this process, wait until the others have had time to read it."""
-        if self._place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self._place.rank == 0 and not store_of_agent():
             time.sleep(2 * _TICK)
-
-    def move(self) -> None:
-        """Say that this process has got on by one part of a step; costs nothing."""
-        self._position += 1
 
     def publish(self, error: BaseException) -> None:
         """Tell the others why this process is about to leave; the first failure stands."""
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        failure = {"rank": self._place.rank, "host": self._host, "message": message}
-        try:
-            self._store.compare_set(_FAILURE, "", json.dumps(failure))
-        except RuntimeError:  # the store's host has gone before
-            return
+        failure = Failure(self._place.rank, f"failed: {message}", said=True, shared=isinstance(error, SharedError))
+        # In a thread: if the store's host has gone, nothing answers.
+        thread = threading.Thread(target=self._stand, args=(failure,), name="publish", daemon=True)
+        thread.start()
+        thread.join(_SEARCH)
 
     def explain(self, error: Exception) -> Exception:
         """What to raise for an exception in this process: itself, or a `PeerError` where it only lost another."""
         if isinstance(error, UserError) or not (isinstance(error, RuntimeError) and _LOST.search(str(error))):
             self.publish(error)
             return error
-        failure = self._failure()
-        if failure is None:
-            reason = str(error).strip().splitlines()[0]
-            return PeerError(
-                f"lost another process, which did not say why: it was killed (out of memory?), is stopped, took longer "
-                f"than parallel.timeout_s ({self._timeout:g} s), or the network broke ({reason})",
-                same_node=False,
+        self._timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        self._lost.set()
+        self._wake.set()
+        self._known.wait(_SEARCH + 2 * _TICK)
+        if self._failure is not None:
+            return self._peer_error(self._failure)
+        reason = str(error).strip().splitlines()[0]
+        if "connectFullMesh" in reason:  # gloo: each process gives the others an address of its own
+            found = UserError(
+                f"the processes do not reach each other ({reason}). Set GLOO_SOCKET_IFNAME, on every host, to the "
+                "network interface that the others reach it by, e.g. eth0; /etc/hosts may call the host 127.0.0.1."
             )
-        name = name_of(failure["rank"], failure["host"], self._several_hosts)
-        return PeerError(f"stopped, as {name} failed: {failure['message']}", failure["host"] == self._host)
+            self.publish(found)
+            return found
+        return PeerError(
+            f"lost another process (in {self._progress.at}), and none knows which: it took longer than "
+            f"parallel.timeout_s ({self._timeout:g} s), or the network broke ({reason})",
+            same_node=False,
+        )
 
-    @property
-    def _several_hosts(self) -> bool:
-        return self._place.world_size > self._place.local_world_size
-
-    def _failure(self) -> dict[str, Any] | None:
-        if self._known is not None:
-            return self._known
+    def _stand(self, failure: Failure) -> Failure:
+        """Publish; returns what stands, or this where the store has gone."""
         try:
-            if self._store.check([_FAILURE]):
-                found: dict[str, Any] = json.loads(self._store.get(_FAILURE))
-                return found
+            return self._board.publish(failure)
         except RuntimeError:
-            pass
+            return failure
+
+    def _peer_error(self, failure: Failure) -> PeerError:
+        who, said = "", False
+        if failure.rank is not None:
+            who = f"{self._name(failure.rank)} "
+            said = failure.said and self._members[failure.rank].host == self._members[self._place.rank].host
+        return PeerError(f"stopped, as {who}{failure.message}", same_node=said)
+
+    def _name(self, rank: int) -> str:
+        return name_of(rank, self._members[rank].host, self._place.world_size > self._place.local_world_size)
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """A thread has failed, and what waits for it may wait for ever: the hook before this one ends the process."""
+        if args.exc_value is not None:
+            self.publish(args.exc_value)
+        if self._hook_before is not None:
+            self._hook_before(args)
+
+    def _talk(self) -> None:
+        clock = RunningClock(longest=5 * self._tick)
+        stall = StallWatch(
+            self._board, self._members, self._place, self._progress, self._warn_after, self._timeout, clock
+        )
+        search: _Search | None = None
+        try:
+            while not self._over.is_set():
+                self._number += 1
+                self._board.tell(Beat(self._number, self._progress.at))
+                failure = self._board.failure() or self._find_gone()
+                if failure is None and self._lost.is_set():
+                    search = search or _Search(self._place.world_size, self._timed_out)
+                    failure = search.look(self._board.beats())
+                    failure = failure and self._board.publish(failure)
+                if failure is not None:
+                    self._learn(failure)
+                    return
+                if stall.over():
+                    _exit(1)  # the main thread waits in a collective
+                self._wake.wait(self._tick) if not self._lost.is_set() else self._over.wait(self._tick / 4)
+        except RuntimeError:
+            self._learn(self._without_store())
+
+    def _learn(self, failure: Failure) -> None:
+        if not self._over.is_set():
+            self._failure = failure
+            self._known.set()
+
+    def _find_gone(self) -> Failure | None:
+        """Whether a process of this host has ended, and not said why."""
+        for rank in self._siblings:
+            if self._members[rank].state() == "gone" and not self._over.is_set():
+                at = self._board.beats()[rank].at
+                return self._board.publish(Failure(rank, f"is gone ({at}): {_KILLED}"))
         return None
 
-    def _tell(self, beat: int) -> None:
-        self._store.set(f"beat/{self._place.rank}", f"{beat} {self._position} {self._host}")
+    def _without_store(self) -> Failure:
+        """Why the store may have gone."""
+        keeper = self._keeper()
+        until = (
+            time.monotonic() + _TICK
+        )  # a process that has been killed closes its connections a little before it is gone
+        while not store_of_agent() and self._members[0].state() == "" and time.monotonic() < until:
+            self._over.wait(_TICK / 20)
+        if not store_of_agent() and self._members[0].state() == "gone":
+            return Failure(0, f"is gone, which kept the store: {_KILLED}")
+        return Failure(None, f"{keeper} has closed the store at {self._place.address}: it failed, or was killed")
 
-    def _watch(self) -> None:
-        looks = self._place.local_rank < 2  # the second speaks where the first is silent
-        look = _Look(self._place.world_size, self._warn_after)
-        beat = 0
-        try:
-            while not self._over.wait(min(_TICK, self._timeout / 8)):
-                beat += 1
-                self._tell(beat)
-                self._known = self._failure()
-                if self._known is not None:
-                    break
-                waits = look.waits(self._position, time.monotonic())
-                if looks and waits >= self._warn_after / 2:
-                    self._judge(look, waits)
-        except RuntimeError:
-            return  # the store has gone, and with it the run: the collectives say so
-        if not self._over.wait(_FAREWELL):
-            os._exit(2)  # under NCCL the main thread waits for the one that failed
+    def _keeper(self) -> str:
+        return "torchrun's first node" if store_of_agent() else self._name(0)
 
-    def _judge(self, look: _Look, waits: float) -> None:
-        texts = self._store.multi_get([f"beat/{rank}" for rank in range(self._place.world_size)])
-        beats = [text.decode().split(" ", 2) for text in texts]
-        now = time.monotonic()
-        silent = look.silent([int(beat) for beat, _, _ in beats], now)
-        behind = look.behind([int(position) for _, position, _ in beats])
-        if waits < self._warn_after or not (silent or behind):
-            return
+    def _guard(self) -> None:
+        clock, answered, since = RunningClock(longest=5 * self._tick), 0, 0.0
+        warned = False
+        while not self._over.wait(self._tick):
+            now = clock.now()
+            if self._failure is not None:
+                if not self._over.wait(_PATIENT_FAREWELL if self._failure.shared else _FAREWELL):
+                    self._leave(self._peer_error(self._failure), 2)
+                return
+            if answered != self._number:
+                answered, since = self._number, now
+            silence = f"{self._keeper()}, which keeps the store at {self._place.address}, does not answer"
+            if now - since >= self._timeout:
+                limit = f"for {self._timeout:g} s (parallel.timeout_s)"
+                remedy = "its host is lost, it is stopped, or the network between is cut"
+                self._leave(PeerError(f"stopped ({self._progress.at}), as {silence} {limit}: {remedy}", False), 1)
+            if now - since >= self._warn_after and not warned and self._place.local_rank < 2:
+                warned = True
+                print(f"lesam-dist: warning: for {now - since:.0f} s {silence}.", file=sys.stderr, flush=True)
 
-        def names(ranks: list[int]) -> str:
-            return ", ".join(name_of(rank, beats[rank][2], self._several_hosts) for rank in ranks)
-
-        no_step = f"no step for {waits:.0f} s"
-        where = min(int(position) for _, position, _ in beats)
-        if not silent:
-            self._say(f"{where}/{behind}", f"warning: {no_step}: {names(behind)} is behind, and the others wait.")
-        elif waits < self._timeout:
-            self._say(f"{where}/{silent}", f"warning: {no_step}: {names(silent)} is silent (stopped, or cut off?).")
-        else:
-            limit = f"parallel.timeout_s is {self._timeout:g}"
-            self._say("end", f"error: {no_step}, {limit}: {names(silent)} is silent (stopped, or cut off?).")
-            os._exit(1)  # the main thread waits in a collective
-
-    def _say(self, key: str, text: str) -> None:
-        """Print a line, unless a process has printed the one of this key."""
-        if self._store.add(f"said/{key}", 1) == 1:
-            print(f"lesam-dist: {text}", file=sys.stderr, flush=True)
+    def _leave(self, error: PeerError, status: int) -> NoReturn:
+        if not error.same_node:
+            report_failure(self._place, error)
+        _exit(status)
 
 
-class _Look:
-    """Finds who holds the others up.
+class _Search:
+    """After a broken collective: who gives no sign of life, or, after one that timed out, who is behind."""
 
-    It is given, again and again, each process's beat, which counts up while the process lives, and its position, which
-    counts the parts of steps that it has done.
-    """
+    def __init__(self, world_size: int, timed_out: bool) -> None:
+        self._look, self._clock = Look(world_size, 0.8 * _SEARCH), RunningClock(longest=_TICK)
+        self._timed_out = timed_out
 
-    def __init__(self, world_size: int, patience: float) -> None:
-        self._patience = patience
-        self._position, self._since = -1, 0.0
-        self._beats = [-1] * world_size
-        self._changed = [0.0] * world_size
+    def look(self, beats: Sequence[Beat]) -> Failure | None:
+        now = self._clock.now()
+        if silent := self._look.silent(beats, now):
+            at = beats[silent[0]].at
+            return Failure(silent[0], f"has given no sign of life for {now:.0f} s ({at}): cut off, {_KILLED}")
+        if self._timed_out and now >= 0.8 * _SEARCH and (late := behind(beats)):
+            return Failure(late[0], f"took longer than parallel.timeout_s ({beats[late[0]].at})")
+        return None
 
-    def waits(self, position: int, now: float) -> float:
-        """Seconds since this process last got on."""
-        if position != self._position:
-            self._position, self._since = position, now
-            self._beats = [-1] * len(self._beats)
-        return now - self._since
 
-    def silent(self, beats: list[int], now: float) -> list[int]:
-        """The ranks whose beat has stood still for at least half of ``patience``."""
-        for rank, beat in enumerate(beats):
-            if beat != self._beats[rank]:
-                self._beats[rank], self._changed[rank] = beat, now
-        return [rank for rank, changed in enumerate(self._changed) if now - changed >= self._patience / 2]
-
-    def behind(self, positions: list[int]) -> list[int]:
-        """The ranks at the lowest position, where not all are at the same."""
-        lowest = min(positions)
-        return [] if lowest == max(positions) else [rank for rank, at in enumerate(positions) if at == lowest]
+def _exit(status: int) -> NoReturn:
+    sys.stdout.flush()
+    os._exit(status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -15,16 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from lesam_dist.errors import PreemptedError, SharedError, UserError
 from lesam_dist.parallel.agreed import Agreed, AgreedByAll
+from lesam_dist.parallel.meeting import meet
 from lesam_dist.parallel.peers import PeerError, Peers
 from lesam_dist.parallel.place import Place, find_place
-
-
-def _nobody_waits() -> None:
-    """What `Distributed.move` does where no other process watches this one."""
+from lesam_dist.parallel.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,17 @@ class Distributed:
     world_size: int
     device: torch.device
     local_world_size: int = 1  # processes on this node
-    move: Callable[[], None] = _nobody_waits  # called at each part of a step, so that a process that hangs is found
+    progress: Progress = field(default_factory=Progress)  # what this process is doing, which the others are told
     agreed: Agreed = field(default_factory=Agreed)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the terminal."""
         return self.rank == 0
+
+    def move(self, what: str = "", step: int | None = None) -> None:
+        """At each part of a step: see `Progress.move`."""
+        self.progress.move(what, step)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -96,10 +97,11 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
         yield world
         return
     use_cuda = target.type == "cuda"
-    store = _join(place, timeout_s)
-    peers = Peers(store, place, timeout_s)
+    store, members = meet(place, timeout_s)
+    peers = Peers(store, members, place, world.progress, timeout_s)
     agreed = AgreedByAll(store, place.rank, place.world_size, timeout_s)
     failed = True
+    peers.start()
     try:
         _agree_on_device(store, place, target)
         # The group's own limit comes after that of `peers`, who can say which process is silent.
@@ -111,15 +113,16 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
             timeout=timedelta(seconds=timeout_s + 30),
             device_id=target if use_cuda else None,
         )
-        peers.start()
         agreed.start()
-        yield replace(world, move=peers.move, agreed=agreed)
+        with _no_early_exit():
+            yield replace(world, agreed=agreed)
         dist.barrier()
         agreed.close()
         peers.stop()  # before rank 0, which may have the store, can leave
         dist.barrier()  # a rank that leaves early breaks the others' connections
         failed = False
-    except PreemptedError:
+    except PreemptedError as error:
+        peers.publish(error)  # so that nobody takes for a loss that this process is gone
         agreed.part()
         raise
     except Exception as error:
@@ -147,6 +150,15 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
             dist.destroy_process_group()
 
 
+@contextmanager
+def _no_early_exit() -> Iterator[None]:
+    """`sys.exit` of one process is a failure like any other: the rest would wait for it."""
+    try:
+        yield
+    except SystemExit as stop:
+        raise RuntimeError(f"sys.exit({stop.code!r}) was called in the middle of a run of several processes") from stop
+
+
 def _choose_device(device: str | None, place: Place) -> torch.device:
     use_cuda = torch.cuda.is_available() if device is None else device == "cuda"
     if not use_cuda:
@@ -162,20 +174,6 @@ def _choose_device(device: str | None, place: Place) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def _join(place: Place, timeout_s: float) -> Store:
-    """The store that all processes share: torchrun's, or one of rank 0."""
-    url = f"tcp://{place.address}"
-    limit = timedelta(seconds=timeout_s)
-    try:
-        store: Store = next(rendezvous(url, place.rank, place.world_size, timeout=limit))[0]
-        return store
-    except dist.DistError as error:
-        raise UserError(
-            f"could not meet the other {place.world_size - 1} processes at {place.address} within {timeout_s:g} s: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
 
 
 def _agree_on_device(store: Store, place: Place, target: torch.device) -> None:

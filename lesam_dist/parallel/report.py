@@ -11,16 +11,26 @@ import tempfile
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lesam_dist.errors import SharedError, UserError
 from lesam_dist.parallel.place import Place
 
+_SHOWN = 4  # names in one message
+_RUN_AGO = 120.0  # seconds after which what was said belongs to an earlier run
+
 
 def name_of(rank: int, host: str, several_hosts: bool) -> str:
     """What a message calls a process."""
     return f"rank {rank} on {host}" if several_hosts else f"rank {rank}"
+
+
+def some_of(texts: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more
 
 
 def report_failure(place: Place, error: BaseException) -> None:
@@ -31,7 +41,7 @@ def report_failure(place: Place, error: BaseException) -> None:
     text, message = str(error), str(error)
     if not isinstance(error, UserError):
         text, message = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
-    if place.world_size > 1 and not _first_on_this_node(place.rank, message):
+    if place.world_size > 1 and not _first_on_this_node(place, message):
         return
     if place.rank and not isinstance(error, SharedError):
         several_hosts = place.world_size > place.local_world_size
@@ -39,12 +49,13 @@ def report_failure(place: Place, error: BaseException) -> None:
     print(f"lesam-dist: error: {text}", file=sys.stderr, flush=True)
 
 
-def _first_on_this_node(rank: int, message: str) -> bool:
+def _first_on_this_node(place: Place, message: str) -> bool:
     """Whether no other child of this process's launcher has had this to say: they keep a list in a file.
 
     It works before a process group is joined, and when joining it fails.
     """
-    digest = hashlib.blake2b(message.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    what = f"{place.address} {message}".encode(errors="surrogateescape")  # two runs at one time have two addresses
+    digest = hashlib.blake2b(what, digest_size=16).hexdigest()
     try:
         folder = _folder()
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -52,10 +63,11 @@ def _first_on_this_node(rank: int, message: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             ranks = file.read().split()
-            if str(rank) in ranks:  # the same launcher, a shell perhaps, has started them again
+            age = time.time() - os.fstat(file.fileno()).st_mtime
+            if str(place.rank) in ranks or age > _RUN_AGO:  # the same launcher, a shell perhaps, started them again
                 file.truncate(0)
                 ranks = []
-            file.write(f"{rank} ")
+            file.write(f"{place.rank} ")
             return not ranks
     except OSError:
         return True  # rather twice than never
@@ -71,6 +83,27 @@ def _folder() -> Path:
     with suppress(OSError, IndexError):  # process ids are used again, with another start
         started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     return Path(tempfile.gettempdir()) / f"lesam-dist-{os.getuid()}-{parent}-{started}"
+
+
+@contextmanager
+def ends_with_any_thread(place: Place) -> Iterator[None]:
+    """Within, an exception that ends a thread is reported and ends the process, as it would in the main thread.
+
+    What waits for the thread might otherwise wait for ever.
+    """
+
+    def fail(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None:  # the interpreter is shutting down
+            return
+        report_failure(place, args.exc_value)
+        sys.stdout.flush()
+        os._exit(2 if isinstance(args.exc_value, UserError) else 1)
+
+    before, threading.excepthook = threading.excepthook, fail
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def end_with_launcher() -> None:

@@ -14,67 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from lesam_dist import cli, parallel
 from lesam_dist.data import epoch_order, rank_batches, scan_split
 from lesam_dist.errors import UserError
 from lesam_dist.train import agreement
 from tests.parallel import processes
-
-Environ = dict[str, str]
-Command = Callable[[int], None]  # what a rank runs
-
-
-def torchrun_like(rank: int, port: int) -> Environ:
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
-
-
-def srun_like(rank: int, port: int) -> Environ:
-    return {
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank),
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_ID": "0",
-    } | {
-        "SLURM_STEP_TASKS_PER_NODE": "2",
-        "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": str(port),
-    }
-
-
-def launch(command: Command, folder: Path, environ: Callable[[int, int], Environ]) -> tuple[list[int | None], str]:
-    """Run a command of `lesam-dist` on two processes; their exit statuses, and all they wrote to stderr.
-
-    Rank 1 gets no time of its own: where rank 0 has ended, and rank 1 has not, it is ended by a signal.
-    """
-    port = processes.free_port()
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(processes.PRELOAD)
-    err = folder / "stderr"
-    err.write_bytes(b"")
-    both = [context.Process(target=_run, args=(command, rank, err, environ(rank, port))) for rank in range(2)]
-    for process in both:
-        process.start()
-    both[0].join(120)
-    both[1].join(20 if command is not hangs_and_stops else 0)
-    for process in both:
-        process.kill()
-        process.join()
-    return [process.exitcode for process in both], err.read_text()
-
-
-def _run(command: Command, rank: int, err: Path, environ: Environ) -> None:
-    os.environ.update(environ)
-    descriptor = os.open(err, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    cli._COMMANDS["run"] = (lambda _: command(rank), "")
-    cli.run("run")
+from tests.parallel.terminal import Command, launch, srun_like, torchrun_like
 
 
 def both_fail(rank: int) -> None:
@@ -118,9 +64,9 @@ def hangs_and_stops(rank: int) -> None:
         world.barrier()
         while rank == 1 and "is behind" not in Path("/proc/self/fd/2").read_text():
             time.sleep(0.1)
-        world.move()
+        world.move("pass 1", 7)
         world.barrier()
-        world.move()
+        world.move("pass 2")
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         world.barrier()
@@ -141,7 +87,7 @@ CASES: dict[str, tuple[Command, list[int], list[str]]] = {
     "in a group": (second_fails, [2, 2], ["lesam-dist: error: rank 1: disk 1 is full"]),
     "rank 0, who has the store": (first_fails, [2, 2], ["lesam-dist: error: disk 0 is full"]),
     "a bug": (second_has_a_bug, [2, 1], ["lesam-dist: error: rank 1: Traceback", "\nValueError: a bug of our own"]),
-    "killed": (second_is_killed, [2, -signal.SIGKILL], ["lost another process", "it was killed"]),
+    "killed": (second_is_killed, [2, -signal.SIGKILL], ["as rank 1 is gone (starting): killed (out of memory?"]),
     "devices": (on_two_devices, [2, 2], ["lesam-dist: error: the device of rank 1 is cuda on", "rank 0 is cpu on"]),
 }
 
@@ -162,10 +108,10 @@ def test_each_failure_is_said_once(tmp_path: Path, name: str) -> None:
 def test_a_process_that_hangs_or_stops_is_named_and_silence_ends_the_run(tmp_path: Path) -> None:
     statuses, err = launch(hangs_and_stops, tmp_path, srun_like)
     assert statuses == [1, -signal.SIGKILL], err
-    assert "rank 1 is behind, and the others wait" in err
+    assert "rank 1 is behind (starting); the others wait (step 7: pass 1)." in err
     last = err.strip().splitlines()[-1]
     assert last.startswith("lesam-dist: error: no step for")
-    assert "parallel.timeout_s is 10: rank 1 is silent" in last
+    assert "parallel.timeout_s is 10: rank 1 is silent, stopped by a signal (last seen in " in last
     assert err.count("lesam-dist: error") == 1
 
 
