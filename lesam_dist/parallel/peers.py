@@ -151,6 +151,7 @@ class Peers:
         """A thread has failed, and what waits for it may wait for ever: the hook before this one ends the process."""
         if args.exc_value is not None:
             self.publish(args.exc_value)
+            self.part()
         if self._hook_before is not None:
             self._hook_before(args)
 

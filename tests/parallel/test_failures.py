@@ -61,8 +61,11 @@ def second_is_killed(rank: int) -> None:
 
 def hangs_and_stops(rank: int) -> None:
     with parallel.process_group("cpu", 10) as world:
+        world.progress.stacks = Path("stacks")
         world.barrier()
-        while rank == 1 and "is behind" not in Path("/proc/self/fd/2").read_text():
+        while rank == 1 and not (
+            "is behind" in Path("/proc/self/fd/2").read_text() and list(Path("stacks").glob("*1*"))
+        ):
             time.sleep(0.1)
         world.move("pass 1", 7)
         world.barrier()
@@ -105,10 +108,18 @@ def test_each_failure_is_said_once(tmp_path: Path, name: str) -> None:
         assert "frame #" not in err, "torch's account of a lost connection"
 
 
-def test_a_process_that_hangs_or_stops_is_named_and_silence_ends_the_run(tmp_path: Path) -> None:
-    statuses, err = launch(hangs_and_stops, tmp_path, srun_like)
+def test_a_process_that_hangs_or_stops_is_named_and_silence_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    statuses, err = launch(hangs_and_stops, tmp_path, srun_like, others=0)
     assert statuses == [1, -signal.SIGKILL], err
-    assert "rank 1 is behind (starting); the others wait (step 7: pass 1)." in err
+    behind = "rank 1 is behind (starting); the others wait (step 7: pass 1). "
+    assert f"{behind}Stacks: rank_0.txt and rank_1.txt in stacks." in err
+    stacks = [Path("stacks", f"rank_{rank}.txt").read_text() for rank in range(2)]
+    assert f"stacks of rank 1 on {socket.gethostname()}" in stacks[1]
+    assert " in hangs_and_stops\n" in stacks[1], "not in a collective"
+    assert " in barrier\n" in stacks[0].partition(" in hangs_and_stops\n")[0], "called by it"
     last = err.strip().splitlines()[-1]
     assert last.startswith("lesam-dist: error: no step for")
     assert "parallel.timeout_s is 10: rank 1 is silent, stopped by a signal (last seen in " in last
