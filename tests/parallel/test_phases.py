@@ -111,7 +111,7 @@ def check(
         assert f"rank {culprit} is gone" in lines[0]
     else:
         assert len(lines) == 1, "said once"
-    if culprit or fault in SAID:  # else rank 0's store has gone without a word
+    if culprit:  # else the store goes with rank 0, and threads of others may still be asking it
         assert "frame #" not in err, "torch's account"
 
 
