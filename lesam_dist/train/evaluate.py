@@ -65,6 +65,7 @@ def evaluate(
         sums += torch.stack([loss.double(), correct.sum().double(), among_five.sum().double()])
     model.train(was_training)
     sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype).to(sums.device)])
+    world.move("at the end of an evaluation")
     if world.world_size > 1:
         dist.all_reduce(sums)
     loss_sum, correct_sum, among_five_sum, samples, of_many = sums.tolist()

@@ -8,7 +8,7 @@ first pass may move: later passes see perturbed weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
@@ -36,6 +36,7 @@ class BatchPasses:
         scaler: scales the loss before ``backward`` (float16); whoever steps unscales.
         micro_batches: each pass goes through the batch in so many parts of equal size, to save memory. Gradients are
             reduced over the processes once, in the last one. The same as one part, but for BatchNorm.
+        on_pass: called with "pass 1" when the first pass begins, and so on.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class BatchPasses:
         autocast: torch.dtype | None = None,
         scaler: GradScaler | None = None,
         micro_batches: int = 1,
+        on_pass: Callable[[str], object] | None = None,
     ) -> None:
         self.model, self.criterion = model, criterion
         self.images, self.labels = images, labels
         self.autocast, self.scaler, self.micro_batches = autocast, scaler, micro_batches
         self._rng: list[Tensor] | None = None
+        self._on_pass, self._passes = on_pass, 0
 
     def __call__(
         self,
@@ -76,6 +79,9 @@ class BatchPasses:
         Returns:
             The mean loss of this rank's samples, 0-d, detached, not scaled; with ``per_sample`` all of them, (B,).
         """
+        if self._on_pass is not None:
+            self._passes += 1
+            self._on_pass(f"pass {self._passes}")
         count = math.ceil(fraction * len(self.labels))
         images, labels = (t[:count] if subset is None else t[subset] for t in (self.images, self.labels))
         parts = list(zip(images.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))

@@ -15,6 +15,7 @@ from lesam_dist.parallel.processes import Distributed, process_group
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.dry_run import shorten
+from lesam_dist.train.out_of_memory import explain_memory
 from lesam_dist.train.preemption import preemption
 from lesam_dist.train.run_dir import claim
 from lesam_dist.train.trainer import Trainer
@@ -43,6 +44,17 @@ def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
 def train_here(config: Config, world: Distributed, given: Collection[str] = ()) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
     config = checked(config)
+    try:
+        return _train_here(config, world, given)
+    except (MemoryError, RuntimeError, OSError) as error:
+        explained = explain_memory(error, config, str(world.progress.at), world.device.type)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _train_here(config: Config, world: Distributed, given: Collection[str]) -> dict[str, float]:
+    world.move("comparing its settings with the others'")
     agree_on_setup(config, world)
     require_model(config.model.name)  # before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)
@@ -68,12 +80,15 @@ def build_trainer(config: Config, world: Distributed) -> Trainer:
     Raises:
         UserError: as `train`.
     """
+    world.move("listing the images")
     folders = build.build_folders(config, world)
+    world.move("building the network and what reads the images")
     agree_on_data(dict(zip(("train", "val"), folders, strict=True)), world)
     num_classes = build.resolve_num_classes(config, folders[0].classes)
     loaders = build.build_loaders(config, folders, world)
     model = build.build_network(config, num_classes, world)
     run_dir = claim(config, world)
+    world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
     return Trainer(config, world, model, loaders, run_dir, val_samples=len(folders[1]))
 

@@ -182,9 +182,9 @@ class Trainer:
         epoch, start = divmod(self.step, self.steps_per_epoch)
         batches = self.train_loader.epoch(epoch, start)
         for _ in range(start, self.steps_per_epoch):
+            self.world.move("waiting for a batch", self.step + 1)
             with meter.waiting():
                 images, labels = next(batches)
-            self.world.move()
             self._train_step(images, labels, meter)
             went_back = self._after_step()
             yield self.step
@@ -205,7 +205,7 @@ class Trainer:
             self.budget.step()
         self.step += 1
         self.last_evaluation = None
-        self.world.move()
+        self.world.move("logging")
         if self.log:
             self.log.advance()
         if loss is not None:
@@ -283,7 +283,16 @@ class Trainer:
         return [self._passes(*part) for part in parts]
 
     def _passes(self, images: Tensor, labels: Tensor, micro_batches: int = 1) -> BatchPasses:
-        return BatchPasses(self.wrapped, self.criterion, images, labels, self.autocast, self.scaler, micro_batches)
+        return BatchPasses(
+            self.wrapped,
+            self.criterion,
+            images,
+            labels,
+            self.autocast,
+            self.scaler,
+            micro_batches,
+            on_pass=self.world.move,
+        )
 
     def _method_works(self) -> bool:
         """Whether this step lies in the epochs in which the method works."""
@@ -321,6 +330,7 @@ class Trainer:
             raise self.nonfinite.diverged(self.step, in_a_row, self.checkpoints)
 
     def _save(self, checkpoints: Checkpointer, *, final: bool) -> None:
+        self.world.move("saving a checkpoint")
         weights = [*self.model.parameters(), *self.model.buffers()]
         in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(weights)])
         self.nonfinite.require_few(self.step, in_a_row, checkpoints)
@@ -347,6 +357,7 @@ class Trainer:
 
     def _try_evaluation(self) -> None:
         """Evaluate one batch, which changes nothing: what is broken shows before an epoch has been spent."""
+        self.world.move("evaluating one batch")
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             batches, count = islice(self._validation(), 1), min(1, len(self.val_loader))
             evaluate(self.model, batches, self.world, self.autocast, count=count)
@@ -371,6 +382,7 @@ class Trainer:
             yield images.to(memory_format=self.memory_format), labels
 
     def _evaluate_weights(self) -> dict[str, float]:
+        self.world.move("evaluating")
         batches, count = self._validation(), len(self.val_loader)
         result = evaluate(self.model, batches, self.world, self.autocast, count=count)
         if self.val_samples is not None and result["samples"] != self.val_samples:
@@ -387,6 +399,7 @@ class Trainer:
     def _load(self) -> dict[str, Any] | None:
         """Go to where the newest whole checkpoint is, and return its progress; None where there is none."""
         assert self.checkpoints is not None
+        self.world.move("loading a checkpoint")
         loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
         if self.world.is_main:
             for fault in loaded.damaged:

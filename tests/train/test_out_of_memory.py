@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lesam_dist.config.schema import Config
 from lesam_dist.train.out_of_memory import explain_memory
+from lesam_dist.train.passes import BatchPasses
 
 # What CUDA's allocator says (c10/cuda/CUDACachingAllocator.cpp); there may be no GPU here.
 ON_A_GPU = (
@@ -169,3 +170,38 @@ def test_what_is_at_its_end_is_not_named(seed: int) -> None:
     }
     for name, named in expected.items():
         assert (name in message) == named, f"{name}: {message}"
+
+
+def test_a_run_says_it_in_one_line(
+    command: Callable[..., tuple[int, str, str]],
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    """Wherever it happens: in the passes of a random step, or in an evaluation."""
+    draw = random.Random(seed)
+    left, evaluates = draw.randrange(12), draw.random() < 0.3
+
+    def fail_later(self: BatchPasses, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            assert self._on_pass is not None
+            self._on_pass("pass 1 or 2")
+            an_array_in_torch(10**14)
+        return pass_over(self, **options)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    step, pass_over = 1 + left // 2, BatchPasses.__call__
+    if evaluates:
+        monkeypatch.setattr("lesam_dist.train.trainer.evaluate", fail)
+    else:
+        monkeypatch.setattr(BatchPasses, "__call__", fail_later)
+    status, _, err = command(*small, "--run_dir", str(tmp_path / "run"), "--parallel.device", "cpu")
+    assert status == 2, err
+    phase = "evaluating one batch." if evaluates else f"step {step}: pass 1 or 2 (90.95 TiB asked for)."
+    assert err.startswith(f"lesam-dist: error: this host is out of memory in {phase} Try, in this order: data.")
+    assert err.count("\n") == 1
