@@ -41,10 +41,24 @@ def _sweep(argv: Sequence[str]) -> None:
     sweep(argv)
 
 
+def _export(argv: Sequence[str]) -> None:
+    from lesam_dist.train.checkpoint.export import export
+
+    export(argv)
+
+
+def _checkpoints(argv: Sequence[str]) -> None:
+    from lesam_dist.train.checkpoint.listing import checkpoints
+
+    checkpoints(argv)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a network (lesam-dist train --help)"),
     "compare": (_compare, "train several methods with several seeds, and compare them (lesam-dist compare --help)"),
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
+    "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
+    "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
 }
 
 # What a command imports and the library does without: modules, and their packages in the extra "train".
@@ -68,7 +82,7 @@ def main() -> NoReturn:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: lesam-dist COMMAND ...\n\ncommands:")
         for name, (_, text) in _COMMANDS.items():
-            print(f"  {name:10s}{text}")
+            print(f"  {name:13s}{text}")
         if missing := _missing():
             print(f"\nEvery command needs {missing}")
         sys.exit(0 if len(sys.argv) > 1 else 2)

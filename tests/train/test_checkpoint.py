@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import resource
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,9 @@ from lesam_dist import LESAM
 from lesam_dist.config.schema import CheckpointConfig
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train.checkpoint import Checkpointer, Loaded, manifest
+from lesam_dist.train.checkpoint import Checkpointer, Loaded, manifest, payload
 from lesam_dist.train.checkpoint import index as index_file
+from tests.checkpoints import read_checkpoint
 
 MANIFEST, DATA = manifest.NAME, "rank_00000.safetensors"
 ALWAYS = {"torch": torch.__version__, "world_size": 1, "epoch_end": None, "finite": True}
@@ -237,3 +242,119 @@ def test_manifest_is_readable_by_people(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "step_00000001" / "manifest.json").read_text())
     assert manifest["step"] == 1
     assert manifest["torch"] == torch.__version__
+
+
+def test_epochs_and_the_best_are_kept(tmp_path: Path) -> None:
+    """Epochs 2 and 4 by their number, epoch 3 by its evaluation, which comes after the save; the last two as such."""
+    net, optimizer = make()
+    checkpointer = keeping(tmp_path, 2, keep_every_epochs=2)
+    acc1 = {1: 50.0, 2: 60.0, 3: 70.0, 4: math.nan, 5: 69.0, 6: 65.0, 7: 70.0}
+    for epoch in range(1, 7):
+        checkpointer.save(10 * epoch - 5, net, optimizer, {"evaluation": None})
+        checkpointer.save(10 * epoch, net, optimizer, {"evaluation": None}, epoch_end=epoch)
+        checkpointer.amend(10 * epoch, {"evaluation": {"acc1": acc1[epoch]}})
+    steps = [int(name.removeprefix("step_")) for name in names(tmp_path) if name != "latest"]
+    assert steps == [20, 30, 40, 55, 60]
+    checkpointer.save(70, net, optimizer, {"evaluation": {"acc1": 10.0, "ema_acc1": 70.0}}, epoch_end=7)
+    assert "step_00000030" not in names(tmp_path), "of two as good the newer one"
+
+
+def test_a_damaged_one_does_not_count_and_stays(tmp_path: Path) -> None:
+    checkpointer, net, optimizer, _ = save_steps(tmp_path, 2, range(1, 4))
+    truncate(tmp_path / "step_00000003" / DATA)
+    for step in (4, 5):
+        checkpointer.save(step, net, optimizer, {})
+    assert names(tmp_path) == ["latest", "step_00000003", "step_00000004", "step_00000005"]
+
+
+def test_what_a_killed_save_was_about_to_replace_comes_back(tmp_path: Path) -> None:
+    checkpointer, _, _, states = save_steps(tmp_path, 1, range(1, 2))
+    (tmp_path / "step_00000001").rename(tmp_path / ".step_00000001.replaced")
+    net, optimizer = make()
+    assert step_of(checkpointer.load_latest(net, optimizer)) == 1
+    torch.testing.assert_close(net.state_dict(), states[1], rtol=0, atol=0)
+
+
+def test_perturbed_weights_are_not_saved(tmp_path: Path) -> None:
+    checkpointer, net, optimizer, _ = save_steps(tmp_path, 1, range(1, 2))
+    net(torch.randn(8, 4)).square().sum().backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"the weights are perturbed.*restore\(\) first"):
+        checkpointer.save(2, net, optimizer, {})
+    optimizer.restore()
+    assert checkpointer.save(2, net, optimizer, {})
+
+
+@pytest.mark.parametrize("value", [torch.float32, {1, 2}, b"x", 1j, [1, object()]])
+def test_a_value_that_json_cannot_hold_is_named(tmp_path: Path, value: object) -> None:
+    checkpointer, net, optimizer, _ = save_steps(tmp_path, 1, range(1, 2))
+    optimizer.param_groups[0]["mine"] = value
+    with pytest.raises(UserError, match=r"'optimizer\.param_groups\.0\.mine' cannot be saved: it is a "):
+        checkpointer.save(2, net, optimizer, {})
+
+
+def test_values_come_back_as_they_were(seed: int, tmp_path: Path) -> None:
+    values = {"float": 0.1 + 0.2, "inf": math.inf, "nested": ((1, 2.5), [None, "ö"]), "empty": (), "flag": True}
+    checkpointer, net, optimizer, _ = save_steps(tmp_path, 1, range(1, 2))
+    optimizer.param_groups[0].update(values)
+    checkpointer.save(2, net, optimizer, {})
+    net, optimizer = make()
+    optimizer.param_groups[0].update({"float": 1.0, "inf": 0.0, "nested": ((0, 0.0), []), "empty": (1,), "flag": False})
+    checkpointer.load_latest(net, optimizer)
+    assert optimizer.param_groups[0].items() >= values.items()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto: the third save takes more than 1 % of the time since the last, and makes the next ones asynchronous."""
+    goes_on, in_thread = threading.Event(), []
+    original = payload.write
+
+    def write(path: Path, tensors: Any) -> Any:
+        in_thread.append(threading.current_thread() is not threading.main_thread())
+        assert not in_thread[-1] or goes_on.wait(60)
+        return original(path, tensors)
+
+    monkeypatch.setattr(payload, "write", write)
+    # The checkpointer is made; begin and end of each save; and again for each of the last two.
+    clock = iter([0.0, *(50.0, 50.4), *(100.0, 100.4), *(150.0, 150.6), 200.0, 250.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    net, optimizer = make()
+    checkpointer = keeping(tmp_path, 5, asynchronous="auto")
+    states = {}
+    for step in range(1, 6):
+        train_a_step(net, optimizer)
+        states[step] = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        if step == 5:
+            goes_on.set()  # it waits for the one before
+        assert checkpointer.save(step, net, optimizer, {})
+        assert (tmp_path / f"step_0000000{step}").exists() == (step < 4) or step == 5
+        train_a_step(net, optimizer)
+    assert checkpointer.wait()
+    assert in_thread == [False, False, False, True, True]
+    for step, state in states.items():
+        saved = read_checkpoint(tmp_path / f"step_0000000{step}")["model"]
+        torch.testing.assert_close(saved, state, rtol=0, atol=0)
+
+
+def test_a_save_that_fails_beside_the_training_is_said_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpointer, net, optimizer, _ = save_steps(tmp_path, 2, range(1, 2))
+    checkpointer.config.asynchronous = "always"
+
+    def full(path: Path, tensors: Any) -> Any:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(payload, "write", full)
+        assert checkpointer.save(2, net, optimizer, {})
+        assert checkpointer.wait() is False
+    assert "step 2 could not be written" in capsys.readouterr().out
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    assert checkpointer.save(2, net, optimizer, {})
+    assert checkpointer.wait()
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "latest").read_text() == "step_00000002"

@@ -133,3 +133,9 @@ def remove(path: Path) -> None:
     gone = path.parent / f".{path.name}.removed"
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def folder_in(path: Path) -> Path:
+    """Where the checkpoints of a run lie, by the run's folder or by this one."""
+    inside = path / "checkpoints"
+    return inside if inside.is_dir() else path

@@ -21,6 +21,9 @@ from lesam_dist.train.checkpoint.index import Index
 from lesam_dist.train.checkpoint.manifest import DamagedError, Files
 from lesam_dist.train.checkpoint.values import put_back, split
 
+# What `RunState.own` calls the buffers of the model and of the averages, and what a checkpoint's state calls them.
+_OWN_BUFFERS = {"buffer": "model", "ema": "ema"}
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -91,7 +94,8 @@ def load_into(
 def read_whole(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a checkpoint, unsharded, by name (``model.``, ``optimizer.``, ``ema.``), and its manifest.
 
-    In one process, on the host, without the model; what ranks have for themselves is left out.
+    In one process, on the host, without the model. Buffers that each rank has for itself are the mean over all; the
+    rest that they have for themselves is left out.
 
     Raises:
         DamagedError: with what is wrong with which file.
@@ -100,7 +104,13 @@ def read_whole(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     alone = Distributed(0, 0, 1, torch.device("cpu"))
     found = verified(checkpoint, alone)
     reader = format1.Reader(checkpoint, found.files) if found.index is None else storage.Reader(checkpoint, found.index)
-    return storage.read_all(reader), found.content
+    tensors = storage.read_all(reader)
+    for name, mean in storage.read_mean(checkpoint, found.index).items() if found.index else ():
+        kind, _, rest = name.partition(".")
+        whole = f"{_OWN_BUFFERS.get(kind)}.{rest}"
+        if whole in tensors and tensors[whole].shape == mean.shape:
+            tensors[whole] = mean.to(tensors[whole].dtype)
+    return tensors, found.content
 
 
 def reason(error: BaseException) -> str:

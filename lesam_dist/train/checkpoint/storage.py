@@ -114,6 +114,11 @@ def read_own(folder: Path, index: Index, rank: int, world_size: int) -> dict[str
     """
     if len(index.own) == world_size:
         return _read_whole(folder, index.own[rank])
+    return read_mean(folder, index)
+
+
+def read_mean(folder: Path, index: Index) -> dict[str, Tensor]:
+    """The mean over all ranks that saved of what is floating in their own, and what the first has of the rest."""
     if not index.own:
         return {}
     first = _read_whole(folder, index.own[0])
