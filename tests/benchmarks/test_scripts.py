@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkpoint
 import cifar_data
 import predict
 import pytest
@@ -283,6 +284,20 @@ def test_cifar_data(tmp_path: Path) -> None:
         )
     assert "| torchvision, 1 workers | 1 |" in done.stdout
     assert done.stdout.count(">= 10x") == 2
+
+
+def test_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--model", "tiny", "--repeats", "2", "--folder", str(tmp_path)]
+    checkpoint.main([*options, *outputs(tmp_path)])
+    results = check_files(tmp_path, capsys.readouterr().out)["results"]
+    theirs, ours, beside = results
+    assert ours["bytes"] == pytest.approx(beside["bytes"], rel=0.01)
+    assert ours["bytes"] < theirs["bytes"]
+    assert theirs["of_torch"] == {"save": 1.0, "blocked": 1.0, "load": 1.0}
+    assert all(r["seconds"]["blocked"]["p50"] <= r["seconds"]["save"]["p50"] for r in results)
+    assert ", s |" not in checkpoint.report(results, on_cuda=False)
+    assert "| blocked, s |" in checkpoint.report(results, on_cuda=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"], "nothing is left on the disk"
 
 
 def test_the_cifar_table_of_a_gpu() -> None:

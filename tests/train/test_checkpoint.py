@@ -293,6 +293,13 @@ def test_a_value_that_json_cannot_hold_is_named(tmp_path: Path, value: object) -
         checkpointer.save(2, net, optimizer, {})
 
 
+def test_a_dtype_that_safetensors_cannot_hold_is_named(tmp_path: Path) -> None:
+    net, optimizer = make()
+    net.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(UserError, match=r"'model\.phase' cannot be saved: it is of torch\.complex64, and .*bfloat16"):
+        keeping(tmp_path, 1).save(1, net, optimizer, {})
+
+
 def test_values_come_back_as_they_were(seed: int, tmp_path: Path) -> None:
     values = {"float": 0.1 + 0.2, "inf": math.inf, "nested": ((1, 2.5), [None, "ö"]), "empty": (), "flag": True}
     checkpointer, net, optimizer, _ = save_steps(tmp_path, 1, range(1, 2))

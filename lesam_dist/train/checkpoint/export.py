@@ -8,12 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lesam_dist.errors import UserError
 from lesam_dist.train.checkpoint import payload
 from lesam_dist.train.checkpoint.arguments import Parser
 from lesam_dist.train.checkpoint.folder import Folder, folder_in
-from lesam_dist.train.checkpoint.loading import read_whole
+from lesam_dist.train.checkpoint.loading import read_whole, reason
 from lesam_dist.train.checkpoint.manifest import NAME, DamagedError
 
 _TEXT = """
@@ -43,6 +44,8 @@ def export(argv: Sequence[str]) -> None:
         tensors, content = read_whole(source)
     except DamagedError as error:
         raise UserError(f"{error}. lesam-dist checkpoints --verify says which are whole.") from error
+    except (OSError, RuntimeError, CheckpointException) as error:  # no memory, and what is forged in format 1
+        raise UserError(f"the checkpoint {source} cannot be read: {reason(error)}.") from error
     weights = _weights(tensors, source, averaged=args.ema)
     aside = args.output.with_name(f".{args.output.name}.partial")
     try:

@@ -76,7 +76,12 @@ class Folder:
         if target.exists():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
         manifest.sync_folder(self.path)  # before anything points to it
         manifest.write_bytes(self.path / LATEST, name.encode())
         manifest.sync_folder(self.path)

@@ -137,7 +137,7 @@ def _table(folder: Folder, rows: Sequence[_Row]) -> str:
                 _size(folder.path / row.name),
                 _saved(folder.path / row.name, row.content),
                 f"{acc1:.2f}" if acc1 > -math.inf else "-",
-                {True: "yes", False: "no"}.get(row.content.get("finite"), "-"),  # type: ignore[arg-type]
+                "yes" if row.content.get("finite") is True else "no" if row.content else "-",
                 " ".join(marks),
                 state,
             )

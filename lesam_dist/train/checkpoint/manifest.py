@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,16 @@ def write(folder: Path, content: dict[str, Any]) -> None:
 def write_bytes(path: Path, content: bytes) -> Checksum:
     """Write a small file, whole or not at all, and have it on disk; its name is there after `sync_folder`."""
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
     return {"size": len(content), "crc32": zlib.crc32(content)}
 
 

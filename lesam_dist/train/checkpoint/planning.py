@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from lesam_dist.train.checkpoint.channel import Channel
+from lesam_dist.train.checkpoint.channel import Channel, on_first
 from lesam_dist.train.checkpoint.index import Chunk, Entry, Index
 
 
@@ -46,7 +46,7 @@ class Planner:
         is_known = self._local is not None and plan.items == self._local.items
         if not all(channel.gather(is_known)):
             plans = channel.gather(plan)
-            self._plans = channel.share(planner.create_global_plan(plans)[0] if channel.rank == 0 else None)
+            self._plans = on_first(channel, lambda: planner.create_global_plan(plans)[0])
             self._local = plan
         mine = self._plans[channel.rank].items
         share = {_key(item): _resolved(planner, item) for item in mine}

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from lesam_dist.errors import SharedError, UserError
+from lesam_dist.train.checkpoint import payload
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors in a nested state, and its other values, by the path to each, with dots.
 
     Raises:
-        UserError: for a value that JSON cannot hold.
+        UserError: for a value that JSON cannot hold, a tensor of a dtype that safetensors does not know.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
@@ -24,7 +25,7 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"two parts of the state have the name '{path}', and a checkpoint can keep one: rename one."
             )
         if isinstance(value, Tensor):
-            tensors[path] = value
+            tensors[path] = _known(path, value)
         else:
             values[path] = _as_json(path, value)
     return tensors, values
@@ -55,6 +56,13 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
             yield from _leaves(value, here)
         else:
             yield here, node, key, value
+
+
+def _known(path: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in payload.NAMES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in payload.NAMES)
+        raise UserError(f"'{path}' cannot be saved: it is of {tensor.dtype}, and a checkpoint holds {known}.")
+    return tensor
 
 
 def _as_json(path: str, value: Any) -> Any:
