@@ -53,9 +53,17 @@ def _checkpoints(argv: Sequence[str]) -> None:
     checkpoints(argv)
 
 
+def _scan(argv: Sequence[str]) -> None:
+    from lesam_dist.data.scan import scan
+
+    if status := scan(argv):
+        sys.exit(status)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a network (lesam-dist train --help)"),
     "compare": (_compare, "train several methods with several seeds, and compare them (lesam-dist compare --help)"),
+    "scan": (_scan, "find the images of a data set that cannot be decoded (lesam-dist scan --help)"),
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
     "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),

@@ -78,13 +78,16 @@ def checked(config: Config) -> Config:
     """
     _check_values(flatten(replace(config, optimizer=replace(config.optimizer, args={}))))
     optimizer = replace(config.optimizer, args=settle(config.optimizer.name, config.optimizer.args))
-    root = config.data.root
+    root, skip_list = config.data.root, config.data.skip_list
     config = replace(
         config,
         optimizer=optimizer,
         run_dir=folder("run_dir", config.run_dir),
         data=replace(
-            config.data, root=None if root is None else folder("data.root", root), backend=_data_backend(config.data)
+            config.data,
+            root=None if root is None else folder("data.root", root),
+            backend=_data_backend(config.data),
+            skip_list=None if skip_list is None else folder("data.skip_list", skip_list, "file"),
         ),
     )
     _check(config)
@@ -141,14 +144,14 @@ def _has_no_text(value: str) -> bool:
     return any(c < " " or "\ud800" <= c <= "\udfff" for c in value)
 
 
-def folder(field: str, text: str) -> str:
-    """A folder as it was given, with the home folder in place of ``~``.
+def folder(field: str, text: str, kind: str = "folder") -> str:
+    """A folder, or another kind of path, as it was given, with the home folder in place of ``~``.
 
     Raises:
         UserError: for what is no folder's name, or would make one that nobody meant.
     """
     if text.strip() in ("", "null", "None"):
-        raise UserError(f"{field} is '{text}': give a folder.")
+        raise UserError(f"{field} is '{text}': give a {kind}.")
     if _has_no_text(text):  # neither TensorBoard nor DALI can have it
         raise UserError(
             f"{field} is {text!a}: it has control characters, or bytes that are no text in the encoding "
@@ -157,7 +160,7 @@ def folder(field: str, text: str) -> str:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise UserError(
-            f"{field} is '{text}': there is no user of that name. Write ./{text} for a folder of that name."
+            f"{field} is '{text}': there is no user of that name. Write ./{text} for a {kind} of that name."
         )
     return expanded
 
@@ -165,6 +168,11 @@ def folder(field: str, text: str) -> str:
 def _check_data(config: Config) -> None:
     """Refuse what would have no effect."""
     is_cifar = config.data.builtin in ("cifar10", "cifar100")
+    if is_cifar and config.data.skip_list is not None:
+        raise UserError(
+            f"data.skip_list is '{config.data.skip_list}' but data.builtin is {config.data.builtin}: only class "
+            "folders have image files to leave out. Leave it null."
+        )
     default = type(config.data)()
     for name in FOLDERS_ONLY if is_cifar else CIFAR_ONLY:
         value = getattr(config.data, name)

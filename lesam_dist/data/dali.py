@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import nvidia.dali
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from lesam_dist.data.errors import unreadable_image
+from lesam_dist.data.dali_whole import DECODER, Doubtful, find_failures
+from lesam_dist.data.errors import Failure
 from lesam_dist.data.plan import Batch, Plan
 from lesam_dist.data.transform import ATTEMPTS, Transform
 
@@ -29,7 +29,8 @@ class DaliLoader:
     """See ``Loader``. DALI draws no random number: crops and flips come with each batch from the plan.
 
     So the pipeline has no state worth saving, and one pipeline reads any epoch after any other. It is built
-    at the first batch, and anew after a file that could not be decoded: DALI gives up what failed once.
+    at the first batch, and anew after a file that could not be decoded, since DALI gives up what failed once: the
+    batches in flight are then given to the new one again.
     """
 
     def __init__(self, plan: Plan, device: torch.device, workers: int) -> None:
@@ -39,7 +40,9 @@ class DaliLoader:
         self._threads = max(workers, 1)
         self._pipeline: Any = None
         self._batches: Iterator[Batch] = iter(())
-        self._ahead: deque[list[str]] = deque(maxlen=PREFETCH + 1)
+        self._in_flight: deque[Batch] = deque()  # given to the pipeline, and not come out yet
+        self._again: deque[Batch] = deque()  # to be given before the rest of `_batches`
+        self._doubtful = Doubtful(self._threads)
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -47,10 +50,10 @@ class DaliLoader:
     def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._rewind()
         self._batches = self._plan.epoch(index, start)
-        while outputs := self._run():
+        while outputs := self._next():
             # No copy: DALI allocates new outputs for each batch, and they live as long as these tensors.
             with torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext():
-                images, labels = (from_dlpack(output.as_tensor()) for output in outputs)
+                images, labels = (from_dlpack(output.as_tensor()) for output in outputs[:2])
             yield images, labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,8 +65,34 @@ class DaliLoader:
     def close(self) -> None:
         self._pipeline = None
 
+    def _next(self) -> Any:
+        """The next batch's outputs, without a file that cannot be decoded; None after the last one."""
+        tried = False
+        while True:
+            try:
+                outputs = self._run()
+            except StopIteration:
+                return None
+            except RuntimeError:
+                failures = self._find_failures()
+                if not failures:
+                    if tried:
+                        raise  # not about a file, e.g. out of memory
+                    tried = True  # a file that could not be read for a moment
+            else:
+                edges = outputs[2:]
+                failures = self._doubtful.failures(self._in_flight[0].paths, edges[0].as_array()) if edges else []
+                if not failures:
+                    self._in_flight.popleft()
+                    return outputs
+            if failures:
+                self._plan.meet(failures, len(self._in_flight[0]))
+            self._pipeline = None
+            self._again = deque([*self._in_flight, *self._again])
+            self._in_flight.clear()
+
     def _run(self) -> Any:
-        """The next batch's outputs, on the current stream; None after the last one."""
+        """The next batch's outputs, on the current stream."""
         if self._pipeline is None:
             self._pipeline = build_pipeline(
                 self._plan.transform,
@@ -72,31 +101,36 @@ class DaliLoader:
                 batch_size=self._plan.local_batch_size,
                 num_threads=self._threads,
                 device_id=torch.zeros(0, device=self._device).get_device() if self._on_gpu else None,
+                edges=self._plan.bad is not None,
             )
-        try:
-            # Given the stream, DALI makes it wait for the outputs, and not the host.
-            return self._pipeline.run(torch.cuda.current_stream(self._device) if self._on_gpu else None)
-        except StopIteration:
-            return None
-        except RuntimeError as error:
-            self._pipeline = None
-            found = _find_unreadable([path for paths in self._ahead for path in paths], self._plan.transform)
-            if found is None:
-                raise  # not about a file, e.g. out of memory
-            raise unreadable_image(*found) from error
+        # Given the stream, DALI makes it wait for the outputs, and not the host.
+        return self._pipeline.run(torch.cuda.current_stream(self._device) if self._on_gpu else None)
+
+    def _find_failures(self) -> list[Failure]:
+        """Those of the first batch in flight that has any: DALI tells only a position in some batch."""
+        for batch in self._in_flight:
+            if failures := find_failures(batch.paths):
+                return failures
+        return []
 
     def _rewind(self) -> None:
         """Throw away what is in flight of an epoch that was left halfway."""
         self._batches = iter(())
+        self._again.clear()
         if self._pipeline is not None:
-            while self._run():
-                pass
-            self._pipeline.reset()
+            try:
+                while True:
+                    self._run()
+            except StopIteration:
+                self._pipeline.reset()
+            except RuntimeError:  # a file of that epoch, which nobody waits for
+                self._pipeline = None
+        self._in_flight.clear()
 
     def _next_inputs(self) -> tuple[Any, ...]:
         """The next batch as inputs of the graph; called by ``run``, ``PREFETCH`` batches ahead."""
-        batch = next(self._batches)
-        self._ahead.append(batch.paths)
+        batch = self._plan.mend(self._again.popleft()) if self._again else next(self._batches)
+        self._in_flight.append(batch)
         paths = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in batch.paths]
         return (paths, batch.labels, *(batch.draws or ()))
 
@@ -109,7 +143,7 @@ def build_pipeline(
     batch_size: int,
     num_threads: int,
     device_id: int | None,
-    prefetch: int = PREFETCH,
+    edges: bool = False,
 ) -> Any:
     """The DALI pipeline from ``source`` (file names, labels and, for training, draws) to images and labels.
 
@@ -117,23 +151,20 @@ def build_pipeline(
         source: called without arguments; returns the inputs of one batch, or raises StopIteration.
         batch_size: the largest that ``source`` returns.
         device_id: CUDA device, or None to work on the CPU.
-        prefetch: batches to work on ahead.
+        edges: give out a third thing, on the CPU: the first and the last two bytes of each file.
     """
     inputs = [(types.UINT8, 1), (types.INT64, 0)]  # type and dimensions of a sample: path, label
     if train:
         inputs += [(types.FLOAT64, 1)] * 3 + [(types.INT32, 0)]  # area, ratio, position, flip
-    decoder = {
-        "device": "cpu" if device_id is None else "mixed",
-        "adjust_orientation": False,
-        "jpeg_fancy_upsampling": True,  # as Pillow decodes; costs nothing measurable
-    }
+    decoder = {"device": "cpu" if device_id is None else "mixed", **DECODER}
     size = transform.image_size
 
-    pipeline = dali.Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=prefetch)
+    pipeline = dali.Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipeline:
         dtype, ndim = (list(column) for column in zip(*inputs, strict=True))
         path, label, *draws = fn.external_source(source, num_outputs=len(inputs), dtype=dtype, ndim=ndim)
-        encoded = fn.io.file.read(path)
+        # Not mapped into memory: an error of the file system would then be a signal that ends the process.
+        encoded = fn.io.file.read(path, dont_use_mmap=True)
         shape = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
         if train:
             area, ratio, position, flip = draws
@@ -143,7 +174,9 @@ def build_pipeline(
         else:
             flip = 0
             start, end = centre_graph(shape, transform.val_resize, size)
-            image = fn.decoders.image(encoded, **decoder)
+            # All of it, but after `shape`: two operators that fail at one time can end the process (DALI 2.4).
+            extent = fn.cast(shape, dtype=types.INT32)
+            image = fn.decoders.image_slice(encoded, start=(0, 0), shape=extent, axes=(0, 1), **decoder)
             image = fn.resize(image, size=(size, size), roi_start=start, roi_end=end)
         image = fn.crop_mirror_normalize(
             image,
@@ -152,40 +185,13 @@ def build_pipeline(
             std=[255 * std for std in transform.std],
             output_layout="CHW",
         )
-        pipeline.set_outputs(image, label if device_id is None else label.gpu())
+        outputs = [image, label if device_id is None else label.gpu()]
+        if edges:
+            two = {"shape": 2, "axes": 0, "out_of_bounds_policy": "pad"}  # of any file: see above
+            last = fn.slice(encoded, start=fn.cast(encoded.shape()[0], dtype=types.INT32) - 2, **two)
+            outputs.append(fn.cat(fn.slice(encoded, start=0, **two), last))
+        pipeline.set_outputs(*outputs)
     return pipeline
-
-
-def _find_unreadable(paths: list[str], transform: Transform) -> tuple[str, str] | None:
-    """The first file that DALI cannot decode, and why; its error only tells the position in some batch in flight."""
-    tried: list[str] = []
-
-    def source() -> tuple[Any, Any]:
-        tried.append(paths[len(tried)])
-        return [np.frombuffer(os.fsencode(tried[-1]), dtype=np.uint8)], np.zeros(1, dtype=np.int64)
-
-    one_by_one = build_pipeline(
-        transform, source=source, train=False, batch_size=1, num_threads=1, device_id=None, prefetch=1
-    )
-    try:
-        for _ in paths:
-            one_by_one.run()
-    except RuntimeError as error:
-        return tried[-1], _cause(tried[-1], error)
-    return None
-
-
-def _cause(path: str, error: RuntimeError) -> str:
-    """DALI's own reason, often a mere number, without the traceback of its graph; and what Pillow says to the file."""
-    _, _, reason = str(error).partition("encountered:")
-    dali_says = (reason.strip() or str(error)).splitlines()[0].rstrip(" :")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            pillow_says = f"reads it, as {image.format}"
-    except Exception as its_error:  # Pillow raises whatever a broken file leads it to
-        pillow_says = str(its_error).strip() or type(its_error).__name__
-    return f"DALI: {dali_says}; Pillow: {pillow_says}"
 
 
 def crop_graph(shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ class ImageFolder:
         paths: one file per sample, sorted by class, then by file name.
         labels: int64 ``(N,)``.
         passed_over: files that are no samples but may have been meant to be: their number by kind.
+        skipped: how many images a skip list has left out.
     """
 
     root: Path
@@ -39,6 +40,7 @@ class ImageFolder:
     paths: tuple[str, ...]
     labels: NDArray[np.int64]
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -46,14 +48,20 @@ class ImageFolder:
     @cached_property
     def digest(self) -> str:
         """Of the file names below the root, in order: the dataset may move, but not change."""
-        below = len(str(self.root))
         digest = hashlib.blake2b(digest_size=8)
         for path in self.paths:
-            digest.update(os.fsencode(path[below:]) + b"\0")
+            digest.update(b"/" + os.fsencode(below_root(self.root, path)) + b"\0")
         return digest.hexdigest()
 
 
-def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageFolder:
+def below_root(root: Path, path: str) -> str:
+    """A path that `scan_split` found, from the root on; ``str(root / below_root(root, path))`` is the path again."""
+    return path[len(str(root / "_")) - 1 :]
+
+
+def scan_split(
+    root: Path, split: str, classes: tuple[str, ...] | None = None, skip: Collection[str] = frozenset()
+) -> ImageFolder:
     """List ``root/split``. Names starting with a dot are ignored. Files that are no images, and images that do not lie
     directly in the folder of a class, are passed over and counted.
 
@@ -65,9 +73,11 @@ def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -
         split: ``"train"`` or ``"val"``.
         classes: the training split's classes, for any other split: its labels then mean the same. A class
             may be missing here, but none may be new.
+        skip: images to leave out, as paths below ``root``; of those that are not there nothing is said.
 
     Raises:
-        UserError: a folder is missing, has no class folders, has an empty one, or has an unknown class.
+        UserError: a folder is missing, has no class folders, has an empty one, or has an unknown class; or ``skip``
+            leaves no image of a class for training, or none at all.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -95,6 +105,7 @@ def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -
         )
 
     passed_over = _outside(folder)
+    skipped = 0
     paths: list[str] = []
     labels = np.empty(len(names), dtype=np.int64)
     counts = np.empty(len(names), dtype=np.int64)
@@ -107,9 +118,20 @@ def scan_split(root: Path, split: str, classes: tuple[str, ...] | None = None) -
                 f"the class folder '{folder / name}' holds no images{found}: add some (they must lie directly in it "
                 f"and end in {', '.join(EXTENSIONS)}) or remove the folder."
             )
+        if skip:
+            kept = [path for path in files if below_root(root, path) not in skip]
+            if not kept and split == "train":
+                raise UserError(
+                    f"data.skip_list leaves out all {len(files)} images of the class '{name}' in '{folder}': mend some "
+                    "of them, or remove the class."
+                )
+            skipped += len(files) - len(kept)
+            files = kept
         paths += files
         labels[i], counts[i] = index[name], len(files)
-    return ImageFolder(root, classes, tuple(paths), np.repeat(labels, counts), dict(passed_over))
+    if not paths:
+        raise UserError(f"data.skip_list leaves out all images in '{folder}': mend some of them.")
+    return ImageFolder(root, classes, tuple(paths), np.repeat(labels, counts), dict(passed_over), skipped)
 
 
 def remarks(train: ImageFolder, val: ImageFolder) -> list[str]:

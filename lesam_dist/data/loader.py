@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.folder import ImageFolder
 from lesam_dist.data.plan import Plan
 from lesam_dist.data.transform import Transform
@@ -41,7 +42,7 @@ class Loader(Protocol):
 
         Raises:
             ValueError: ``start`` is negative.
-            UserError: an image cannot be decoded; names the file.
+            UserError: an image cannot be decoded, or too many; names the file.
         """
         ...
 
@@ -70,6 +71,7 @@ def build_loader(
     world_size: int,
     device: torch.device,
     workers: int,
+    bad_files: BadFiles | None = None,
 ) -> Loader:
     """A loader of ``folder`` for one rank. Both backends read the same samples with the same crops and flips.
 
@@ -84,6 +86,8 @@ def build_loader(
         world_size: number of processes.
         device: where the batches go. On a GPU, DALI decodes and resizes there.
         workers: DALI threads (at least one), or torchvision processes (0: load in this process).
+        bad_files: for training, of the same ``rank``: images that cannot be decoded are kept there and replaced by
+            others, see `Plan`. None: they are errors.
 
     Raises:
         UserError: an argument cannot be used, or DALI is not installed.
@@ -92,7 +96,7 @@ def build_loader(
         raise unknown_name("data backend", backend, BACKENDS)
     if workers < 0:
         raise UserError(f"workers is {workers}: use no negative number.")
-    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform)
+    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform, bad_files if train else None)
     if backend == "dali":
         try:
             from lesam_dist.data.dali import DaliLoader

@@ -5,11 +5,13 @@ NumPy may change between its versions what a seed gives: finish a run with the o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 # Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch, ...)).
-ORDER_STREAM, CROP_STREAM, CIFAR_STREAM, SYNTHETIC_STREAM = 0, 1, 2, 3
+ORDER_STREAM, CROP_STREAM, CIFAR_STREAM, SYNTHETIC_STREAM, REPLACEMENT_STREAM = range(5)
 
 _PHILOX_WORDS = 4  # random numbers of 64 bits that one value of Philox's counter gives
 
@@ -50,6 +52,24 @@ def position_uniforms(stream: int, width: int, positions: range, *, seed: int, e
     key = np.random.SeedSequence(seed, spawn_key=(stream, epoch)).generate_state(2, np.uint64)
     philox = np.random.Philox(key=key, counter=positions.start * per_sample)
     return np.random.Generator(philox).random((len(positions), per_sample * _PHILOX_WORDS))[:, :width]
+
+
+def replacements(n: int, position: int, *, seed: int, epoch: int) -> Iterator[int]:
+    """Samples to read at ``position`` of an epoch in place of one that cannot be: the first, or else the second, ...
+
+    A function of ``(seed, epoch, position)`` alone: whichever process meets the sample, and whenever.
+
+    Args:
+        n: number of samples.
+        position: in the epoch's order, not negative.
+
+    Yields:
+        Numbers in ``range(n)``, without end and each as likely as any other.
+    """
+    key = np.random.SeedSequence(seed, spawn_key=(REPLACEMENT_STREAM, epoch)).generate_state(2, np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key, counter=position << 64))  # 2**64 draws for each position
+    while True:
+        yield int(generator.random() * n)
 
 
 def rank_batches(

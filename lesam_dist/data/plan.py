@@ -2,38 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lesam_dist.data.bad_files import BadFiles
+from lesam_dist.data.errors import Failure, unreadable_image
 from lesam_dist.data.folder import ImageFolder
+from lesam_dist.data.order import replacements
 from lesam_dist.data.sampling import Sampling
 from lesam_dist.data.transform import Draws, Transform, draw
+from lesam_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of one rank: files, int64 labels ``(B,)``, and its random numbers (None: evaluation)."""
+    """One batch of one rank.
+
+    Attributes:
+        paths: the files.
+        labels: int64 ``(B,)``.
+        draws: its random numbers; None for evaluation.
+        epoch: that it is of.
+        positions: int64 ``(B,)``, the places of its samples in the epoch's order; for training.
+    """
 
     paths: list[str]
     labels: NDArray[np.int64]
     draws: Draws | None
+    epoch: int
+    positions: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """Some of its samples, as a batch."""
+        some = list(indices)
+        draws = self.draws
+        if draws is not None:
+            draws = Draws(draws.area[some], draws.ratio[some], draws.position[some], draws.flip[some])
+        return Batch([self.paths[i] for i in some], self.labels[some], draws, self.epoch, self.positions[some])
 
 
 @dataclass(frozen=True)
 class Plan(Sampling):
-    """All batches of one rank as files, with crops and flips: like the order a pure function of ``(seed, epoch)``."""
+    """All batches of one rank as files, with crops and flips: like the order a pure function of ``(seed, epoch)``.
+
+    A file that cannot be decoded is replaced by another sample, at the same place and with the same crop and flip.
+    Which one is a function of ``(seed, epoch, place in the epoch)`` and of the files themselves: the first of
+    `replacements` that can be decoded. So it does not matter who has met the file, or when.
+
+    Attributes:
+        bad: files that are known to be broken, for training; None: they are errors.
+    """
 
     folder: ImageFolder
     transform: Transform
+    bad: BadFiles | None = None
 
     def epoch(self, index: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``index`` (any, in any order) from ``start`` on; evaluation epochs are all the same."""
+        """The batches of epoch ``index`` (any, in any order) from ``start`` on; evaluation epochs are all the same.
+
+        Raises:
+            UserError: there are more bad files than may be.
+        """
         paths, labels = self.folder.paths, self.folder.labels
+        if self.bad is not None:
+            self.bad.refresh()
         for i, batch in enumerate(self.batches(index, start), start):
-            draws = None
+            draws, positions = None, range(0)
             if self.train:
-                draws = draw(self.transform, self.positions(i), seed=self.seed, epoch=index)
-            yield Batch([paths[j] for j in batch], labels[batch], draws)
+                positions = self.positions(i)
+                draws = draw(self.transform, positions, seed=self.seed, epoch=index)
+            yield self.mend(Batch([paths[j] for j in batch], labels[batch], draws, index, np.array(positions)))
+
+    def mend(self, batch: Batch) -> Batch:
+        """The batch without the files that are known to be bad by now."""
+        if self.bad is None or not self.bad.count:
+            return batch
+        wrong = [i for i, path in enumerate(batch.paths) if path in self.bad]
+        if not wrong:
+            return batch
+        paths, labels = list(batch.paths), batch.labels.copy()
+        for i in wrong:
+            sample = self._replacement(batch.epoch, int(batch.positions[i]), self.bad)
+            paths[i], labels[i] = self.folder.paths[sample], self.folder.labels[sample]
+        return Batch(paths, labels, batch.draws, batch.epoch, batch.positions)
+
+    def meet(self, failures: Sequence[Failure], batch_size: int) -> None:
+        """Take note of images that could not be had, in a batch of so many on this process; `mend` replaces them then.
+
+        Raises:
+            UserError: they are errors; or as `BadFiles.meet`.
+        """
+        if self.bad is None:
+            raise unreadable_image(failures[0])
+        self.bad.meet(failures, batch_size)
+
+    def _replacement(self, epoch: int, position: int, bad: BadFiles) -> int:
+        n = len(self.folder)
+        for sample in islice(replacements(n, position, seed=self.seed, epoch=epoch), 100 * n):
+            if self.folder.paths[sample] not in bad:
+                return sample
+        raise UserError(f"no training image in '{self.folder.root}' can be decoded.")

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections import deque
 from collections.abc import Iterator, Sized
 from multiprocessing.context import BaseContext
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from lesam_dist.data.errors import unreadable_image
+from lesam_dist.data.decode import open_image, read_file, to_rgb
+from lesam_dist.data.errors import Failure, reason_of
 from lesam_dist.data.plan import Batch, Plan
 from lesam_dist.data.transform import Draws, Transform, crop_window
-from lesam_dist.errors import UserError
 from lesam_dist.parallel.signals import heed_main_process, not_for_helpers
+
+_PATIENCE = 4  # files of a batch that are waited for: of a file system that is gone, not one after the other
+
+Decoded = tuple[Tensor, Tensor, list[Failure]]
 
 
 class TorchvisionLoader:
     """See ``Loader``. Nothing is random here: crops and flips come with each batch from the plan.
 
     Workers decode to uint8, which goes to the device as it is (a quarter of the bytes); normalisation to
-    float32 happens there.
+    float32 happens there. What stands in for a file that cannot be decoded is read in the main process.
     """
 
     def __init__(self, plan: Plan, device: torch.device, workers: int) -> None:
@@ -36,8 +40,9 @@ class TorchvisionLoader:
             for values in (plan.transform.mean, plan.transform.std)
         )
         self._epoch = _Epoch(plan)
+        self._decoder = _Decoder(plan.transform)
         self._loader: DataLoader[Any] | None = DataLoader(
-            _Decoder(plan.transform),
+            self._decoder,
             sampler=self._epoch,  # yields whole batches as "indices", hence batch_size=None
             batch_size=None,
             num_workers=workers,
@@ -57,10 +62,11 @@ class TorchvisionLoader:
         self._epoch.index, self._epoch.start = index, start
         with not_for_helpers():
             batches = iter(self._loader)
-        for loaded in batches:
-            if isinstance(loaded, UserError):
-                raise loaded
-            images, labels = (part.to(self._device, non_blocking=True) for part in loaded)
+        for images, labels, failures in batches:
+            batch = self._epoch.handed_out.popleft()
+            if failures:
+                self._replace(images, labels, failures, batch)
+            images, labels = (part.to(self._device, non_blocking=True) for part in (images, labels))
             yield (images.float() - self._mean) / self._std, labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,11 +78,14 @@ class TorchvisionLoader:
     def close(self) -> None:
         self._loader = None  # its workers end with it
 
-
-def _to_rgb(file: Image.Image) -> Image.Image:
-    if file.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
-        file = Image.fromarray((np.asarray(file) / 257).round().astype(np.uint8))
-    return file.convert("RGB")
+    def _replace(self, images: Tensor, labels: Tensor, failures: list[Failure], batch: Batch) -> None:
+        """Fill in other samples, in place, until all can be decoded."""
+        while failures:
+            self._plan.meet(failures, len(batch))
+            indices = [failure.index for failure in failures]
+            batch = self._plan.mend(batch)
+            images[indices], labels[indices], failed = self._decoder[batch.take(indices)]
+            failures = [Failure(indices[each.index], each.path, each.reason, each.size) for each in failed]
 
 
 def _start_method() -> BaseContext:
@@ -94,33 +103,45 @@ class _Epoch(Sized):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.index = self.start = 0
+        self.handed_out: deque[Batch] = deque()  # to the workers, in the order in which they come back
 
     def __len__(self) -> int:
         return max(0, len(self.plan) - self.start)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.plan.epoch(self.index, self.start)
+        self.handed_out.clear()
+        for batch in self.plan.epoch(self.index, self.start):
+            self.handed_out.append(batch)
+            yield batch
 
 
 class _Decoder(Dataset[Any]):
-    """Batch to (uint8 images ``(B, 3, S, S)``, labels); runs in the workers and holds no list of files."""
+    """Batch to (uint8 images ``(B, 3, S, S)``, labels, what failed); runs in the workers and holds no list of files.
+
+    Failures are returned, since DataLoader would wrap a raised one in the worker's traceback. Their images are not
+    defined.
+    """
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
 
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, batch: Batch) -> Decoded:
         size = self.transform.image_size
-        images = torch.empty((len(batch.paths), 3, size, size), dtype=torch.uint8)
+        images = torch.empty((len(batch), 3, size, size), dtype=torch.uint8)
+        failures: list[Failure] = []
         for i, path in enumerate(batch.paths):
+            length = None
             try:
-                with Image.open(path) as file:
-                    image = _to_rgb(file)
+                data = read_file(path, patient=len(failures) < _PATIENCE)
+                length = len(data)
+                with open_image(data) as file:
+                    image = to_rgb(file)
             except Exception as error:  # Pillow raises whatever a broken file leads it to
-                # Returned, since DataLoader would wrap a raised one in the worker's traceback.
-                return unreadable_image(path, error)
+                failures.append(Failure(i, path, reason_of(error), length))
+                continue
             image = self._val(image) if batch.draws is None else self._train(image, batch.draws, i)
             images[i] = F.pil_to_tensor(image)
-        return images, torch.from_numpy(batch.labels)
+        return images, torch.from_numpy(batch.labels), failures
 
     def _train(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         area, ratio, position, flip = (values[i] for values in draws)

@@ -25,7 +25,12 @@ from lesam_dist.errors import SharedError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.report import name_of
 
-_FREE = ("data.root", "data.workers", "run_dir")  # paths and cores are a node's own; what they hold is compared
+_FREE = (
+    "data.root",
+    "data.skip_list",
+    "data.workers",
+    "run_dir",
+)  # paths and cores are a node's own; what they hold is compared
 _PACKAGES = ("triton", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _LOOKS, _PAUSE = 4, 0.5  # how often, and after how many seconds, a process looks for a file on a slow file system
 

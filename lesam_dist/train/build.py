@@ -17,9 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lesam_dist.config.methods import PLAIN, complete, method_of
 from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataConfig, OptimizerConfig
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
+from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.data.folder import remarks
+from lesam_dist.data.skip_list import read_skip_list
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights, require_input
 from lesam_dist.optim import CosineBudget, SharpnessAware
@@ -67,25 +69,49 @@ def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
             prepare_digits(root, noisy=noisy)
             print(f"data.builtin {builtin}: wrote scikit-learn's digits to data.root '{root}'", flush=True)
         world.barrier()
-    train = scan_split(root, "train")
+    file = config.data.skip_list
+    skip = read_skip_list(Path(file)) if file else frozenset()
+    train = scan_split(root, "train", skip=skip)
     if len(train.classes) == 1:
         raise UserError(
             f"'{root / 'train'}' has a single class folder, '{train.classes[0]}': there is nothing to tell apart. Put "
             "the images of each class into a folder of their own."
         )
-    val = scan_split(root, "val", train.classes)
+    val = scan_split(root, "val", train.classes, skip=skip)
     if world.is_main:
+        if file:
+            print(f"data.skip_list leaves out {train.skipped} training and {val.skipped} validation images", flush=True)
         for remark in remarks(train, val):
             print(f"warning: {remark}", flush=True)
     return train, val
 
 
-def build_loaders(config: Config, folders: tuple[Images, Images], world: Distributed) -> tuple[Loader, Loader]:
-    """Loaders of the training and the validation images for this process."""
+def build_bad_files(config: Config, folders: tuple[Images, Images], world: Distributed) -> BadFiles | None:
+    """Where this process keeps the training images that cannot be decoded; None for CIFAR, which has no files."""
+    if not isinstance(folders[0], ImageFolder):
+        return None
+    return BadFiles(
+        Path(config.run_dir) / "bad_files",
+        folders[0].root,
+        rank=world.rank,
+        world_size=world.world_size,
+        limit=config.data.max_bad_files,
+    )
+
+
+def build_loaders(
+    config: Config, folders: tuple[Images, Images], world: Distributed, bad_files: BadFiles | None = None
+) -> tuple[Loader, Loader]:
+    """Loaders of the training and the validation images for this process.
+
+    Args:
+        bad_files: of `build_bad_files`; without it a training image that cannot be decoded is an error.
+    """
     data = config.data
     common: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
     loader = partial(_loader(data), **common, device=world.device)
-    train = loader(folders[0], train=True, batch_size=data.batch_size)
+    own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
+    train = loader(folders[0], train=True, batch_size=data.batch_size, **own)
     share = data.batch_size // world.world_size
     if share % data.micro_batches:
         raise UserError(
