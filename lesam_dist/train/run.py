@@ -85,7 +85,8 @@ def build_trainer(config: Config, world: Distributed) -> Trainer:
     world.move("building the network and what reads the images")
     agree_on_data(dict(zip(("train", "val"), folders, strict=True)), world)
     num_classes = build.resolve_num_classes(config, folders[0].classes)
-    loaders = build.build_loaders(config, folders, world)
+    bad_files = build.build_bad_files(config, folders, world)
+    loaders = build.build_loaders(config, folders, world, bad_files)
     model = build.build_network(config, num_classes, world)
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
