@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.schema import Config
@@ -47,7 +48,7 @@ EMA, FP16 = ("--ema.decay", "0.9"), ("--precision.compute", "fp16")
 DALI, TORCHVISION = ("--data.backend", "dali"), ("--data.backend", "torchvision")
 
 
-class Own(Halved, name="own"):
+class Own(Halved, name="own", along="g and a part of the last one", keeps="the last g"):
     """Each process perturbs by its own gradient, and keeps that one."""
 
     def shares_first_gradient(self) -> None:
@@ -131,7 +132,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-FULL = ("ddp own memory", "fsdp msam adamw", "hsdp own memory")
+FULL = ("ddp own memory", "ddp reuse fp16", "fsdp msam adamw", "hsdp", "hsdp own memory")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in CASES])
@@ -168,11 +169,9 @@ def on_some(
     module.build.build_network = lambda config, classes, world: _seeded()  # type: ignore[attr-defined,assignment]
     argv = [*SMALL, *DALI, "--data.root", root, *flags]
     trainer = start(parse([*argv, "--run_dir", folder]), world, stop)
-    weights = {
-        name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in trainer.model.named_parameters()
-    }
-    share = len(given) if stop is None else STEPS_PER_EPOCH * BATCH // world.world_size
-    return {name: p.detach().clone() for name, p in weights.items()}, given, share
+    params = trainer.model.named_parameters()
+    weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in params}
+    return {name: p.detach().clone() for name, p in weights.items()}, given
 
 
 def _seeded() -> nn.Module:
@@ -180,7 +179,7 @@ def _seeded() -> nn.Module:
     return NoBatchNorm()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.full)])
 def test_a_run_goes_on_with_the_samples_left_on_other_numbers_of_processes(
     seed: int, images: Path, tmp_path: Path, strategy: str
 ) -> None:

@@ -203,6 +203,8 @@ def test_resume_refuses_a_config_that_changes_the_run(command: Command, small: t
             "auto",
             "--data.workers",
             "2",
+            "--data.micro_batches",
+            "2",
             "--logging.every_steps",
             "7",
         )[0]
