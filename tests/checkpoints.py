@@ -39,14 +39,7 @@ def latest(run_dir: Path) -> Path:
 
 
 def join(entry: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Tensor:
-    dtypes = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "BOOL": torch.bool,
-    }
-    whole = torch.zeros(entry["size"], dtype=dtypes[entry["dtype"]])
+    whole = torch.zeros(entry["size"], dtype=DTYPES[entry["dtype"]])
     for chunk in entry["chunks"]:
         box = tuple(slice(o, o + s) for o, s in zip(chunk["offsets"], chunk["sizes"], strict=True))
         whole[box] = files[chunk["file"]][chunk["key"]]

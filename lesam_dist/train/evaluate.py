@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice, repeat
 
 import torch
@@ -24,7 +24,8 @@ def evaluate(
     autocast: torch.dtype | None = None,
     *,
     count: int | None = None,
-) -> dict[str, float]:
+    leave: Callable[[], bool] | None = None,
+) -> dict[str, float] | None:
     """Top-1 and top-5 accuracy and cross entropy over the samples of all ranks.
 
     Sums are reduced, not means: ranks may hold different numbers of samples, or none. The host waits for the device
@@ -37,8 +38,11 @@ def evaluate(
         world: this process among all.
         autocast: dtype of the forward, or None.
         count: number of this rank's batches; needed where the model is sharded, and not used elsewhere.
+        leave: asked before each batch; where it is true on any process, all leave without a result, each as soon as
+            it can. Not asked for a sharded model, whose forwards nobody may leave alone.
 
     Returns:
+        None where a process has left, else
         ``acc1`` and, for more than 5 classes, ``acc5`` in per cent, ``loss`` per sample, and the ``samples`` counted.
 
     Raises:
@@ -47,12 +51,15 @@ def evaluate(
     if is_sharded(model):
         if count is None:
             raise ValueError("the forwards of a sharded model are collective: pass count, the number of batches")
-        batches = _in_step(batches, count, world)
+        batches, leave = _in_step(batches, count, world), None
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    counts = [0, 0]  # samples, and those with more than 5 classes: the same, but on a rank without any
+    counts = [0, 0, 0]  # samples; those with more than 5 classes: the same, but on a rank without any; who has left
     for images, labels in batches:
+        if leave is not None and leave():
+            counts[2] = 1
+            break
         with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -68,7 +75,9 @@ def evaluate(
     world.move("at the end of an evaluation")
     if world.world_size > 1:
         dist.all_reduce(sums)
-    loss_sum, correct_sum, among_five_sum, samples, of_many = sums.tolist()
+    loss_sum, correct_sum, among_five_sum, samples, of_many, left = sums.tolist()
+    if left:
+        return None
     top5 = {"acc5": 100 * among_five_sum / samples} if of_many else {}
     return {"acc1": 100 * correct_sum / samples, **top5, "loss": loss_sum / samples, "samples": samples}
 

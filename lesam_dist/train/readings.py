@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.optim import SharpnessAware
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
@@ -32,10 +33,17 @@ class Readings:
         world: this process among all.
         optimizer: whose telemetry is read.
         nonfinite: of the run.
+        bad_files: of the training images, if they are files; their number is logged once there is one.
     """
 
-    def __init__(self, world: Distributed, optimizer: SharpnessAware, nonfinite: NonFiniteSteps) -> None:
-        self._world, self._optimizer, self._nonfinite = world, optimizer, nonfinite
+    def __init__(
+        self,
+        world: Distributed,
+        optimizer: SharpnessAware,
+        nonfinite: NonFiniteSteps,
+        bad_files: BadFiles | None = None,
+    ) -> None:
+        self._world, self._optimizer, self._nonfinite, self._bad_files = world, optimizer, nonfinite, bad_files
         self._warned = False
 
     def read(self, loss: Tensor, meter: Meter) -> Reading:
@@ -47,12 +55,16 @@ class Readings:
         names += ["realized_rho"] if self._optimizer.measure_rho else []
         scalars |= {name: self._optimizer.telemetry[name].to(loss.device) for name in names}
         rates = meter.rates()
+        if self._bad_files is not None:
+            scalars["bad_files"] = torch.tensor(float(self._bad_files.own), device=loss.device)
         scalars["data_wait"] = torch.tensor(rates.pop("data_wait"), device=loss.device)
         longest = scalars["data_wait"].clone()  # of all ranks': one that starves holds up the others
         reduce_max(longest)
         rates["data_wait_max"] = float(longest)
         means = dict(zip(scalars, self._world.mean(list(scalars.values())), strict=True))
         total, in_a_row = (means.pop(name) for name in counts)
+        if bad := means.pop("bad_files", 0.0):
+            means["bad_files"] = bad * self._world.world_size
         return Reading(means | rates, total, in_a_row)
 
     def rounding(self, step: int, values: dict[str, float]) -> str | None:

@@ -91,7 +91,7 @@ def build_trainer(config: Config, world: Distributed) -> Trainer:
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
-    return Trainer(config, world, model, loaders, run_dir, val_samples=len(folders[1]))
+    return Trainer(config, world, model, loaders, run_dir, val_samples=len(folders[1]), bad_files=bad_files)
 
 
 def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:

@@ -14,10 +14,11 @@ from torch.amp import GradScaler
 
 from lesam_dist.config.schema import Config, GuardConfig
 from lesam_dist.data import Loader
+from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.errors import PreemptedError, SharedError
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.parallel.wrapping import is_sharded, wrap
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import build
 from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.cadence import Cadence
@@ -46,6 +47,7 @@ class Trainer:
         loaders: of training and validation images for this rank.
         run_dir: where to write, released by `close`; None writes nothing (a dry run).
         val_samples: number of validation images over all ranks, to check that evaluation counted them all.
+        bad_files: the loaders', whose number is logged.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Trainer:
         loaders: tuple[Loader, Loader],
         run_dir: RunDir | None,
         val_samples: int | None = None,
+        bad_files: BadFiles | None = None,
     ) -> None:
         self.config, self.world, self._claim = config, world, run_dir
         self.run_dir = None if run_dir is None else run_dir.path
@@ -89,7 +92,7 @@ class Trainer:
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
         self.saved_step: int | None = None  # of the last checkpoint
         self.nonfinite = NonFiniteSteps(config, world)
-        self.readings = Readings(world, self.optimizer, self.nonfinite)
+        self.readings = Readings(world, self.optimizer, self.nonfinite, bad_files)
         self.guard = LossGuard(GuardConfig() if run_dir is None else config.guard, world)
         self.check = None
         if config.checks.every_steps is not None:
@@ -352,6 +355,8 @@ class Trainer:
         self.cadence.saved()
 
     def _preempted(self) -> PreemptedError:
+        if self.checkpoints:
+            self.checkpoints.wait()
         reason = self.world.agreed.reason or "a request"
         return PreemptedError(f"stopped by {reason} after step {self.step}: go on with --resume auto.")
 
@@ -376,18 +381,21 @@ class Trainer:
 
     def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.val_loader.epoch(0):
-            # Its forwards are collective where the model is sharded: nobody may leave them alone.
-            if self.world.agreed.stopping and self.saved_step == self.step and not is_sharded(self.model):
-                raise self._preempted()
             yield images.to(memory_format=self.memory_format), labels
 
     def _evaluate_weights(self) -> dict[str, float]:
         self.world.move("evaluating")
         batches, count = self._validation(), len(self.val_loader)
-        result = evaluate(self.model, batches, self.world, self.autocast, count=count)
+        result = evaluate(self.model, batches, self.world, self.autocast, count=count, leave=self._is_in_vain)
+        if result is None:
+            raise self._preempted()
         if self.val_samples is not None and result["samples"] != self.val_samples:
             raise RuntimeError(f"evaluation counted {result['samples']:.0f} of {self.val_samples} images")
         return result
+
+    def _is_in_vain(self) -> bool:
+        """Whether an evaluation may be left: the run is to stop, and the checkpoint that it is of has been made."""
+        return self.world.agreed.stopping and self.saved_step == self.step
 
     def _schedule_values(self) -> dict[str, float]:
         """The learning rate and the budget of the coming step."""

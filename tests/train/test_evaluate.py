@@ -102,3 +102,25 @@ def without_count(world: Distributed) -> str:
 def test_sharded_evaluation_wants_the_number_of_batches() -> None:
     for message in run(without_count, 2):
         assert "pass count" in message
+
+
+def leaves(world: Distributed, seed: int, strategy: str) -> tuple[bool, int]:
+    """Whether there is a result where rank 1 leaves before its second batch of four; and this rank's batches."""
+    net, x, y = make(seed, 5)
+    wrap(net, world, strategy, wrap_classes=["Linear"])  # type: ignore[arg-type]
+    used: list[int] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.arange(SAMPLES).split(3):
+            used.append(1)
+            yield x[part], y[part]
+
+    result = evaluate(net, batches(), world, count=4, leave=lambda: world.rank == 1 and len(used) == 2)
+    assert net.training
+    return result is not None, len(used)
+
+
+def test_all_leave_where_one_does(seed: int) -> None:
+    """Without a result; and nobody does where the forwards are collective."""
+    assert run(leaves, 2, seed, "ddp") == [(False, 4), (False, 2)]
+    assert run(leaves, 2, seed, "fsdp") == [(True, 4), (True, 4)]
