@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 import lesam_dist
+from lesam_dist import cli
 from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.explain import unknown_key
+from lesam_dist.errors import UserError
 from lesam_dist.experiments.compare import compare
 from lesam_dist.experiments.sweep import sweep
 
@@ -127,6 +129,12 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
         with pytest.raises(SystemExit) as end:
             read_command_line([*arguments, "--print_config"])
         assert end.value.code == 0
+        return
+
+    if command in ("scan", "export", "checkpoints"):  # the run or data set of an example is not there: told last
+        with pytest.raises(UserError, match="does not exist|has no checkpoints") as missing:
+            cli._COMMANDS[command][0](arguments)
+        assert "--help" not in str(missing.value), "its arguments are wrong"
         return
 
     def start(_: object) -> None:
