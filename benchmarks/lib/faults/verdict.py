@@ -1,0 +1,176 @@
+"""How a run ended, read from its files, and how that differs from the end of the run that nothing disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.faults.damage import checkpoints
+from lib.faults.images import TRAIN
+from lib.faults.scenarios import BATCH, STEPS
+
+# Read off a clock; all else must be equal to the last digit.
+CLOCK = ("images_per_s", "data_wait", "data_wait_max")
+
+
+class WrongError(Exception):
+    """An end that is wrong whatever it is compared with."""
+
+
+@dataclass(frozen=True)
+class End:
+    """What is left of a run.
+
+    Attributes:
+        tensors: digest of each tensor of the last checkpoint, by name.
+        metrics: the lines of metrics.jsonl, without what a clock says.
+        history: the images of each step of the surviving history, in the order of ranks.
+    """
+
+    tensors: dict[str, str] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    history: list[list[int]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> End:
+        return cls(**json.loads(path.read_text()))
+
+
+def end_of(run_dir: Path, consumed: Path, world_size: int) -> End:
+    """Read it.
+
+    Raises:
+        WrongError: no checkpoint of the last step; a torn line or a step twice in metrics.jsonl; a step of which a rank
+            has no images.
+    """
+    newest = next(iter(checkpoints(run_dir)), None)
+    if newest is None or int(newest.name.removeprefix("step_")) != STEPS:
+        raise WrongError(f"its last checkpoint is {newest and newest.name}, not that of step {STEPS}")
+    return End(_tensors(newest), _metrics(run_dir / "metrics.jsonl"), _history(consumed, world_size))
+
+
+def differences(found: End, expected: End) -> list[str]:
+    """What differs, in a few words each."""
+    said = []
+    names = found.tensors.keys() ^ expected.tensors.keys()
+    if names:
+        said.append(f"checkpoints hold other tensors: {sorted(names)[:3]}")
+    other = [name for name in found.tensors if found.tensors[name] != expected.tensors.get(name, "")]
+    if other and not names:
+        said.append(f"{len(other)} of {len(found.tensors)} tensors differ, as {other[0]}")
+    for a, b in zip(found.metrics, expected.metrics, strict=False):
+        if a != b:
+            keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+            said.append(f"metrics differ from {a.get('split')} step {a.get('step')} on: {', '.join(keys[:4])}")
+            break
+    if len(found.metrics) != len(expected.metrics):
+        said.append(f"metrics.jsonl has {len(found.metrics)} lines, not {len(expected.metrics)}")
+    for step, (mine, theirs) in enumerate(zip(found.history, expected.history, strict=True)):
+        if mine != theirs:
+            said.append(f"step {step} consumed images {mine}, not {theirs}")
+            break
+    return said
+
+
+def counted_wrongly(history: list[list[int]], bad: int | None = None) -> list[str]:
+    """Images that an epoch did not consume exactly once.
+
+    Args:
+        history: of a run.
+        bad: an image that cannot be decoded: it must never be consumed, and another takes its place.
+    """
+    said = []
+    per_epoch = TRAIN // BATCH
+    for epoch in range(len(history) // per_epoch):
+        counts = Counter(number for step in history[epoch * per_epoch :][:per_epoch] for number in step)
+        lacking = [n for n in range(TRAIN) if counts[n] == 0 and n != bad]
+        extra = counts - Counter(range(TRAIN))
+        if lacking or sum(extra.values()) != (bad is not None) or (bad is not None and counts[bad]):
+            said.append(f"epoch {epoch} left out images {lacking} and consumed {dict(extra)} too often")
+    return said
+
+
+def _tensors(checkpoint: Path) -> dict[str, str]:
+    files = sorted(checkpoint.glob("*.safetensors"))
+    found: dict[str, Any] = {}
+    if files:
+        from safetensors import safe_open
+
+        for file in files:
+            with safe_open(file, "pt") as content:
+                found |= {f"{file.name}/{name}": content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    else:
+        found = _of_distributed_checkpoint(checkpoint)
+    return {name: _digest(value) for name, value in found.items()}
+
+
+def _of_distributed_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(state, FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return dict(_flat(state, ""))
+
+
+def _flat(value: Any, prefix: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}/{key}")]
+    return [(prefix, value)]
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
+
+
+def _metrics(log: Path) -> list[dict[str, Any]]:
+    text = log.read_bytes()
+    if not text.endswith(b"\n"):
+        raise WrongError("the last line of metrics.jsonl is torn")
+    lines = [_metric(line, number) for number, line in enumerate(text.splitlines(), 1)]
+    twice = [key for key, count in Counter((line["split"], line["step"]) for line in lines).items() if count > 1]
+    if twice:
+        raise WrongError(f"metrics.jsonl has {twice[0][0]} step {twice[0][1]} twice")
+    return lines
+
+
+def _metric(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        return {key: value for key, value in json.loads(line).items() if key not in CLOCK}
+    except (ValueError, AttributeError):
+        raise WrongError(f"line {number} of metrics.jsonl is torn: {line[:60]!r}") from None
+
+
+def _history(consumed: Path, world_size: int) -> list[list[int]]:
+    """The last start in which any rank made a step is the one whose step counts; all ranks must have made it then."""
+    starts: dict[int, int] = {}
+    images: dict[tuple[int, int, int], list[int]] = {}
+    for text in consumed.read_text().splitlines():
+        line = json.loads(text)
+        start, step = line["start"], line["step"]
+        starts[step] = max(start, starts.get(step, 0))
+        # More than one batch in a step where each micro-batch is perturbed by itself.
+        images.setdefault((start, step, line["rank"]), []).extend(line["images"])
+    history = []
+    for step in range(STEPS):
+        if step not in starts:
+            raise WrongError(f"nobody made step {step}")
+        parts = [images.get((starts[step], step, rank)) for rank in range(world_size)]
+        for rank, part in enumerate(parts):
+            if part is None:
+                raise WrongError(f"rank {rank} did not make step {step} when the others last did")
+        history.append([number for part in parts if part for number in part])
+    return history
