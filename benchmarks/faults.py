@@ -8,9 +8,9 @@ gradients are not numbers), where metrics.jsonl has the same lines, none twice a
 consumed exactly once per epoch. What a step consumed is read from its pixels. Where an end is wrong, each fault of the
 chain is tried alone.
 
-Stop it with Ctrl-C and start it again: it goes on from its journal. A lost fault is listed with the command that repeats
-it. Everything lies in memory (/dev/shm) where there is such a folder. Small disks need root and `mount`: without them
-full-disk is left out.
+Stop it with Ctrl-C and start it again: it goes on from its journal. A lost fault is listed with the command that
+repeats it. Everything lies in memory (/dev/shm) where there is such a folder. full-disk needs root and `mount`, link-cut
+root and `ip`: elsewhere they are left out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lib.faults.campaign import Journal, run_chains, summary
 from lib.faults.chain import Runs
 from lib.faults.damage import can_mount
 from lib.faults.group import Server
+from lib.faults.network import can_link
 from lib.faults.plan import KINDS, draw_chain
 from lib.faults.scenarios import SCENARIOS
 from lib.report import Report, commit, percentiles, progress
@@ -38,7 +39,8 @@ from lib.report import Report, commit, percentiles, progress
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    kinds = [kind for kind in args.kinds if kind != "full-disk" or can_mount()]
+    possible = {"full-disk": can_mount, "link-cut": can_link}
+    kinds = [kind for kind in args.kinds if kind not in possible or possible[kind]()]
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in args.scenarios]
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="faults-") as folder:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.faults.chain import Runs, Struck
+from lib.faults.chain import Runs
 from lib.faults.plan import Chain, draw_chain
+from lib.faults.strike import Struck
 from lib.report import table
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 DISK_BYTES = 6_000_000
@@ -117,12 +119,13 @@ def break_image(file: Path, how: str) -> None:
     file.write_bytes(broken)
 
 
+@cache
 def can_mount() -> bool:
     """Whether small disks can be made here."""
     if shutil.which("mount") is None:
         return False
     try:
-        with small_disk(Path("/tmp/lesam_dist-mount-try")):
+        with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder)):
             return True
     except OSError:
         return False
@@ -144,3 +147,8 @@ def small_disk(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
+
+
+def remount(folder: Path, *, writable: bool) -> None:
+    """Make a small disk read-only, or writable again."""
+    subprocess.run(["mount", "-o", f"remount,{'rw' if writable else 'ro'}", str(folder)], check=True)

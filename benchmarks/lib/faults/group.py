@@ -15,9 +15,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 from lib import ROOT
 from lib.faults import inside
 from lib.faults.inside import Start
+from lib.faults.network import Link
 
 _LOOK = 0.02  # seconds between two looks at the processes
 _MONITOR = 0.1  # seconds, as torchrun's --monitor-interval
@@ -53,7 +56,7 @@ class Watch:
             left to find out by themselves.
         limit: seconds that a start may take, and that survivors may take to find out.
         on_event: called for each action that struck, with the group.
-        signal_at: seconds after the start at which ``signal_to`` ranks get this signal from outside.
+        signals: (seconds after the start, number, ranks) of signals from outside.
     """
 
     as_torchrun: bool = True
@@ -95,24 +98,37 @@ class Server:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["lib.faults.warm"])
 
+    def run(self, start: Start, world_size: int, watch: Watch, hosts: Link | None = None) -> Outcome:
+        """Start, watch to the end, and say how it ended. With ``hosts`` each of two processes is on its own."""
+        began = time.monotonic()
+        with self._group(start, world_size, watch.as_torchrun and hosts is None, hosts) as group:
+            complaint = _watch(group, watch)
+            statuses = group.statuses()
+        outputs = [_text(start.output(rank)) for rank in range(world_size)]
+        return Outcome(statuses, events(start), complaint, outputs, time.monotonic() - began)
+
     @contextmanager
-    def group(self, start: Start, world_size: int, networks: list[str] | None = None) -> Iterator[Group]:
-        """Start the processes; whatever is left of them at the end is killed."""
-        port, address = _free_port(), "localhost"
-        if networks:
-            address = "10.77.0.1"
+    def _group(self, start: Start, world_size: int, has_agent: bool, hosts: Link | None) -> Iterator[Group]:
+        """The processes; whatever is left of them at the end is killed.
+
+        ``has_agent``: the store is the launcher's, as torchrun's is, and outlives rank 0.
+        """
+        errors = start.folder / f"errors-{start.number}"
+        errors.mkdir(exist_ok=True)
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if has_agent else None
+        common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "faults"}
+        common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port if store else _free_port())}
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": str(has_agent), "TORCHELASTIC_RESTART_COUNT": "0"}
+        if hosts:
+            common |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": hosts.address}
         processes: list[BaseProcess] = []
         for rank in range(world_size):
-            environ = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-            environ |= {
-                "TORCHELASTIC_RUN_ID": "faults",
-                "TORCHELASTIC_ERROR_FILE": f"{start.folder}/errors-{start.number}/{rank}/error",
-            }
-            if networks:
-                environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": f"fault{rank}"}
-            network = networks[rank] if networks else None
-            processes.append(self._context.Process(target=inside.enter, args=(rank, environ, start, network)))
+            environ = common | {"RANK": str(rank), "LOCAL_RANK": "0" if hosts else str(rank)}
+            environ["TORCHELASTIC_ERROR_FILE"] = str(errors / str(rank) / "error")
+            if hosts:
+                environ["GLOO_SOCKET_IFNAME"] = hosts.interfaces[rank]
+            host = hosts.names[rank] if hosts else None
+            processes.append(self._context.Process(target=inside.enter, args=(rank, environ, start, host)))
         group = Group(processes, start)
         try:
             for process in processes:
@@ -123,15 +139,6 @@ class Server:
             for process in processes:
                 if process.pid is not None:
                     process.join()
-
-    def run(self, start: Start, world_size: int, watch: Watch, networks: list[str] | None = None) -> Outcome:
-        """Start, watch to the end, and say how it ended."""
-        began = time.monotonic()
-        with self.group(start, world_size, networks) as group:
-            complaint = _watch(group, watch)
-            statuses = group.statuses()
-        outputs = [_text(start.output(rank)) for rank in range(world_size)]
-        return Outcome(statuses, events(start), complaint, outputs, time.monotonic() - began)
 
 
 def events(start: Start) -> list[Event]:

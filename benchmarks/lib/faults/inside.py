@@ -182,7 +182,9 @@ class Process:
     def _record(self, batch: BatchPasses) -> None:
         assert self._trainer is not None
         numbers = numbers_of(batch.images, self._trainer.config.data)
-        line = {"start": self._start.number, "rank": self.rank, "step": self.step, "images": numbers}
+        world = self._trainer.world
+        line = {"start": self._start.number, "rank": world.rank, "of": world.world_size, "step": self.step}
+        line["images"] = numbers
         _append(self._start.consumed, line)
 
     def _tell(self, action: Action) -> None:

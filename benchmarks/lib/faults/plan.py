@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lib.faults.damage import can_mount
 from lib.faults.images import TRAIN
 from lib.faults.points import Action, Place, Point
 from lib.faults.scenarios import SCENARIOS, STEPS, Scenario
@@ -16,7 +17,7 @@ STARTING: tuple[Place, ...] = ("start", "joined", "claimed", "built", "loading",
 _SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigusr1": signal.SIGUSR1, "sigusr2": signal.SIGUSR2}
 _DAMAGES = ("truncated", "bit-flip", "zeros", "missing", "garbage", "pointer", "torn-log")
 BAD_IMAGES = ("empty", "truncated", "header", "garbage", "zeros", "html", "flipped", "swapped")
-Parent = Literal["continue", "kill", "second-job", "damage", "cut"]
+Parent = Literal["continue", "kill", "second-job", "damage", "remount", "cut"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,14 @@ class Fault:
     Attributes:
         kind: for the table.
         actions: what the processes do to themselves.
-        parent: what the parent does when a process has stopped itself, or (damage) when the start is over.
+        parent: what the parent does when a process has stopped itself (continue, kill, second-job) or asks for it
+            (cut: the network), before the start (remount: the disk is read-only), or when it is over (damage).
         value: of it: seconds, or the seed of a damage.
         as_torchrun: whether survivors are ended by the launcher, or find out by themselves.
         outside: a signal from outside: (time as a part of an undisturbed run's, number, ranks).
         small_disk: the run lies on a disk of its own that has room for little.
+        asks: it only asks the run to end, which saves what it has, and loses no step.
+        resize: processes from the next start on.
     """
 
     kind: str
@@ -40,6 +44,8 @@ class Fault:
     as_torchrun: bool = True
     outside: tuple[float, int, tuple[int, ...]] | None = None
     small_disk: bool = False
+    asks: bool = False
+    resize: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,12 @@ def _kill_anytime(draw: Draw, scenario: Scenario, step: int) -> Fault:
 def _ask_to_end(number: int) -> Make:
     def make(draw: Draw, scenario: Scenario, step: int) -> Fault:
         if draw.random() < 0.2:
-            return Fault("", outside=(draw.uniform(0, 1), number, tuple(range(scenario.world_size))))
+            return Fault("", outside=(draw.uniform(0, 1), number, tuple(range(scenario.world_size))), asks=True)
         places: tuple[Place, ...] = ("pass1", "climbs", "perturbed", "stepped", "save", "evaluate", "files", "loaded")
         point = Point(draw.choice(places[: None if scenario.passes > 1 else 2]), step)
         if point.place == "loaded":
             point = replace(point, step=0)
-        return Fault("", (Action(point, "signal", number, draw.choice([None, _rank(draw, scenario)])),))
+        return Fault("", (Action(point, "signal", number, draw.choice([None, _rank(draw, scenario)])),), asks=True)
 
     return make
 
@@ -135,6 +141,8 @@ def _full_disk(draw: Draw, scenario: Scenario, step: int) -> Fault:
 
 
 def _read_only(draw: Draw, scenario: Scenario, step: int) -> Fault:
+    if can_mount() and draw.random() < 0.3:
+        return Fault("", parent="remount", small_disk=True)
     rank = draw.choice([None, 0])
     begin = Action(Point("pass1", step), "readonly", 0.0, rank)
     return Fault("", (begin, Action(Point("pass1", step + draw.randint(3, 8)), "writable", 0.0, rank)))
@@ -161,6 +169,16 @@ def _unplug(draw: Draw, scenario: Scenario, step: int) -> Fault:
     return Fault("", (Action(point, "unplug", 0.0, _rank(draw, scenario)),), as_torchrun=draw.random() < 0.5)
 
 
+def _resize(draw: Draw, scenario: Scenario, step: int) -> Fault:
+    action = Action(Point(draw.choice(["pass1", "climbs"]), step), "signal", signal.SIGKILL, _rank(draw, scenario))
+    return Fault("", (action,), resize=draw.choice([1, 4]))
+
+
+def _cut_link(draw: Draw, scenario: Scenario, step: int) -> Fault:
+    point = Point(draw.choice(["pass1", "climbs", "save"]), step)
+    return Fault("", (Action(point, "cut", 0.0, _rank(draw, scenario)),), "cut", as_torchrun=False)
+
+
 KINDS: dict[str, tuple[Make | None, int]] = {
     "kill-start": (_kill(*STARTING, early=True), 4),
     "kill-pass1": (_kill("pass1", "climbs"), 6),
@@ -177,20 +195,21 @@ KINDS: dict[str, tuple[Make | None, int]] = {
     "unplugged": (_unplug, 4),
     "clock-jump": (_clock, 4),
     "second-job": (_second_job, 2),
+    "resized": (_resize, 2),
+    "link-cut": (_cut_link, 1),
     "bad-image": (None, 6),
     "nan": (None, 6),
 }
 """How each kind is drawn, and how often, relative to the others. None: a `Variant` of the whole chain."""
 
 _MOST = 4  # faults of a chain
-_TWO_PASSES = ("kill-perturbed", "kill-pass2")
 
 
 def draw_chain(seed: int, number: int, kinds: Sequence[str], scenarios: Sequence[Scenario] = SCENARIOS) -> Chain:
     """Chain ``number`` of the campaign with this seed."""
     draw = random.Random(f"{seed}/{number}")
     scenario = draw.choices(scenarios, [s.share for s in scenarios])[0]
-    weights = {kind: KINDS[kind][1] for kind in kinds if scenario.passes > 1 or kind not in _TWO_PASSES}
+    weights = {kind: KINDS[kind][1] for kind in kinds if kind not in scenario.without}
     chosen = draw.choices(list(weights), list(weights.values()), k=draw.randint(1, _MOST)) if weights else []
     variant = Variant()
     faults = []
@@ -202,6 +221,9 @@ def draw_chain(seed: int, number: int, kinds: Sequence[str], scenarios: Sequence
             variant = _variant(draw, kind, scenario)
     # In the order of their steps, so that a resume from an older checkpoint comes by all that follow.
     steps = sorted(draw.randrange(STEPS) for _ in faults)
+    if "resized" in faults:  # once, and last: another number of processes gives other bits
+        faults = [*(kind for kind in faults if kind != "resized"), "resized"]
+        steps = steps[: len(faults)]
     made = [replace(KINDS[kind][0](draw, scenario, step), kind=kind) for kind, step in zip(faults, steps, strict=True)]  # type: ignore[misc]
     return Chain(number, scenario, variant, tuple(made))
 

@@ -23,6 +23,7 @@ class Scenario:
         world_size: processes.
         share: of the chains, relative to the others.
         passes: of a step.
+        not_for: kinds of faults that it cannot have.
     """
 
     name: str
@@ -30,13 +31,19 @@ class Scenario:
     world_size: int = 2
     share: int = 4
     passes: int = 2
+    not_for: tuple[str, ...] = ()
+
+    @property
+    def without(self) -> set[str]:
+        """Kinds of faults that it cannot have."""
+        return {*self.not_for, *(("kill-perturbed", "kill-pass2") if self.passes < 2 else ())}
 
     def argv(self, data: Path, run_dir: Path, more: Sequence[str] = ()) -> list[str]:
         """All flags; the run resumes itself."""
         words = [f"--config digits --data.root {data} --data.builtin null --data.batch_size {BATCH}"]
         words += [f"--data.image_size {SIDE} --data.val_resize {SIDE} --data.horizontal_flip true --data.workers 1"]
         words += [f"--epochs {EPOCHS} --schedule.lr_warmup_epochs 1 --logging.every_steps 1"]
-        words += ["--parallel.device cpu --parallel.timeout_s 20 --resume auto", self.flags]
+        words += ["--parallel.device cpu --parallel.timeout_s 60 --resume auto", self.flags]
         return [*" ".join(words).split(), "--run_dir", str(run_dir), *more]
 
 
@@ -59,8 +66,10 @@ SCENARIOS = (
     Scenario("ddp-gsam", f"{_GSAM} {_DALI}"),
     Scenario("ddp-msam", f"{_MSAM} {_PILLOW} {_EVERY} 5", passes=1),
     Scenario("ddp-fp16", f"{_LESAM} {_PILLOW} --precision.compute fp16 {_EVERY} 4", share=1),
-    Scenario("ddp-local", f"{_LOCAL} {_DALI} {_EVERY} 7", share=2),
+    Scenario("ddp-local", f"{_LOCAL} {_DALI} {_EVERY} 7", share=2, not_for=("resized",)),
     Scenario("fsdp-lesam", f"{_LESAM} {_FSDP} {_PILLOW} {_EVERY} 4"),
     Scenario("fsdp-gsam-ema", f"{_GSAM} {_FSDP} {_DALI} {_EMA}", share=3),
-    Scenario("hsdp-lesam", f"{_LESAM} {_HSDP} {_PILLOW} {_EVERY} 5", world_size=4, share=1),
+    Scenario(
+        "hsdp-lesam", f"{_LESAM} {_HSDP} {_PILLOW} {_EVERY} 5", world_size=4, share=1, not_for=("resized", "link-cut")
+    ),
 )

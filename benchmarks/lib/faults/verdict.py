@@ -45,7 +45,7 @@ class End:
         return cls(**json.loads(path.read_text()))
 
 
-def end_of(run_dir: Path, consumed: Path, world_size: int) -> End:
+def end_of(run_dir: Path, consumed: Path) -> End:
     """Read it.
 
     Raises:
@@ -55,12 +55,19 @@ def end_of(run_dir: Path, consumed: Path, world_size: int) -> End:
     newest = next(iter(checkpoints(run_dir)), None)
     if newest is None or int(newest.name.removeprefix("step_")) != STEPS:
         raise WrongError(f"its last checkpoint is {newest and newest.name}, not that of step {STEPS}")
-    return End(_tensors(newest), _metrics(run_dir / "metrics.jsonl"), _history(consumed, world_size))
+    return End(_tensors(newest), _metrics(run_dir / "metrics.jsonl"), _history(consumed))
 
 
-def differences(found: End, expected: End) -> list[str]:
-    """What differs, in a few words each."""
+def differences(found: End, expected: End, *, resized: bool = False) -> list[str]:
+    """What differs, in a few words each.
+
+    Args:
+        resized: the number of processes has changed. Sums over them then round otherwise, and BatchNorm's statistics
+            are of other parts of the batch: only what was read and logged when must be equal.
+    """
     said = []
+    if resized:
+        found, expected = _without_bits(found), _without_bits(expected)
     names = found.tensors.keys() ^ expected.tensors.keys()
     if names:
         said.append(f"checkpoints hold other tensors: {sorted(names)[:3]}")
@@ -79,6 +86,21 @@ def differences(found: End, expected: End) -> list[str]:
             said.append(f"step {step} consumed images {mine}, not {theirs}")
             break
     return said
+
+
+def first_steps(consumed: Path) -> dict[int, tuple[int, int]]:
+    """The first and the last step of each start that made any."""
+    steps: dict[int, list[int]] = {}
+    for text in consumed.read_text().splitlines() if consumed.exists() else ():
+        line = json.loads(text)
+        steps.setdefault(line["start"], []).append(line["step"])
+    return {start: (min(made), max(made)) for start, made in steps.items()}
+
+
+def _without_bits(end: End) -> End:
+    keys = ("step", "split", "epoch", "lr", "samples")
+    metrics = [{key: line[key] for key in keys if key in line} for line in end.metrics]
+    return End(dict.fromkeys(end.tensors, ""), metrics, end.history)
 
 
 def counted_wrongly(history: list[list[int]], bad: int | None = None) -> list[str]:
@@ -154,21 +176,22 @@ def _metric(line: bytes, number: int) -> dict[str, Any]:
         raise WrongError(f"line {number} of metrics.jsonl is torn: {line[:60]!r}") from None
 
 
-def _history(consumed: Path, world_size: int) -> list[list[int]]:
+def _history(consumed: Path) -> list[list[int]]:
     """The last start in which any rank made a step is the one whose step counts; all ranks must have made it then."""
     starts: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     images: dict[tuple[int, int, int], list[int]] = {}
     for text in consumed.read_text().splitlines():
         line = json.loads(text)
         start, step = line["start"], line["step"]
-        starts[step] = max(start, starts.get(step, 0))
+        starts[step], sizes[start] = max(start, starts.get(step, 0)), line["of"]
         # More than one batch in a step where each micro-batch is perturbed by itself.
         images.setdefault((start, step, line["rank"]), []).extend(line["images"])
     history = []
     for step in range(STEPS):
         if step not in starts:
             raise WrongError(f"nobody made step {step}")
-        parts = [images.get((starts[step], step, rank)) for rank in range(world_size)]
+        parts = [images.get((starts[step], step, rank)) for rank in range(sizes[starts[step]])]
         for rank, part in enumerate(parts):
             if part is None:
                 raise WrongError(f"rank {rank} did not make step {step} when the others last did")
