@@ -9,8 +9,8 @@ consumed exactly once per epoch. What a step consumed is read from its pixels. W
 chain is tried alone.
 
 Stop it with Ctrl-C and start it again: it goes on from its journal. A lost fault is listed with the command that
-repeats it. Everything lies in memory (/dev/shm) where there is such a folder. full-disk needs root and `mount`, link-cut
-root and `ip`: elsewhere they are left out.
+repeats it. Everything lies in memory (/dev/shm) where there is such a folder. full-disk needs root and `mount`,
+link-cut root and `ip`: elsewhere they are left out.
 """
 
 from __future__ import annotations

@@ -37,7 +37,11 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append(self.settings)
             return
-        lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # the last line may be one that was being written when it was killed
+        if whole != text:
+            self.path.write_text(whole, encoding="utf-8")
+        lines = [json.loads(line) for line in whole.splitlines()]
         there = lines[0] if lines else {}
         differing = [key for key in self.settings if there.get(key) != self.settings[key]]
         if differing:

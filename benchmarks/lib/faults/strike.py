@@ -85,10 +85,11 @@ class Strike:
             return f"a disk that cannot be written was not refused: {account(outcome)}"
         if self._fault.parent in ("continue", "second-job") and statuses != {0}:
             return f"a process that only stood still for a while ended the run: {account(outcome)}"
-        if self._fault.asks and any(e["step"] > 0 and e["place"] != "loaded" for e in outcome.struck):
-            # Who comes last may be sent SIGTERM by the launcher when it has nothing left to do.
-            if not statuses <= {0} and not (_PREEMPTED in statuses and statuses <= {_PREEMPTED, -signal.SIGTERM}):
-                return f"asked to end, it did not save and leave with status {_PREEMPTED}: {account(outcome)}"
+        trains = any(event["step"] > 0 and event["place"] != "loaded" for event in outcome.struck)
+        # Who comes last may be sent SIGTERM by the launcher when it has nothing left to do.
+        leaves = statuses == {0} or (_PREEMPTED in statuses and statuses <= {_PREEMPTED, -signal.SIGTERM})
+        if self._fault.asks and trains and not leaves:
+            return f"asked to end, it did not save and leave with status {_PREEMPTED}: {account(outcome)}"
         if "Traceback" in "".join(outcome.outputs):
             return f"a traceback: {account(outcome)}"
         return None

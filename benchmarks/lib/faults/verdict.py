@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from lib.faults.damage import checkpoints
 from lib.faults.images import TRAIN
@@ -122,38 +124,15 @@ def counted_wrongly(history: list[list[int]], bad: int | None = None) -> list[st
 
 
 def _tensors(checkpoint: Path) -> dict[str, str]:
-    files = sorted(checkpoint.glob("*.safetensors"))
-    found: dict[str, Any] = {}
-    if files:
-        from safetensors import safe_open
-
-        for file in files:
-            with safe_open(file, "pt") as content:
-                found |= {f"{file.name}/{name}": content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    else:
-        found = _of_distributed_checkpoint(checkpoint)
-    return {name: _digest(value) for name, value in found.items()}
+    """Of every rank's file: parameters, buffers, momenta, averages, and what a rank keeps for itself."""
+    digests = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, "pt") as content:
+            digests |= {f"{file.name}/{name}": _digest(content.get_tensor(name)) for name in content.keys()}  # noqa: SIM118
+    return digests
 
 
-def _of_distributed_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    state: dict[str, Any] = {}
-    _load_state_dict(state, FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return dict(_flat(state, ""))
-
-
-def _flat(value: Any, prefix: str) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}/{key}")]
-    return [(prefix, value)]
-
-
-def _digest(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
+def _digest(value: Tensor) -> str:
     content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
