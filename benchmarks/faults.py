@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import random
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ from lib.report import Report, commit, percentiles, progress
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     possible = {"full-disk": can_mount, "link-cut": can_link}
     kinds = [kind for kind in args.kinds if kind not in possible or possible[kind]()]
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in args.scenarios]
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         began = time.monotonic()
         try:
             run_chains(runs, journal, args.faults, args.seed, kinds, scenarios)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # SIGTERM too
             progress(f"interrupted: the same command goes on from {journal.path}")
         report = Report(args, "faults.py", torch.device("cpu"), "Faults")
         report.add(_account(journal, args, time.monotonic() - began))

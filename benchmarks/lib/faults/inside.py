@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 
 from lesam_dist import cli
 from lesam_dist.data import torchvision_loader
+from lesam_dist.parallel import agreed
 from lesam_dist.train import evaluate as evaluation
-from lesam_dist.train import run_dir, telemetry
+from lesam_dist.train import preemption, run_dir, telemetry
 from lesam_dist.train.agreement import agree_on_setup
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.passes import BatchPasses
@@ -36,6 +37,7 @@ from lesam_dist.train.trainer import Trainer
 from lib.faults.images import numbers_of
 from lib.faults.points import Action, Place
 
+_LOOK = 0.05  # seconds
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree")
 
 
@@ -131,6 +133,9 @@ class Process:
         torchvision_loader.DataLoader = _without_workers
         self._wrap_trainer()
         self._wrap_passes()
+        # Looks once a second are many in a training of weeks, and too few in one of two seconds.
+        agreed._TICK = _LOOK
+        preemption._LOOK = _LOOK
         sys.addaudithook(self._audit)
 
     def _around(self, function: Callable[..., Any], before: Place | None, after: Place | None) -> Callable[..., Any]:

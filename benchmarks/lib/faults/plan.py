@@ -11,7 +11,7 @@ from typing import Literal
 from lib.faults.damage import can_mount
 from lib.faults.images import TRAIN
 from lib.faults.points import Action, Place, Point
-from lib.faults.scenarios import SCENARIOS, STEPS, Scenario
+from lib.faults.scenarios import BATCH, SCENARIOS, STEPS, Scenario
 
 STARTING: tuple[Place, ...] = ("start", "joined", "claimed", "built", "loading", "loaded")
 _SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigusr1": signal.SIGUSR1, "sigusr2": signal.SIGUSR2}
@@ -94,14 +94,15 @@ def _kill(*places: Place, early: bool = False) -> Make:
     def make(draw: Draw, scenario: Scenario, step: int) -> Fault:
         point = Point(draw.choice(places), 0 if early else step)
         action = Action(point, "signal", signal.SIGKILL, _rank(draw, scenario))
-        return Fault("", (action,), as_torchrun=draw.random() < 0.8)
+        # Who waits for one that never came waits for the time limit, unless the launcher ends it.
+        return Fault("", (action,), as_torchrun=draw.random() < 0.8 or point.place == "start")
 
     return make
 
 
 def _kill_in_save(draw: Draw, scenario: Scenario, step: int) -> Fault:
     rank = _rank(draw, scenario)
-    after = draw.randrange(20 if rank == 0 else 4)
+    after = draw.randrange(20 if rank == 0 else 2)
     point = draw.choice([Point("save", step), Point("saved", step), *[Point("files", max(1, step), after)] * 4])
     return Fault("", (Action(point, "signal", signal.SIGKILL, rank),), as_torchrun=draw.random() < 0.8)
 
@@ -127,7 +128,7 @@ def _ask_to_end(number: int) -> Make:
 def _damage(name: str) -> Make:
     def make(draw: Draw, scenario: Scenario, step: int) -> Fault:
         # Late, so that there is an older checkpoint to go back to.
-        point = Point(draw.choice(["pass1", "climbs"]), max(step, 2 * TRAIN // 8 + 2))
+        point = Point(draw.choice(["pass1", "climbs"]), max(step, draw.randrange(2 * TRAIN // BATCH + 1, STEPS)))
         action = Action(point, "signal", signal.SIGKILL, _rank(draw, scenario))
         return Fault("", (action,), "damage", draw.randrange(2**31))
 
