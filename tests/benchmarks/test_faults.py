@@ -166,12 +166,12 @@ def test_what_is_wrong_in_itself_is_said(ended: Ended) -> None:
 
 
 def test_chains_are_a_function_of_the_seed(seed: int) -> None:
-    chains = [draw_chain(seed, number, list(KINDS)) for number in range(400)]
-    assert chains == [draw_chain(seed, number, list(KINDS)) for number in range(400)]
-    assert len({(chain.scenario, chain.variant, chain.faults) for chain in chains}) > 350
+    chains = [draw_chain(seed, number, list(KINDS)) for number in range(600)]
+    assert chains == [draw_chain(seed, number, list(KINDS)) for number in range(600)]
+    assert len({(chain.scenario, chain.variant, chain.faults) for chain in chains}) > 550
     kinds = {fault.kind for chain in chains for fault in chain.faults}
     assert kinds == {kind for kind, (make, _) in KINDS.items() if make is not None}
-    assert {chain.variant.name.split("-")[0] for chain in chains} == {"plain", "bad", "nan"}
+    assert {chain.variant.name.split("-")[0] for chain in chains} == {"plain", "bad", "nan", "loss"}
     assert {chain.scenario for chain in chains} == set(SCENARIOS)
     for chain in chains:
         assert not chain.scenario.without & {fault.kind for fault in chain.faults}

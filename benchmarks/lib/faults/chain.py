@@ -43,13 +43,15 @@ class Runs:
         if not (folder / "end.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            actions = (variant.nan,) if variant.nan else ()
-            start = Start(0, scenario.argv(self._data(variant), folder / "run"), folder, folder / "run", actions)
+            actions = (variant.spoilt,) if variant.spoilt else ()
+            argv = scenario.argv(self._data(variant), folder / "run", variant.flags)
+            start = Start(0, argv, folder, folder / "run", actions)
             outcome = self._server.run(start, scenario.world_size, Watch(limit=self._limit))
             if outcome.statuses != [0] * scenario.world_size:
                 raise WrongError(f"the undisturbed run of {scenario.name} failed: {account(outcome)}")
-            end = verdict.end_of(start.run_dir, start.consumed)
-            if said := verdict.counted_wrongly(end.history, variant.bad[0] if variant.bad else None):
+            end = verdict.end_of(start.run_dir, start.consumed, variant.left_out)
+            bad = variant.bad[0] if variant.bad else None
+            if said := verdict.counted_wrongly(end.history, bad, variant.left_out):
                 raise WrongError(f"the undisturbed run of {scenario.name}: {said[0]}")
             (folder / "seconds").write_text(str(outcome.seconds))
             end.write(folder / "end.json")
@@ -86,9 +88,9 @@ class Runs:
         try:
             expected, seconds = self.reference(chain.scenario, chain.variant)
         except WrongError as error:
-            return [Struck(_kind(chain.variant), True, str(error), note=chain.variant.name)]
-        always = (chain.variant.nan,) if chain.variant.nan else ()
-        argv = chain.scenario.argv(self._data(chain.variant), run_dir)
+            return [Struck(chain.variant.kind, True, str(error), note=chain.variant.name)]
+        always = (chain.variant.spoilt,) if chain.variant.spoilt else ()
+        argv = chain.scenario.argv(self._data(chain.variant), run_dir, chain.variant.flags)
         found: list[Struck] = []
         processes, finished = chain.scenario.world_size, False
         for number, fault in enumerate(chain.faults):
@@ -111,16 +113,16 @@ class Runs:
             found = _blame(found, f"{_AT_END}{said}")
         if chain.variant != Variant():
             lost = next((s.lost for s in found if s.lost), None) if not chain.faults else None
-            found.append(Struck(_kind(chain.variant), True, lost, note=chain.variant.name))
+            found.append(Struck(chain.variant.kind, True, lost, note=chain.variant.name))
         return found
 
     def _compare(self, chain: Chain, found: list[Struck], run_dir: Path, consumed: Path, expected: End) -> str | None:
         try:
-            end = verdict.end_of(run_dir, consumed)
+            end = verdict.end_of(run_dir, consumed, chain.variant.left_out)
         except WrongError as error:
             return str(error)
         bad = chain.variant.bad[0] if chain.variant.bad else None
-        said = verdict.counted_wrongly(end.history, bad)
+        said = verdict.counted_wrongly(end.history, bad, chain.variant.left_out)
         said += verdict.differences(end, expected, resized=any(fault.resize for fault in chain.faults))
         steps = verdict.first_steps(consumed)
         for number, fault in enumerate(chain.faults):
@@ -142,10 +144,6 @@ class Runs:
                 break_image(next(aside.glob(f"train/*/{number:04d}.png")), how)
             aside.rename(root)
         return root
-
-
-def _kind(variant: Variant) -> str:
-    return "bad-image" if variant.bad else "nan" if variant.nan else "none"
 
 
 def _blame(found: list[Struck], lost: str) -> list[Struck]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import signal
 import socket
@@ -102,7 +103,7 @@ class Process:
         self._lock = threading.RLock()
         self._readonly = False
         self._ballast: Path | None = None
-        self._poison = False
+        self._factor = 1.0  # of the images of the coming pass
 
     @property
     def step(self) -> int:
@@ -112,12 +113,14 @@ class Process:
     def reach(self, place: Place) -> None:
         """Do what is due here."""
         with self._lock:
-            due = [a for a in self._waiting if a.point.place == place and a.point.step <= self.step]
+            here = [a for a in self._waiting if a.point.place == place]
+            due = [a for a in here if (a.point.step == self.step if a.always else a.point.step <= self.step)]
             for action in due:
                 if self._left[id(action)] > 0:
                     self._left[id(action)] -= 1
                     continue
-                self._waiting.remove(action)
+                if not action.always:
+                    self._waiting.remove(action)
                 self._tell(action)
                 self._do(action)
 
@@ -173,10 +176,10 @@ class Process:
             if passes == 1:
                 self._record(batch)
             images = batch.images
-            self._poison = False
+            self._factor = 1.0
             self.reach("pass1" if passes == 1 else "perturbed")
-            if self._poison:
-                batch.images = torch.full_like(images, torch.nan)
+            if self._factor != 1.0:
+                batch.images = images * self._factor
             result = call(batch, **kwargs)
             batch.images = images
             self.reach("climbs" if passes == 1 else "stepped")
@@ -210,7 +213,9 @@ class Process:
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "nan":
-                self._poison = True
+                self._factor = math.nan
+            case "jump":
+                self._factor = action.value
             case "clock":
                 now = time.time
                 time.time = lambda: now() + action.value  # type: ignore[assignment]

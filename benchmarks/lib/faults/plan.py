@@ -54,18 +54,34 @@ class Variant:
 
     Attributes:
         bad: number of the training image that is broken, and how.
-        nan: where the images become NaN.
+        spoilt: where the images become NaN, or so large that the loss jumps.
+        flags: of the run, on top of its scenario's.
     """
 
     bad: tuple[int, str] | None = None
-    nan: Action | None = None
+    spoilt: Action | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """A name for a folder."""
         if self.bad:
             return "bad-{}-{}".format(*self.bad)
-        return f"nan-{self.nan.point.place}-{self.nan.point.step}-{self.nan.rank}" if self.nan else "plain"
+        if self.spoilt:
+            return f"{self.kind}-{self.spoilt.point.place}-{self.spoilt.point.step}-{self.spoilt.rank}"
+        return "plain"
+
+    @property
+    def kind(self) -> str:
+        """What it is in the table."""
+        if self.spoilt:
+            return "nan" if self.spoilt.deed == "nan" else "loss-jump"
+        return "bad-image" if self.bad else "none"
+
+    @property
+    def left_out(self) -> int | None:
+        """The step whose batch is read and not trained on."""
+        return self.spoilt.point.step if self.spoilt and self.spoilt.deed == "jump" else None
 
 
 @dataclass(frozen=True)
@@ -200,6 +216,7 @@ KINDS: dict[str, tuple[Make | None, int]] = {
     "link-cut": (_cut_link, 1),
     "bad-image": (None, 6),
     "nan": (None, 6),
+    "loss-jump": (None, 2),
 }
 """How each kind is drawn, and how often, relative to the others. None: a `Variant` of the whole chain."""
 
@@ -220,6 +237,9 @@ def draw_chain(seed: int, number: int, kinds: Sequence[str], scenarios: Sequence
             faults.append(kind)
         elif variant == Variant():
             variant = _variant(draw, kind, scenario)
+    others = [kind for kind in weights if KINDS[kind][0] is not None]
+    if not faults and others:  # what is wrong with the data shows in a resume
+        faults.append(draw.choice(others))
     # In the order of their steps, so that a resume from an older checkpoint comes by all that follow.
     steps = sorted(draw.randrange(STEPS) for _ in faults)
     if "resized" in faults:  # once, and last: another number of processes gives other bits
@@ -234,6 +254,9 @@ def _variant(draw: Draw, kind: str, scenario: Scenario) -> Variant:
     if kind == "bad-image":
         how = draw.randrange(len(BAD_IMAGES))
         return Variant(bad=(5 * how + 1, BAD_IMAGES[how]))
+    if kind == "loss-jump":  # every rank's images, and late: the guard looks from the 21st step on
+        jump = Action(Point("pass1", draw.choice([20, 22])), "jump", 100.0, always=True)
+        return Variant(spoilt=jump, flags=("--guard.max_loss_increase", "4"))
     place: Place = draw.choice(["pass1", "perturbed"]) if scenario.passes > 1 else "pass1"
     step = draw.choice([3, 7, 12])
-    return Variant(nan=Action(Point(place, step), "nan", 0.0, step % scenario.world_size, always=True))
+    return Variant(spoilt=Action(Point(place, step), "nan", 0.0, step % scenario.world_size, always=True))

@@ -18,6 +18,7 @@ Deed = Literal[
     "signal",  # value: its number, which the process sends to itself
     "stop",  # stops the process, until the parent lets it go on or kills it
     "nan",  # the images of this pass become NaN, on this rank
+    "jump",  # value: factor of the images of this pass
     "clock",  # value: seconds by which the wall clock jumps
     "unplug",  # every connection of the process is shut down
     "fill",  # value: bytes that stay free on the disk of the run
@@ -39,10 +40,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Action:
-    """A process of this rank does ``deed`` at ``point``, once per start; ``rank`` None means every process."""
+    """A process of this rank does ``deed`` at ``point``, once per start; ``rank`` None means every process.
+
+    With ``always`` it is done at this very step, each time that the step is made, as what lies in the data.
+    """
 
     point: Point
     deed: Deed
     value: float = 0.0
     rank: int | None = None
-    always: bool = False  # in every start of a chain that comes there, as a fault in the data does
+    always: bool = False

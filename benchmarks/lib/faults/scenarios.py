@@ -50,6 +50,7 @@ class Scenario:
 _QUIET = "--logging.tensorboard false --schedule.anneal_start_epoch null"
 _DALI, _PILLOW = "--data.backend dali", "--data.backend torchvision"
 _EVERY, _EMA = "--checkpoint.every_steps", "--ema.decay 0.9"
+_ASYNC = "--checkpoint.asynchronous always"
 _LESAM = "--logging.tensorboard false --schedule.anneal_start_epoch 2"
 _SGD = f"{_QUIET} --optimizer.name sgd --data.micro_batches 2"
 _GSAM = f"{_QUIET} --optimizer.name gsam --optimizer.rho 0.05"
@@ -61,13 +62,13 @@ _HSDP = "--precision.channels_last false --parallel.strategy hsdp --parallel.sha
 
 SCENARIOS = (
     Scenario("ddp-lesam", f"{_LESAM} {_DALI} {_EVERY} 4", share=6),
-    Scenario("ddp-lesam-ema", f"{_LESAM} {_PILLOW} {_EMA} {_ADAMW}"),
+    Scenario("ddp-lesam-ema", f"{_LESAM} {_PILLOW} {_EMA} {_ADAMW} --checkpoint.every_minutes 0.01"),
     Scenario("ddp-sgd", f"{_SGD} {_PILLOW} {_EVERY} 2 --checkpoint.keep 3", passes=1),
-    Scenario("ddp-gsam", f"{_GSAM} {_DALI}"),
-    Scenario("ddp-msam", f"{_MSAM} {_PILLOW} {_EVERY} 5", passes=1),
+    Scenario("ddp-gsam", f"{_GSAM} {_DALI} {_EVERY} 5 {_ASYNC}"),
+    Scenario("ddp-msam", f"{_MSAM} {_PILLOW} {_EVERY} 5 --checks.every_steps 7", passes=1),
     Scenario("ddp-fp16", f"{_LESAM} {_PILLOW} --precision.compute fp16 {_EVERY} 4", share=1),
     Scenario("ddp-local", f"{_LOCAL} {_DALI} {_EVERY} 7", share=2, not_for=("resized",)),
-    Scenario("fsdp-lesam", f"{_LESAM} {_FSDP} {_PILLOW} {_EVERY} 4"),
+    Scenario("fsdp-lesam", f"{_LESAM} {_FSDP} {_PILLOW} {_EVERY} 4 {_ASYNC}"),
     Scenario("fsdp-gsam-ema", f"{_GSAM} {_FSDP} {_DALI} {_EMA}", share=3),
     Scenario(
         "hsdp-lesam", f"{_LESAM} {_HSDP} {_PILLOW} {_EVERY} 5", world_size=4, share=1, not_for=("resized", "link-cut")

@@ -69,7 +69,7 @@ class Strike:
             outcome = self._server.run(start, self._processes, watch, self._link)
         (disk / "ballast").unlink(missing_ok=True)
         self.finished = outcome.statuses == [0] * self._processes
-        struck = [event for event in outcome.struck if event["deed"] != "nan"]
+        struck = [event for event in outcome.struck if event["deed"] not in ("nan", "jump")]
         injected = bool(struck) or fault.parent == "remount" or (at is not None and outcome.seconds > at)
         note = "; ".join(f"rank {e['rank']} {e['place']} step {e['step']}" for e in struck)
         if injected and fault.parent == "damage":
