@@ -22,7 +22,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     possible = {"full-disk": can_mount, "link-cut": can_link}
     kinds = [kind for kind in args.kinds if kind not in possible or possible[kind]()]
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in args.scenarios]
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="faults-") as folder:
-        runs = Runs(Server(), Path(folder), args.limit)
+    with _folder(args.folder) as folder:
+        runs = Runs(Server(), folder, args.limit)
         if args.chain is not None:
             return _one_chain(runs, args, kinds, scenarios)
         settings = {"seed": args.seed, "kinds": kinds, "scenarios": args.scenarios, "commit": commit()}
@@ -82,9 +82,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=90, metavar="S", help="seconds that one start may take; default: 90"
     )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="keep lost runs and undisturbed ones there; default: keep none"
+    )
     parser.add_argument("--journal", type=Path, metavar="FILE", help="default: runs/faults-SEED.jsonl")
     parser.add_files()
     return parser.parse(argv)
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="faults-") as folder:
+        yield Path(folder)
 
 
 def _one_chain(runs: Runs, args: argparse.Namespace, kinds: list[str], scenarios: list) -> int:  # type: ignore[type-arg]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -29,8 +30,6 @@ from lesam_dist.config.command_line import parse
 from lesam_dist.data import Transform, build_loader, scan_split
 
 ROOT = Path(__file__).parents[2]
-# Cheap ones, that keep their state in different places, so that few undisturbed runs are needed.
-QUICK = "ddp-gsam,ddp-lesam-ema"
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +144,17 @@ def test_what_differs_is_said(ended: Ended, seed: int) -> None:
     assert len(verdict.counted_wrongly(ended.end().history)) == 1
 
 
+def test_a_batch_that_is_left_out_is_missed_by_nobody(ended: Ended) -> None:
+    with pytest.raises(WrongError, match="step 20 was not left out"):
+        verdict.end_of(ended.run_dir, ended.consumed, 20)
+    ended.lines = [line for line in ended.lines if line["step"] != 21]
+    ended.write()
+    end = verdict.end_of(ended.run_dir, ended.consumed, 20)
+    assert end.history[20] == []
+    assert verdict.counted_wrongly(end.history, left_out=20) == []
+    assert len(verdict.counted_wrongly(end.history)) == 1
+
+
 def test_what_is_wrong_in_itself_is_said(ended: Ended) -> None:
     log = ended.run_dir / "metrics.jsonl"
     for text, message in (
@@ -231,57 +241,45 @@ def test_a_campaign_goes_on_from_its_journal(tmp_path: Path) -> None:
         Journal(first.path, {**settings, "seed": 8}).open()
 
 
-def campaign(folder: Path, *options: str) -> tuple[int, dict[str, list[int]], str]:
-    """Exit status, [injected, survived, lost] by kind, and what was printed."""
-    command = [sys.executable, "benchmarks/faults.py", "--journal", str(folder / "journal.jsonl"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    rows = re.findall(r"^\| ([a-z0-9-]+) \| (\d+) \| (\d+) \| (\d+) \|$", done.stdout, re.MULTILINE)
-    return done.returncode, {kind: [int(n) for n in numbers] for kind, *numbers in rows}, done.stdout + done.stderr
+Found = dict[str, list[int]]  # [injected, survived, lost] by kind
 
 
-def test_runs_survive(tmp_path: Path) -> None:
-    """Twelve faults of the campaign, always the same, and a new one each time."""
-    status, found, text = campaign(tmp_path, "--seed", "1", "--faults", "12", "--scenarios", QUICK)
-    assert (status, found["all"][2]) == (0, 0), text
-    assert found["all"][0] >= 12
-    assert len(found) > 6, "of different kinds"
-
-
-def test_a_run_survives_any_fault(tmp_path: Path, seed: int) -> None:
-    status, found, text = campaign(tmp_path, "--seed", str(seed), "--faults", "1", "--scenarios", QUICK)
-    assert (status, found["all"][2]) == (0, 0), text
-
-
-def test_a_lost_run_is_seen_and_its_fault_named(tmp_path: Path) -> None:
-    """A fault that no run can survive, between two that it does: a gradient that is lost in one start alone."""
-    script = tmp_path / "planted.py"
-    script.write_text(PLANTED)
-    done = subprocess.run([sys.executable, script, ROOT, tmp_path], capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def campaigns(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]], int]:
+    """What `fault_campaigns.py` printed; the faults of a chain with one that no run survives; a fresh seed."""
+    folder, seed = tmp_path_factory.mktemp("campaigns"), int(os.environ.get("SEED", torch.seed() % 2**31))
+    command = [sys.executable, Path(__file__).with_name("fault_campaigns.py"), str(folder), str(seed)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=400)
     assert done.returncode == 0, done.stderr
-    before, planted, after = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout, json.loads(done.stdout.splitlines()[-1]), seed
+
+
+def tables(text: str) -> list[Found]:
+    found: list[Found] = []
+    for kind, *numbers in re.findall(r"^\| ([a-z0-9-]+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE):
+        if not found or "all" in found[-1]:
+            found.append({})
+        found[-1][kind] = [int(number) for number in numbers]
+    return found
+
+
+def test_runs_survive(campaigns: tuple[str, list[dict[str, Any]], int]) -> None:
+    """Twelve faults of the campaign, always the same, and a new one each time."""
+    text, _, seed = campaigns
+    fixed, fresh = tables(text)
+    assert fixed["all"][0] >= 12
+    assert len(fixed) > 6, "of different kinds"
+    assert fixed["all"][2] == 0, text
+    assert fresh["all"][0] >= 1
+    assert fresh["all"][2] == 0, f"SEED={seed}\n{text}"
+
+
+def test_a_lost_run_is_seen_and_its_fault_named(campaigns: tuple[str, list[dict[str, Any]], int]) -> None:
+    """A gradient that is lost in one start alone, between two kills that the run survives."""
+    _, (before, planted, after), _ = campaigns
     assert (before["lost"], after["lost"]) == (None, None)
     assert "tensors differ" in planted["lost"]
-
-
-PLANTED = """
-import dataclasses, json, signal, sys
-from pathlib import Path
-if __name__ == "__main__":
-    sys.path.insert(0, f"{sys.argv[1]}/benchmarks")
-    from lib.faults.chain import Runs
-    from lib.faults.group import Server
-    from lib.faults.plan import Chain, Fault, Variant
-    from lib.faults.points import Action, Point
-    from lib.faults.scenarios import SCENARIOS
-    def kill(place, step):
-        return Action(Point(place, step), "signal", signal.SIGKILL, 1)
-    planted = Fault("planted", (Action(Point("pass1", 7), "nan", 0.0, 0), kill("pass1", 13)))
-    kills = [Fault("kill", (kill("climbs", step),)) for step in (2, 20)]
-    scenario = next(s for s in SCENARIOS if s.name == "ddp-gsam")
-    chain = Chain(0, scenario, Variant(), (kills[0], planted, kills[1]))
-    found = Runs(Server(), Path(sys.argv[2])).run(chain)
-    print(json.dumps([dataclasses.asdict(s) for s in found]))
-"""
 
 
 def test_kinds_that_are_impossible_here_are_left_out(

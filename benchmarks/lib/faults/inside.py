@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lesam_dist import cli
@@ -103,7 +104,7 @@ class Process:
         self._lock = threading.RLock()
         self._readonly = False
         self._ballast: Path | None = None
-        self._factor = 1.0  # of the images of the coming pass
+        self._factor = 1.0  # of the loss of the coming pass, or NaN
 
     @property
     def step(self) -> int:
@@ -176,12 +177,14 @@ class Process:
             if passes == 1:
                 self._record(batch)
             images = batch.images
-            self._factor = 1.0
+            criterion, self._factor = batch.criterion, 1.0
             self.reach("pass1" if passes == 1 else "perturbed")
-            if self._factor != 1.0:
+            if math.isnan(self._factor):
                 batch.images = images * self._factor
+            elif self._factor != 1.0:
+                batch.criterion = _Times(criterion, self._factor)
             result = call(batch, **kwargs)
-            batch.images = images
+            batch.images, batch.criterion = images, criterion
             self.reach("climbs" if passes == 1 else "stepped")
             return result
 
@@ -257,6 +260,18 @@ class Process:
         if self._readonly:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
         self.reach("files")
+
+
+class _Times(nn.Module):
+    """A criterion times a number."""
+
+    def __init__(self, criterion: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.criterion, self.factor = criterion, factor
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(logits, labels)
+        return loss * self.factor
 
 
 def _everywhere(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:

@@ -54,7 +54,7 @@ class Variant:
 
     Attributes:
         bad: number of the training image that is broken, and how.
-        spoilt: where the images become NaN, or so large that the loss jumps.
+        spoilt: where the images become NaN, or the loss so large that the guard leaves the batch out.
         flags: of the run, on top of its scenario's.
     """
 

@@ -18,7 +18,7 @@ Deed = Literal[
     "signal",  # value: its number, which the process sends to itself
     "stop",  # stops the process, until the parent lets it go on or kills it
     "nan",  # the images of this pass become NaN, on this rank
-    "jump",  # value: factor of the images of this pass
+    "jump",  # value: factor of the loss of this pass
     "clock",  # value: seconds by which the wall clock jumps
     "unplug",  # every connection of the process is shut down
     "fill",  # value: bytes that stay free on the disk of the run
