@@ -81,7 +81,7 @@ class Strike:
     def _wrong_end(self, outcome: Outcome) -> str | None:
         """What is wrong with how the start ended, where more is known of it than that it may."""
         statuses = set(outcome.statuses)
-        if self._fault.parent == "remount" and statuses != {_REFUSED}:
+        if self._fault.parent == "remount" and not _refused(outcome):
             return f"a disk that cannot be written was not refused: {account(outcome)}"
         if self._fault.parent in ("continue", "second-job") and statuses != {0}:
             return f"a process that only stood still for a while ended the run: {account(outcome)}"
@@ -112,8 +112,13 @@ class Strike:
         folder.mkdir()
         start = Start(self._start.number, self._start.argv, folder, self._start.run_dir)
         outcome = self._server.run(start, self._processes, Watch(limit=self._limit))
-        refused = set(outcome.statuses) == {_REFUSED} and "in use by another run" in "".join(outcome.outputs)
-        return None if refused else f"a second job was not refused: {account(outcome)}"
+        says_why = "in use by another run" in "".join(outcome.outputs)
+        return None if _refused(outcome) and says_why else f"a second job was not refused: {account(outcome)}"
+
+
+def _refused(outcome: Outcome) -> bool:
+    """With status 2, by at least one process; the launcher may have ended the others."""
+    return _REFUSED in outcome.statuses and set(outcome.statuses) <= {_REFUSED, -signal.SIGTERM}
 
 
 def account(outcome: Outcome) -> str:
