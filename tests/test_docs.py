@@ -132,7 +132,7 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
         return
 
     if command in ("scan", "export", "checkpoints"):  # the run or data set of an example is not there: told last
-        with pytest.raises(UserError, match="does not exist|has no checkpoints") as missing:
+        with pytest.raises(UserError, match=r"does not exist|has no checkpoints|is no checkpoint") as missing:
             cli._COMMANDS[command][0](arguments)
         assert "--help" not in str(missing.value), "its arguments are wrong"
         return

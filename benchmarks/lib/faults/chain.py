@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.faults import verdict
-from lib.faults.damage import break_image, small_disk
+from lib.faults.damage import break_image, small_disk, unmount
 from lib.faults.group import Server, Watch
 from lib.faults.images import write_images
 from lib.faults.inside import Start
@@ -72,10 +72,11 @@ class Runs:
 
     def _run(self, chain: Chain) -> list[Struck]:
         folder = self._folder / f"chain-{chain.number}"
+        disk = folder / "disk"
+        unmount(disk)  # what a campaign that was killed has left
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         with ExitStack() as stack:
-            disk = folder / "disk"
             if any(fault.small_disk for fault in chain.faults):
                 stack.enter_context(small_disk(disk))
             disk.mkdir(exist_ok=True)
@@ -128,7 +129,7 @@ class Runs:
         for number, fault in enumerate(chain.faults):
             # What was asked to end had the time to save: nothing is made twice.
             last, after = steps.get(number), steps.get(number + 1)
-            if found[number].preempted and last and after and after[0] != last[1] + 1:
+            if fault.asks and found[number].preempted and last and after and after[0] != last[1] + 1:
                 said.append(f"{fault.kind} ended it after step {last[1] + 1}, and step {after[0]} was made again")
         return "; ".join(said) or None
 
