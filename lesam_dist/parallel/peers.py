@@ -22,7 +22,7 @@ from lesam_dist.parallel.board import Board, Failure
 from lesam_dist.parallel.meeting import Member, store_of_agent
 from lesam_dist.parallel.place import Place
 from lesam_dist.parallel.progress import Progress
-from lesam_dist.parallel.report import name_of, report_failure
+from lesam_dist.parallel.report import is_kept, name_of, report_failure
 from lesam_dist.parallel.stall import StallWatch
 
 _LOST = re.compile(
@@ -149,7 +149,7 @@ class Peers:
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         """A thread has failed, and what waits for it may wait for ever: the hook before this one ends the process."""
-        if args.exc_value is not None:
+        if args.exc_value is not None and not is_kept(args):
             self.publish(args.exc_value)
             self.part()
         if self._hook_before is not None:

@@ -93,7 +93,7 @@ def ends_with_any_thread(place: Place) -> Iterator[None]:
     """
 
     def fail(args: threading.ExceptHookArgs) -> None:
-        if args.exc_value is None:  # the interpreter is shutting down
+        if args.exc_value is None or is_kept(args):  # None: the interpreter is shutting down
             return
         report_failure(place, args.exc_value)
         sys.stdout.flush()
@@ -104,6 +104,14 @@ def ends_with_any_thread(place: Place) -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def is_kept(args: threading.ExceptHookArgs) -> bool:
+    """Whether the thread that failed keeps its exception for who uses it, and so nobody waits for it in vain.
+
+    As the one that writes TensorBoard's events does: on a full disk the next event raises what it kept.
+    """
+    return args.thread is not None and getattr(args.thread, "exception", None) is args.exc_value
 
 
 def end_with_launcher() -> None:

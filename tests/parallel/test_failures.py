@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,29 @@ def test_a_process_that_hangs_or_stops_is_named_and_silence_ends_the_run(
     assert last.startswith("lesam-dist: error: no step for")
     assert "parallel.timeout_s is 10: rank 1 is silent, stopped by a signal (last seen in " in last
     assert err.count("lesam-dist: error") == 1
+
+
+def writes_events_on_a_full_disk(rank: int) -> None:
+    """Of which TensorBoard's thread dies, and the next event raises what it died of."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with parallel.process_group("cpu", 60) as world:
+        if rank == 0:
+            board = SummaryWriter("board", flush_secs=1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # 200 bytes have room
+            with suppress(OSError):
+                while True:
+                    board.add_scalar("loss", 1.0)
+                    time.sleep(0.01)
+            time.sleep(3)  # in which a failure that was taken for the process's own would end it
+        world.barrier()
+
+
+def test_a_thread_that_hands_on_its_failure_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("board").mkdir()
+    statuses, err = launch(writes_events_on_a_full_disk, tmp_path, torchrun_like)
+    assert (statuses, err) == ([0, 0], "")
 
 
 def trains(rank: int) -> None:
