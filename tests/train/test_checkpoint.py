@@ -358,6 +358,7 @@ def test_a_save_that_fails_beside_the_training_is_said_at_the_next(
     with monkeypatch.context() as patched:
         patched.setattr(payload, "write", full)
         assert checkpointer.save(2, net, optimizer, {})
+        checkpointer.amend(2, {})  # which waits too
         assert checkpointer.wait() is False
     assert "step 2 could not be written" in capsys.readouterr().out
     assert names(tmp_path) == ["latest", "step_00000001"]

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lesam_dist.train import trainer as module
+from lesam_dist.train.checkpoint import payload
 from lesam_dist.train.telemetry import read_metrics
 from tests.checkpoints import latest, read_checkpoint
 from tests.conftest import CLASSES, VAL, Command
@@ -225,6 +226,28 @@ def test_full_disk_ends_with_one_clear_error(
     assert status == 2
     assert "No space left on device" in err
     assert "--resume auto" in err
+
+
+@pytest.mark.parametrize("asynchronous", ["always", "never"])
+def test_a_run_whose_last_checkpoint_failed_does_not_end_well(
+    command: Command, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
+) -> None:
+    """The evaluation after it, which is added to the checkpoint, must not hide that there is none."""
+    written = payload.write
+
+    def full(path: Path, tensors: Any) -> Any:
+        if "step_00000009" in str(path):
+            raise OSError(28, "No space left on device")
+        return written(path, tensors)
+
+    flags = (*small, "--run_dir", tmp_path / "run", "--checkpoint.asynchronous", asynchronous)
+    with monkeypatch.context() as patched:
+        patched.setattr(payload, "write", full)
+        status, _, err = command(*flags)
+    assert status == 2
+    assert "the checkpoint of step 9 could not be written" in err
+    assert command(*flags, "--resume", "auto")[0] == 0
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000009"
 
 
 @pytest.mark.parametrize("method", ["lesam", "sgd"])

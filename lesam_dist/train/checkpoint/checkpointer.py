@@ -64,6 +64,7 @@ class Checkpointer:
         self._side: SideChannel | None = None
         self._in_flight: tuple[int, Background] | None = None
         self._failed: set[int] = set()
+        self._last_failed = False
         self._is_slow, self._last = False, time.monotonic()
 
     def save(
@@ -136,9 +137,13 @@ class Checkpointer:
         return self._report(step, failure, final)
 
     def wait(self) -> bool:
-        """Until the save in flight is on disk (True), or has failed (False, which rank 0 says); True where none is."""
+        """Until the save in flight is on disk, or has failed, which rank 0 says.
+
+        Returns:
+            Whether the last save is on disk, whoever waited for it first; True where there was none.
+        """
         if self._in_flight is None:
-            return True
+            return not self._last_failed
         step, background = self._in_flight
         self._in_flight = None
         try:
@@ -215,6 +220,7 @@ class Checkpointer:
         return None
 
     def _report(self, step: int, error: FailedError | None = None, final: bool = False) -> bool:
+        self._last_failed = error is not None
         if error is None:
             self._failed.discard(step)
             return True
