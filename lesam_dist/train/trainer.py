@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,25 +15,24 @@ from lesam_dist.config.schema import Config, GuardConfig
 from lesam_dist.data import Loader
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.errors import PreemptedError, SharedError
-from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import build
-from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
 from lesam_dist.train.ema import WeightAverage
-from lesam_dist.train.evaluate import evaluate
 from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.integrity import ReplicaCheck
 from lesam_dist.train.meter import Meter, event_of
-from lesam_dist.train.passes import BatchPasses, average_batchnorm
+from lesam_dist.train.passes import average_batchnorm
 from lesam_dist.train.readings import Readings
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.summary import describe_run
 from lesam_dist.train.telemetry import RunLog, plot_curves
+from lesam_dist.train.updates import Updates
+from lesam_dist.train.validation import Validation
 
 
 class Trainer:
@@ -63,7 +61,6 @@ class Trainer:
         self.config, self.world, self._claim = config, world, run_dir
         self.run_dir = None if run_dir is None else run_dir.path
         self.train_loader, self.val_loader = loaders
-        self.val_samples = val_samples
         self.steps_per_epoch = len(self.train_loader)
         self.model = model
         parallel = config.parallel
@@ -78,15 +75,23 @@ class Trainer:
             scope=config.optimizer.scope,
             gather_dtype=torch.bfloat16 if config.precision.gather_dtype == "bf16" else None,
         )
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
-        self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+        autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
         self.scaler = GradScaler(world.device.type) if config.precision.compute == "fp16" else None
         self.optimizer = build.build_optimizer(model, config.optimizer)
         self.optimizer.grad_scaler = self.scaler
-        self.buffers = ModelBuffers(model)
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
+        self.updates = Updates(config, world, self.wrapped, self.optimizer, self.scaler, autocast, self.steps_per_epoch)
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        self.validation = Validation(
+            model,
+            self.val_loader,
+            world,
+            ema=self.ema,
+            autocast=autocast,
+            memory_format=self.memory_format,
+            samples=val_samples,
+        )
         self.step = 0
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
@@ -138,7 +143,7 @@ class Trainer:
         if not evaluated:  # it was cut off after its checkpoint
             self._evaluate()
         if self.run_dir and self.step < self.total_steps:
-            self._try_evaluation()
+            self.validation.try_out()
         if self.checkpoints and self.guard.is_on and self.step == 0:
             self._save(self.checkpoints, final=False)  # to go back to
         if self.check:
@@ -265,43 +270,7 @@ class Trainer:
             self.log.go_back(self.step, evaluated=self._is_evaluated())
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One update; returns this rank's loss at the weights before it."""
-        optimizer = self.optimizer
-        optimizer.enabled = self._method_works()
-        rounds = self.config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
-        optimizer.measure_rho = rounds and self._logs(self.step + 1)
-        self.buffers.save()
-        loss: Tensor = optimizer.step(self._closure(images, labels))
-        self.buffers.undo_if(optimizer.overflow)
-        if self.scaler is not None:
-            self.scaler.update()
-        return loss
-
-    def _closure(self, images: Tensor, labels: Tensor) -> BatchPasses | list[BatchPasses]:
-        """The batch as one closure with one perturbation, or each micro-batch as a closure with its own."""
-        data = self.config.data
-        if data.accumulation_mode == "batch":
-            return self._passes(images, labels, data.micro_batches)
-        parts = zip(images.chunk(data.micro_batches), labels.chunk(data.micro_batches), strict=True)
-        return [self._passes(*part) for part in parts]
-
-    def _passes(self, images: Tensor, labels: Tensor, micro_batches: int = 1) -> BatchPasses:
-        return BatchPasses(
-            self.wrapped,
-            self.criterion,
-            images,
-            labels,
-            self.autocast,
-            self.scaler,
-            micro_batches,
-            on_pass=self.world.move,
-        )
-
-    def _method_works(self) -> bool:
-        """Whether this step lies in the epochs in which the method works."""
-        start, stop = self.config.optimizer.start_epoch, self.config.optimizer.stop_epoch
-        epoch = self.step / self.steps_per_epoch
-        return start <= epoch and (stop is None or epoch < stop)
+        return self.updates.make(self.step, images, labels, logged=self._logs(self.step + 1))
 
     def _logs(self, step: int) -> bool:
         return step % self.config.logging.every_steps == 0
@@ -360,38 +329,15 @@ class Trainer:
         reason = self.world.agreed.reason or "a request"
         return PreemptedError(f"stopped by {reason} after step {self.step}: go on with --resume auto.")
 
-    def _try_evaluation(self) -> None:
-        """Evaluate one batch, which changes nothing: what is broken shows before an epoch has been spent."""
-        self.world.move("evaluating one batch")
-        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-            batches, count = islice(self._validation(), 1), min(1, len(self.val_loader))
-            evaluate(self.model, batches, self.world, self.autocast, count=count)
-
     def _evaluate(self) -> None:
-        result = self._evaluate_weights()
-        if self.ema:
-            with self.ema.swapped():
-                averaged = self._evaluate_weights()
-            result |= {f"ema_{name}": averaged[name] for name in averaged if name != "samples"}
+        result = self.validation.run(self._is_in_vain)
+        if result is None:
+            raise self._preempted()
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)
         if self.checkpoints and self.saved_step == self.step:
             self.checkpoints.amend(self.step, {"evaluation": result})
-
-    def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.val_loader.epoch(0):
-            yield images.to(memory_format=self.memory_format), labels
-
-    def _evaluate_weights(self) -> dict[str, float]:
-        self.world.move("evaluating")
-        batches, count = self._validation(), len(self.val_loader)
-        result = evaluate(self.model, batches, self.world, self.autocast, count=count, leave=self._is_in_vain)
-        if result is None:
-            raise self._preempted()
-        if self.val_samples is not None and result["samples"] != self.val_samples:
-            raise RuntimeError(f"evaluation counted {result['samples']:.0f} of {self.val_samples} images")
-        return result
 
     def _is_in_vain(self) -> bool:
         """Whether an evaluation may be left: the run is to stop, and the checkpoint that it is of has been made."""

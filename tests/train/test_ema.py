@@ -132,7 +132,7 @@ def test_average_of_a_real_run_is_worth_what_it_is_with_statistics_estimated_ane
         this.model.train()
         for images, _ in this.train_loader.epoch(0):
             this.model(images)
-        anew = this._evaluate_weights()
+        anew = this.validation.of_weights()
     this.close()
     assert anew["acc1"] > 85
     assert abs(evaluation["ema_acc1"] - anew["acc1"]) < 3

@@ -37,7 +37,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(self: module.Trainer, images: Tensor, labels: Tensor) -> Tensor:
         with monkeypatch.context() as patch:
             if self.step + 1 in JUMPS:
-                patch.setattr(self, "criterion", Spoilt())
+                patch.setattr(self.updates, "criterion", Spoilt())
             return original(self, images, labels)
 
     monkeypatch.setattr(module.Trainer, "_step", spoilt)

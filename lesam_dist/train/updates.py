@@ -1,0 +1,90 @@
+"""One update of a run: the batch's passes, the method where it works, and what a skipped step undoes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from lesam_dist.config.schema import Config
+from lesam_dist.optim import SharpnessAware
+from lesam_dist.optim.plain import Plain
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.train.buffers import ModelBuffers
+from lesam_dist.train.passes import BatchPasses
+
+
+class Updates:
+    """Makes the updates of a run.
+
+    Args:
+        config: the run.
+        world: this process among all; told of each pass.
+        model: in training mode, wrapped or not.
+        optimizer: of that model; knows the scaler.
+        scaler, autocast: as `BatchPasses` has them.
+        steps_per_epoch: of the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: Distributed,
+        model: nn.Module,
+        optimizer: SharpnessAware,
+        scaler: GradScaler | None,
+        autocast: torch.dtype | None,
+        steps_per_epoch: int,
+    ) -> None:
+        self._config, self._world, self._model, self._optimizer = config, world, model, optimizer
+        self._scaler, self._autocast, self._steps_per_epoch = scaler, autocast, steps_per_epoch
+        self._buffers = ModelBuffers(model)
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
+
+    def make(self, step: int, images: Tensor, labels: Tensor, *, logged: bool) -> Tensor:
+        """Update number ``step``, from 0.
+
+        Args:
+            images: (B, C, H, W) on the device.
+            labels: (B,) int64.
+            logged: whether the telemetry of this step is read.
+
+        Returns:
+            This rank's loss at the weights before it, 0-d.
+        """
+        optimizer = self._optimizer
+        optimizer.enabled = self._method_works(step)
+        rounds = self._config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
+        optimizer.measure_rho = rounds and logged
+        self._buffers.save()
+        loss: Tensor = optimizer.step(self._closure(images, labels))
+        self._buffers.undo_if(optimizer.overflow)
+        if self._scaler is not None:
+            self._scaler.update()
+        return loss
+
+    def _closure(self, images: Tensor, labels: Tensor) -> BatchPasses | list[BatchPasses]:
+        """The batch as one closure with one perturbation, or each micro-batch as a closure with its own."""
+        data = self._config.data
+        if data.accumulation_mode == "batch":
+            return self._passes(images, labels, data.micro_batches)
+        parts = zip(images.chunk(data.micro_batches), labels.chunk(data.micro_batches), strict=True)
+        return [self._passes(*part) for part in parts]
+
+    def _passes(self, images: Tensor, labels: Tensor, micro_batches: int = 1) -> BatchPasses:
+        return BatchPasses(
+            self._model,
+            self.criterion,
+            images,
+            labels,
+            self._autocast,
+            self._scaler,
+            micro_batches,
+            on_pass=self._world.move,
+        )
+
+    def _method_works(self, step: int) -> bool:
+        """Whether a step lies in the epochs in which the method works."""
+        start, stop = self._config.optimizer.start_epoch, self._config.optimizer.stop_epoch
+        epoch = step / self._steps_per_epoch
+        return start <= epoch and (stop is None or epoch < stop)
