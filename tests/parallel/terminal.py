@@ -44,7 +44,7 @@ def launch(
     folder: Path,
     environ: Callable[[int, int, int], Environ],
     world_size: int = 2,
-    first: float = 120,
+    first: float = 600,
     others: float = 20,
 ) -> tuple[list[int | None], str]:
     """Run a command on so many processes; their exit statuses by rank, and all they wrote to stderr.

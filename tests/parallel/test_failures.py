@@ -167,7 +167,7 @@ def test_srun_is_one_run_and_a_bad_image_of_any_rank_is_named(
     bad = Path(folder.paths[first])
     bad.write_bytes(bad.read_bytes()[:60])
     flags = "--config digits --data.root data --data.builtin null --data.batch_size 20 --data.workers 1 "
-    flags += "--epochs 1 --schedule.anneal_start_epoch null --parallel.device cpu --run_dir run"
+    flags += "--epochs 1 --schedule.anneal_start_epoch null --parallel.device cpu --data.max_bad_files 0 --run_dir run"
     Path("flags").write_text(flags)
     statuses, err = launch(trains, tmp_path, srun_like)
     assert statuses == [2, 2], err

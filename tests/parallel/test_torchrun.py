@@ -69,7 +69,7 @@ def test_all_save_and_the_script_says_so(small: tuple[str, ...], tmp_path: Path)
     script = torchrun(tmp_path, *small, "--epochs", "2000", "--checkpoint.every_epochs", "2000")
     until(lambda: len(steps(tmp_path)) > 1, script, tmp_path)
     script.send_signal(signal.SIGUSR1)
-    script.wait(120)
+    script.wait(600)
     out = (tmp_path / "out").read_text()
     assert script.returncode == 75, out
     assert out.count("lesam-dist: SIGTERM: the run saves after this step and stops.") == 1, out

@@ -52,7 +52,7 @@ def test_a_run_on_cifar_and_its_resumption(
     status, _, err = command(*cifar, "--run_dir", broken, "--resume", "auto")
     assert (status, err) == (0, "")
     assert timeless(broken) == timeless(whole)
-    assert_same_state(final_state(broken, tmp_path), final_state(whole, tmp_path))
+    assert_same_state(final_state(broken), final_state(whole))
 
 
 def test_options_reach_the_loader(cifar: tuple[str, ...], tmp_path: Path) -> None:

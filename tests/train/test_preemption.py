@@ -28,7 +28,7 @@ def alone() -> Distributed:
     return Distributed(0, 0, 1, torch.device("cpu"), agreed=Agreed())
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -117,7 +117,7 @@ def test_a_process_that_does_not_end_is_ended(
     context.set_forkserver_preload(processes.PRELOAD)
     process = context.Process(target=function, args=(tmp_path / "err",))
     process.start()
-    process.join(60)
+    process.join(300)
     process.kill()
     err = (tmp_path / "err").read_text()
     assert process.exitcode == status, err
@@ -127,7 +127,7 @@ def test_a_process_that_does_not_end_is_ended(
 
 
 def one_is_signalled(rank: int) -> None:
-    with parallel.process_group("cpu", 60) as world, preemption(world, 60):
+    with parallel.process_group("cpu", 300) as world, preemption(world, 60):
         for step in count(1):
             world.barrier()
             if step == 5 and rank == 1:
@@ -139,7 +139,7 @@ def one_is_signalled(rank: int) -> None:
 
 def one_is_gone(rank: int) -> None:
     """As where a batch system signals all, and ends one of them before the others have saved."""
-    with parallel.process_group("cpu", 60) as world, preemption(world, 60):
+    with parallel.process_group("cpu", 300) as world, preemption(world, 60):
         world.barrier()
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: world.agreed.stopping)
@@ -150,7 +150,7 @@ def one_is_gone(rank: int) -> None:
 
 def one_is_late(rank: int) -> None:
     """Rank 1 waits in a collective that rank 0 has left."""
-    with parallel.process_group("cpu", 60) as world, preemption(world, 60):
+    with parallel.process_group("cpu", 300) as world, preemption(world, 60):
         if rank == 0:
             world.agreed.request("stop", "SIGTERM")
             raise PreemptedError("stopped by SIGTERM after step 9")
