@@ -155,6 +155,18 @@ def test_a_batch_that_is_left_out_is_missed_by_nobody(ended: Ended) -> None:
     assert len(verdict.counted_wrongly(end.history)) == 1
 
 
+def test_a_run_that_starts_again_may_know_bad_files_earlier(ended: Ended) -> None:
+    ended.lines[9:] = [{**line, "bad_files": 1.0} for line in ended.lines[9:]]
+    ended.write()
+    expected = ended.end()
+    ended.lines[2:] = [{**line, "bad_files": 1.0} for line in ended.lines[2:]]
+    ended.write()
+    assert verdict.differences(ended.end(), expected) == []
+    ended.lines[-1]["bad_files"] = 2.0
+    ended.write()
+    assert verdict.differences(ended.end(), expected) == ["2.0 bad files are counted at the end, not 1.0"]
+
+
 def test_what_is_wrong_in_itself_is_said(ended: Ended) -> None:
     log = ended.run_dir / "metrics.jsonl"
     for text, message in (
