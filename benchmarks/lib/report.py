@@ -46,7 +46,7 @@ class Report:
 
 def _measuring(argv: Sequence[str]) -> list[str]:
     """The arguments without the files that are written: they say where a machine keeps them, and change no number."""
-    flags = ("--json", "--markdown")
+    flags = ("--json", "--markdown", "--journal", "--folder")
     return [word for i, word in enumerate(argv) if not word.startswith(flags) and not (i and argv[i - 1] in flags)]
 
 
