@@ -17,6 +17,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Literal
@@ -89,10 +90,15 @@ class AgreedByAll(Agreed):
         rank: of this process.
         world_size: number of processes.
         timeout: seconds that `due` waits for the others' answers.
+        is_over: whether the run is known to end for a failure. The store may go then, of which torch would tell at
+            length whoever asks it: nobody does.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, timeout: float, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
         super().__init__()
+        self._is_over = is_over
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive a restart
         self._store = PrefixStore(f"lesam_dist/{attempt}/agreed", store.clone())
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
@@ -173,6 +179,8 @@ class AgreedByAll(Agreed):
                     asked = self._asked.get(timeout=_SOON if waits else _TICK)
                 except Empty:
                     asked = None
+                if self._is_over():
+                    raise RuntimeError("another process has failed")
                 if asked is not None and (wanted is None or wanted[0] != "stop"):
                     wanted = asked
                 if number != noticed and self._notice(number, wanted):

@@ -91,6 +91,10 @@ class Peers:
         if self._hook_before is not None:
             threading.excepthook, self._hook_before = self._hook_before, None
 
+    def is_over(self) -> bool:
+        """Whether the run is known to end for a failure: the store may go with the process that has it."""
+        return self._known.is_set()
+
     def part(self) -> None:
         """After `publish`: if the store ends with this process, wait until the others have had time to read it."""
         if self._place.rank == 0 and not store_of_agent():

@@ -99,7 +99,7 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
     use_cuda = target.type == "cuda"
     store, members = meet(place, timeout_s)
     peers = Peers(store, members, place, world.progress, timeout_s)
-    agreed = AgreedByAll(store, place.rank, place.world_size, timeout_s)
+    agreed = AgreedByAll(store, place.rank, place.world_size, timeout_s, peers.is_over)
     failed = True
     peers.start()
     try:
