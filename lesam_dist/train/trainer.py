@@ -166,15 +166,16 @@ class Trainer:
         if self.log:
             self.log.close()
             if self.run_dir:
-                if not self.world.agreed.stopping:  # there are seconds left
-                    with suppress(OSError):  # a full disk has been reported by now
+                curves = "" if self.world.agreed.stopping else "curves.png, "  # there are seconds left
+                with suppress(OSError):  # a full disk has been reported by now
+                    if curves:
                         plot_curves(self.run_dir)
                 if self.last_evaluation:
                     last = self.last_evaluation
                     top5 = f", top-5 {last['acc5']:.2f} %" if "acc5" in last else ""
                     images = f"{last['samples']:.0f} validation images after epoch {self.epoch}"
                     self.log.print(f"top-1 {last['acc1']:.2f} %{top5} of {images}")
-                self.log.print(f"results: {self.run_dir}  (metrics.jsonl, curves.png, checkpoints/, tensorboard/)")
+                self.log.print(f"results: {self.run_dir}  (metrics.jsonl, {curves}checkpoints/, tensorboard/)")
             self.log = None
         if self._claim:
             self._claim.release()
