@@ -37,6 +37,8 @@ case $NNODES in
   *) rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT") ;;
 esac
 
+case $NNODES in *:*) set -- --resume auto "$@" ;; esac # a node that comes begins anew in a folder that holds the run
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export LESAM_DIST_PREEMPTED=$scratch/preempted # the processes make this file when they have stopped as asked

@@ -116,7 +116,7 @@ def test_ctrl_c_again_ends_it_at_once(start: Callable[..., subprocess.Popen[str]
         (
             {"NNODES": "1:4", "MASTER_ADDR": "a", "SLURM_JOB_ID": "77"},
             "--nnodes 1:4 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id 77 --max-restarts 3 "
-            "--nproc-per-node auto -m lesam_dist.train --x y",
+            "--nproc-per-node auto -m lesam_dist.train --resume auto --x y",
         ),
     ],
 )
