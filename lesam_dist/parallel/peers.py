@@ -92,8 +92,8 @@ class Peers:
             threading.excepthook, self._hook_before = self._hook_before, None
 
     def is_over(self) -> bool:
-        """Whether the run is known to end for a failure: the store may go with the process that has it."""
-        return self._known.is_set()
+        """Whether the run is known to end by one process's failure: the store may go with the process that has it."""
+        return self._failure is not None and not self._failure.shared
 
     def part(self) -> None:
         """After `publish`: if the store ends with this process, wait until the others have had time to read it."""

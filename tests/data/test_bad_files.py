@@ -29,7 +29,7 @@ Load = Callable[..., Loader]
 Batches = list[tuple[Tensor, Tensor]]
 
 N, BATCH = 62, 12  # so that an epoch leaves two images out
-KINDS = ("truncated", "one byte short", "garbage", "header", "empty", "text", "truncated PNG", "folder", "dangling")
+KINDS = ("truncated", "cut late", "garbage", "header", "empty", "text", "truncated PNG", "folder", "dangling")
 
 
 def write_images(root: Path, rng: np.random.Generator) -> ImageFolder:
@@ -52,7 +52,7 @@ def spoil(path: Path, kind: str, rng: np.random.Generator) -> None:
         path.write_bytes(
             {
                 "truncated": data[: len(data) * 2 // 3],
-                "one byte short": data[:-1],
+                "cut late": data[: len(data) * 9 // 10],
                 "garbage": rng.bytes(3000),
                 "header": data[:640],
                 "empty": b"",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -12,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 from lesam_dist import cli
+from lesam_dist.parallel.signals import STOP_SIGNALS
 from tests.parallel import processes
 
 Environ = dict[str, str]
@@ -74,7 +76,13 @@ def launch(
     return [process.exitcode for process in ranks], err.read_text(errors="replace")
 
 
+def see_signals() -> None:
+    """In a process of the fork server: a reader of images may have started that one blind to what stops a run."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def _run(command: Command, rank: int, err: Path, environ: Environ) -> None:
+    see_signals()
     os.environ.update(environ)
     descriptor = os.open(err, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)

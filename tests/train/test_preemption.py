@@ -21,7 +21,7 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.signals import STOP_SIGNALS
 from lesam_dist.train.preemption import preemption
 from tests.parallel import processes
-from tests.parallel.test_failures import launch, srun_like, torchrun_like
+from tests.parallel.terminal import launch, see_signals, srun_like, torchrun_like
 
 
 def alone() -> Distributed:
@@ -100,6 +100,7 @@ def gets_ctrl_c(err: Path) -> None:
 
 
 def _stderr(err: Path) -> None:
+    see_signals()
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 
 
