@@ -122,7 +122,7 @@ def test_command_without_the_extra_names_it(plain: Environment, command: list[st
     assert out == ""
     (line,) = error.splitlines()
     assert line.endswith(
-        "torchvision, jsonargparse, docstring-parser, pyyaml, rich, tensorboard, scikit-learn, "
+        "torchvision, jsonargparse, docstring-parser, pyyaml, rich, safetensors, tensorboard, scikit-learn, "
         'matplotlib): pip install "lesam-dist[train]"'
     )
 
