@@ -16,7 +16,7 @@ STAMP := .venv/.installed
 train: $(STAMP) ## train the digits recipe with LE-SAM on all GPUs, or on two CPU processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" NPROC_PER_NODE=$(NPROC) launch/torchrun.sh --config digits --run_dir $(RUN_DIR) $(ARGS)
 
-test: $(STAMP) ## every behaviour, in under 8 minutes on two cores
+test: $(STAMP) ## every behaviour
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not full" $(ARGS)
 
 test-all: test ## and the combinations that `test` leaves out

@@ -174,7 +174,8 @@ def build_pipeline(
         else:
             flip = 0
             start, end = centre_graph(shape, transform.val_resize, size)
-            # All of it, but after `shape`: two operators that fail at one time can end the process (DALI 2.4).
+            # All of it, but after `shape`. Side by side a file that is no image ended the process (DALI 2.4): perhaps
+            # as both operators failed at one time, which is a guess.
             extent = fn.cast(shape, dtype=types.INT32)
             image = fn.decoders.image_slice(encoded, start=(0, 0), shape=extent, axes=(0, 1), **decoder)
             image = fn.resize(image, size=(size, size), roi_start=start, roi_end=end)

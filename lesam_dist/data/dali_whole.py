@@ -124,7 +124,7 @@ def _pipeline(source: Any, batch_size: int, num_threads: int) -> Any:
     with pipeline:
         encoded = fn.external_source(source, dtype=types.UINT8, ndim=1)
         shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
-        # One after the other: two operators that fail at one time can end the process (DALI 2.4).
+        # One after the other, as in `lesam_dist.data.dali`, which says why.
         image = fn.decoders.image_slice(encoded, start=(0, 0), shape=shape, axes=(0, 1), device="cpu", **DECODER)
         pipeline.set_outputs(image.shape())
     return pipeline
