@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import select
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from lesam_dist.parallel.place import Place
 from lesam_dist.parallel.progress import Progress
 
 _PIPE = 2**20  # bytes: what the signal's handler writes at once, while no thread can read
+_QUIET = 0.2  # seconds without another frame after which the stacks are whole
 
 
 def dump_on_signals(place: Place) -> None:
@@ -43,6 +45,9 @@ def dump_on_signals(place: Place) -> None:
 
     def pass_on() -> None:
         while text := os.read(reading, _PIPE):
+            # The handler writes each frame by itself, and another thread may read while it does.
+            while select.select([reading], [], [], _QUIET)[0]:
+                text += os.read(reading, _PIPE)
             os.write(descriptor, header + text)
 
     threading.Thread(target=pass_on, name="stacks", daemon=True).start()

@@ -197,7 +197,7 @@ def test_a_run_says_it_in_one_line(
 
     step, pass_over = 1 + left // 2, BatchPasses.__call__
     if evaluates:
-        monkeypatch.setattr("lesam_dist.train.trainer.evaluate", fail)
+        monkeypatch.setattr("lesam_dist.train.validation.evaluate", fail)
     else:
         monkeypatch.setattr(BatchPasses, "__call__", fail_later)
     status, _, err = command(*small, "--run_dir", str(tmp_path / "run"), "--parallel.device", "cpu")
