@@ -4,13 +4,12 @@
 
 Processes (gloo on a CPU, NCCL on GPUs) build one trainer for each variant on random images, and let them take turns: a
 number of steps each, there and back, so that whatever else the machine does meets all alike. All write to a temporary
-folder. The table has a variant's time over that of `off`, of all rounds together, since what is done every 100 steps is
-not in each round; and the middle 60 % of that ratio in a round. `off again` says what the machine makes of two equal
-ones. What is always on (signals, the agreement on a step, stack dumps) is in `off` too: what a step pays for
-it is timed by itself, as a share of a step.
+folder. The table has a variant's time over that of `off`, of all rounds together, with the ratio's standard error; `off
+again` says what the machine makes of two equal ones. What is always on (signals, the agreement on a step, stack dumps)
+is in `off` too: what a step pays for it is timed by itself, as a share of a step.
 
-Checkpoints cost by how often they are made. Their row makes one in every round; the last column says what share of the
-time they would take at one every ten minutes.
+Checks and checkpoints cost by how often they are made. Their rows make one in every turn, which shows a cost that would
+vanish in the noise; the last column says what share of the time they take at one every 100 steps and every ten minutes.
 """
 
 from __future__ import annotations
@@ -26,24 +25,25 @@ from typing import Any
 
 import torch
 from lib.arguments import Parser
-from lib.report import Report, Result, number, percentiles, table
+from lib.report import Report, Result, table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lesam_dist.parallel.processes import Distributed, process_group
 
 INTERVAL = 600.0  # seconds between two checkpoints of a run
+EVERY = 100  # steps between two checks of a run
 CLASSES, SIDE = 10, 32
 STEPS = 1_000_000  # of the only epoch, which nobody waits for
 VARIANTS: dict[str, dict[str, Any]] = {
     "off": {},
     "off again": {},
     "guard.max_loss_increase": {"guard.max_loss_increase": 1e9},
-    "checks.every_steps 100": {"checks.every_steps": 100},
-    "all guards": {"guard.max_loss_increase": 1e9, "checks.every_steps": 100},
-    "checkpoints, waiting": {"checkpoint.asynchronous": "never"},
-    "checkpoints, beside": {"checkpoint.asynchronous": "always"},
+    "a check in every turn": {},
+    "a checkpoint in every turn, waiting": {"checkpoint.asynchronous": "never"},
+    "a checkpoint in every turn, beside": {"checkpoint.asynchronous": "always"},
 }
-SAVING = [name for name in VARIANTS if name.startswith("checkpoints")]
+CHECKING = "a check in every turn"
+SAVING = [name for name in VARIANTS if name.startswith("a checkpoint")]
 
 
 def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Namespace) -> Iterator[int]:
@@ -55,6 +55,7 @@ def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Na
     from lesam_dist.train.trainer import Trainer
 
     every = {"checkpoint.every_steps": args.steps} if name in SAVING else {}
+    every |= {"checks.every_steps": args.steps} if name == CHECKING else {}
     fields = {"model.name": args.model, "data.batch_size": args.batch, "epochs": 1, "parallel.device": args.device}
     fields |= {"schedule.anneal_start_epoch": "null", "schedule.lr_warmup_epochs": 0, "logging.every_steps": 1_000_000}
     fields |= {"run_dir": folder / name.replace(" ", "_"), **VARIANTS[name], **every}
@@ -112,15 +113,19 @@ def _turn(steps: Iterator[int], count: int, world: Distributed) -> float:
 
 
 def compare(seconds: dict[str, list[float]], args: argparse.Namespace) -> list[Result]:
-    """A result for each variant: its time over that of `off`, and the share of the time at the usual interval."""
+    """A result for each variant: its time over that of `off`, and its share of the time at the usual interval."""
     results: list[Result] = []
-    step = statistics.median(seconds["off"]) / args.steps
+    off, step = statistics.fmean(seconds["off"]), statistics.median(seconds["off"]) / args.steps
     for name in list(VARIANTS)[1:]:
-        ratios = [own / off for own, off in zip(seconds[name], seconds["off"], strict=True)]
-        whole = sum(seconds[name]) / sum(seconds["off"])
-        result: Result = {"variant": name, "ratio": whole, "rounds": percentiles(ratios), "seconds": {"step": step}}
-        if name in SAVING:
-            result["share"] = (whole - 1) * args.steps * step / INTERVAL
+        more = [own - without for own, without in zip(seconds[name], seconds["off"], strict=True)]
+        error = statistics.stdev(more) / len(more) ** 0.5 / off
+        result: Result = {"variant": name, "ratio": 1 + statistics.fmean(more) / off, "error": error}
+        turns = 1.0  # of a run, in how many it is done once
+        if name == CHECKING:
+            turns = EVERY / args.steps
+        elif name in SAVING:
+            turns = INTERVAL / off
+        result |= {"share": (result["ratio"] - 1) / turns, "share_error": error / turns, "seconds": {"step": step}}
         results.append(result)
     results.append({"variant": "agreement on a step", "seconds": {"call": seconds["agreement"][0], "step": step}})
     results[-1]["share"] = seconds["agreement"][0] / step
@@ -131,10 +136,10 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
     """The table's."""
     found = []
     for result in results:
-        rounds = result.get("rounds")
-        spread = f"{rounds['p20']:.3f} to {rounds['p80']:.3f}" if rounds else "-"
-        share = number(result.get("share"), 3, 100, " %")
-        found.append([result["variant"], number(result.get("ratio"), 3), spread, share])
+        error, share_error = (result.get(name) for name in ("error", "share_error"))
+        ratio = f"{result['ratio']:.3f} ± {error:.3f}" if error is not None else "-"
+        share = f"{result['share']:.3%}" + (f" ± {share_error:.3%}" if share_error is not None else "")
+        found.append([result["variant"], ratio, share])
     return found
 
 
@@ -145,9 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--model", default="resnet18", metavar="NAME", help="of the trainer's; default: resnet18")
     options.add_argument("--batch", type=int, default=64, metavar="N", help="images of a step; default: 64")
     options.add_argument("--steps", type=int, default=10, metavar="N", help="of a turn; default: 10")
-    options.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each variant; default: 20")
+    options.add_argument(
+        "--rounds", type=int, default=20, metavar="N", help="turns of each variant, at least 2; default: 20"
+    )
     options.add_files()
     args = options.parse(argv)
+    if args.rounds < 2:
+        options.error(f"--rounds is {args.rounds}: an error needs at least 2.")
     args.ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
     output = Report(args, "guards.py", torch.device(args.device), f"Guards of a run, {args.model}, {args.ranks} ranks")
     config = LaunchConfig(1, 1, args.ranks, run_id="guards", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
@@ -156,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.folder = folder
         by_rank: dict[int, dict[str, list[float]]] = elastic_launch(config, run)(args)
     results = compare(by_rank[0], args)
-    header = ["variant", "of a step without", "middle 60 %", "share of the time"]
+    header = ["variant", "of a turn without", "share of a run's time"]
     output.add(table(header, rows(results)), results)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ if "OMP_NUM_THREADS" not in os.environ:
     # Files of tests run at one time, and threads that wait for a core spin: with two, an epoch took five times the CPU.
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
     torch.set_num_threads(1)
+# A shell starts what runs in the background with Ctrl-C ignored, and all that tests start would inherit it.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 Command = Callable[..., tuple[int, str, str]]
 

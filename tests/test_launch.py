@@ -49,16 +49,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subp
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=_default_signals,
         )
 
     return call
-
-
-def _default_signals() -> None:
-    """A shell cannot take back what was ignored when it started, as in a test run in the background."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def program(name: str, text: str) -> None:

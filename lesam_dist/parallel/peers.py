@@ -199,9 +199,8 @@ class Peers:
     def _without_store(self) -> Failure:
         """Why the store may have gone."""
         keeper = self._keeper()
-        until = (
-            time.monotonic() + _TICK
-        )  # a process that has been killed closes its connections a little before it is gone
+        # A process that has been killed closes its connections a little before it is gone.
+        until = time.monotonic() + _TICK
         while not store_of_agent() and self._members[0].state() == "" and time.monotonic() < until:
             self._over.wait(_TICK / 20)
         if not store_of_agent() and self._members[0].state() == "gone":

@@ -24,10 +24,11 @@ from lib.faults.strike import Struck  # noqa: E402
 
 # Cheap ones, that keep their state in different places: each needs an undisturbed run.
 QUICK = "ddp-gsam,ddp-lesam-ema"
+EIGHT = 138  # a seed whose first runs have eight kinds of faults: in passes, saves, an evaluation, files, the disk
 
 
 def main(folder: Path, seed: int) -> None:
-    for number, (of, count) in enumerate(((1, 12), (seed, 1))):
+    for number, (of, count) in enumerate(((EIGHT, 8), (seed, 1))):
         options = ["--seed", str(of), "--faults", str(count), "--scenarios", QUICK, "--folder", str(folder)]
         faults.main([*options, "--journal", str(folder / f"journal-{number}.jsonl")])
     print(json.dumps([asdict(struck) for struck in planted(folder)]))

@@ -277,11 +277,11 @@ def tables(text: str) -> list[Found]:
 
 
 def test_runs_survive(campaigns: tuple[str, list[dict[str, Any]], int]) -> None:
-    """Twelve faults of the campaign, always the same, and a new one each time."""
+    """Eight faults of the campaign, always the same, and a new one each time."""
     text, _, seed = campaigns
     fixed, fresh = tables(text)
-    assert fixed["all"][0] >= 12
-    assert len(fixed) > 6, "of different kinds"
+    assert fixed["all"][0] >= 8
+    assert len(fixed) > 5, "of different kinds"
     assert fixed["all"][2] == 0, text
     assert fresh["all"][0] >= 1
     assert fresh["all"][2] == 0, f"SEED={seed}\n{text}"

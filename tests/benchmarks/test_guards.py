@@ -22,12 +22,17 @@ def test_variants_take_turns_and_save(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_ratio_is_of_all_rounds_together() -> None:
-    """What is done in one round of two shows, unlike in a median."""
+    """What is done in one round of two shows, unlike in a median; what is amplified is scaled to a run's interval."""
     seconds = {name: [1.0, 1.0, 1.0, 1.0] for name in guards.VARIANTS} | {"agreement": [1e-6]}
-    seconds["checks.every_steps 100"] = [1.0, 1.4, 1.0, 1.0]
+    seconds["guard.max_loss_increase"] = [1.0, 1.4, 1.0, 1.0]
+    seconds[guards.CHECKING] = [1.2] * 4
     seconds[guards.SAVING[0]] = [1.5] * 4
     results = {result["variant"]: result for result in guards.compare(seconds, argparse.Namespace(steps=10))}
-    assert results["checks.every_steps 100"]["ratio"] == pytest.approx(1.1)
+    guard = results["guard.max_loss_increase"]
+    assert guard["ratio"] == pytest.approx(1.1)
+    assert guard["share"] == pytest.approx(0.1)
+    assert guard["error"] == pytest.approx(0.1)  # a standard deviation of 0.2, of four
     assert results["off again"]["ratio"] == 1
+    assert results[guards.CHECKING]["share"] == pytest.approx(0.2 / 10)  # once in 100 steps, not in 10
     assert results[guards.SAVING[0]]["share"] == pytest.approx(0.5 / guards.INTERVAL)
     assert results["agreement on a step"]["share"] == pytest.approx(1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 
 from lesam_dist.data import BACKENDS, ImageFolder, Loader, Transform, build_loader, scan_split
+from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.digits import prepare_digits
+from tests.data.spoilt import BATCH, Load, LoadNoise, Said, write_images
 
 
 @pytest.fixture
@@ -99,3 +102,26 @@ def class_folder(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture
+def noise(tmp_path: Path, rng: np.random.Generator) -> ImageFolder:
+    """Images to spoil; a copy of them lies beside, in clean/."""
+    noise = write_images(tmp_path / "data", rng)
+    shutil.copytree(tmp_path / "data", tmp_path / "clean")
+    return noise
+
+
+@pytest.fixture
+def load_noise(load: Load, tmp_path: Path, noise: ImageFolder, backend: str) -> LoadNoise:
+    """A loader with a journal, what it knows, and what it says."""
+
+    def build(rank: int = 0, world_size: int = 1, limit: int = 100, run: str = "run", **options: Any) -> Any:
+        said = Said()
+        bad = BadFiles(
+            tmp_path / run / "bad_files", noise.root, rank=rank, world_size=world_size, limit=limit, say=said
+        )
+        options = {"batch_size": BATCH, "rank": rank, "world_size": world_size, **options}
+        return load(noise, backend, bad_files=bad, **options), bad, said
+
+    return build

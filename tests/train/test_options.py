@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lesam_dist.config.command_line import parse
 from lesam_dist.config.same_run import check_same_run
 from lesam_dist.config.schema import Config
 from lesam_dist.config.values import flatten
+from lesam_dist.data.scan import scan
 from lesam_dist.errors import UserError
 from lesam_dist.parallel import blocks
 from lesam_dist.parallel.processes import Distributed
@@ -102,3 +104,32 @@ def test_what_may_differ_on_resume() -> None:
     check_same_run(checked(Config()), saved)
     with pytest.raises(UserError, match=r"ema\.decay: None then"):
         check_same_run(changed, saved)
+
+
+def test_a_run_leaves_out_what_a_scan_lists(
+    command: Command, small: tuple[str, ...], images: Path, tmp_path: Path
+) -> None:
+    """And evaluates on whole images alone, which it would refuse with a broken one."""
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    for split in ("train", "val"):
+        min(path for path in (root / split).rglob("*") if path.is_file()).write_bytes(b"404: not found")
+    flags = (
+        *small,
+        "--data.root",
+        root,
+        "--epochs",
+        "1",
+        "--schedule.anneal_start_epoch",
+        "null",
+        "--data.max_bad_files",
+        "0",
+    )
+    assert command(*flags, "--run_dir", tmp_path / "refused")[0] == 2
+    file = tmp_path / "skip.json"
+    assert command(*flags, "--run_dir", tmp_path / "run", "--data.skip_list", file)[0] == 2, "there is none yet"
+    assert scan([str(root), "--out", str(file), "--workers", "1"]) == 1
+    status, out, err = command(*flags, "--run_dir", tmp_path / "run", "--data.skip_list", file)
+    assert status == 0, err
+    assert "data.skip_list leaves out 1 training and 1 validation images" in out
+    assert [line for line in read_metrics(tmp_path / "run") if line.get("bad_files")] == []
