@@ -9,8 +9,10 @@ fetched once, into .triton/ in the checkout: the wheel alone, put before the ins
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,12 @@ ARCHS = (80, 90, 100)
 INSTALLED = version("triton")
 VERSIONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 """The last of each minor version; the installed one stands for its own."""
-BEGIN, END = "<!-- python -m tests.kernels.compile_kernels --write -->\n", "<!-- end -->"
+BEGIN, END = "<!-- python -m tests.kernels.compile_kernels --write, of sources {} -->\n", "<!-- end -->"
+SOURCES = (
+    *("kernels/lesam_kernels", "lesam_dist/optim", "tests/methods.py"),
+    *("tests/kernels/launch_offline.py", "tests/kernels/machine_code.py"),
+)
+"""The kernels, who launches them, what is launched here, and who reads it: a Triton makes the same of the same."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,21 @@ def table(reports: Iterable[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_readme() -> str:
-    """The table as kernels/README.md has it."""
-    return README.read_text().split(BEGIN, 1)[1].split(END, 1)[0]
+def sources() -> str:
+    """A digest of `SOURCES`, and of what they are compiled with and for."""
+    digest = hashlib.blake2b(f"{VERSIONS} {ARCHS}\n".encode(), digest_size=8)
+    for path in (ROOT / name for name in SOURCES):
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def in_readme() -> tuple[str, str]:
+    """The table as kernels/README.md has it, and the digest of the sources that it was written from."""
+    begin, end = map(re.escape, (BEGIN, END))
+    found = re.search(begin.replace(r"\{\}", r"(\w*)") + f"(.*){end}", README.read_text(), re.DOTALL)
+    assert found is not None
+    return found[2], found[1]
 
 
 def main() -> None:
@@ -155,7 +174,9 @@ def main() -> None:
     text = table(reports)
     print(text)
     if "--write" in sys.argv:
-        README.write_text(README.read_text().replace(BEGIN + in_readme() + END, BEGIN + text + END))
+        old, digest = in_readme()
+        whole = README.read_text().replace(BEGIN.format(digest) + old, BEGIN.format(sources()) + text)
+        README.write_text(whole)
 
 
 if __name__ == "__main__":

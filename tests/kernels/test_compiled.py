@@ -1,7 +1,8 @@
 """What every Triton makes of the kernels, with no GPU: vector width, registers, spills, shared memory, arithmetic.
 
-`make test` asks the installed one, for sm_90; `make test-all` all versions that pyproject.toml admits, for sm_80, sm_90
-and sm_100. compile_kernels.py says how.
+`make test` asks the installed one, for sm_90; `make test-all` also for sm_80 and sm_100, and all versions that
+pyproject.toml admits where what is compiled has changed since the table of kernels/README.md was written.
+compile_kernels.py says how.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.kernels.compile_kernels import (
     UnavailableError,
     compile_with,
     in_readme,
+    sources,
     table,
 )
 
@@ -88,6 +90,8 @@ def targets() -> Iterator[object]:
 @pytest.fixture(scope="module", params=targets())
 def report(request: pytest.FixtureRequest) -> Report:
     triton, arch = request.param
+    if triton != INSTALLED and in_readme()[1] == sources():
+        pytest.skip("kernels/README.md has what this version made of the same sources")
     archs = tuple(a for a in ARCHS if ((triton, a) == QUICK) == (request.param == QUICK))
     return reports_of(triton, archs)[arch]
 
@@ -191,9 +195,12 @@ def test_atomics_count_programs_alone(report: Report) -> None:
 def test_the_readme_has_the_table() -> None:
     if INSTALLED not in VERSIONS:
         pytest.skip(f"the table is of {VERSIONS}, and {INSTALLED} is installed")
+    text, digest = in_readme()
+    if digest == sources():
+        pytest.skip("it was written from the same sources")
     reports = []
     for triton in VERSIONS:
         rest = tuple(arch for arch in ARCHS if (triton, arch) != QUICK)
         reports += reports_of(triton, rest).values()
     reports += reports_of(INSTALLED, (QUICK[1],)).values()
-    assert in_readme() == table(reports), "run python -m tests.kernels.compile_kernels --write"
+    assert text == table(reports), "run python -m tests.kernels.compile_kernels --write"
