@@ -4,7 +4,7 @@
 
 Processes (gloo on a CPU, NCCL on GPUs) build one trainer for each variant on random images, and let them take turns: a
 number of steps each, there and back, so that whatever else the machine does meets all alike. All write to a temporary
-folder. The table has a variant's time over that of `off`, of all rounds together, with the ratio's standard error; `off
+folder. The table has the median over all rounds of a variant's time over that of `off`, with its standard error; `off
 again` says what the machine makes of two equal ones. What is always on (signals, the agreement on a step, stack dumps)
 is in `off` too: what a step pays for it is timed by itself, as a share of a step.
 
@@ -115,11 +115,15 @@ def _turn(steps: Iterator[int], count: int, world: Distributed) -> float:
 def compare(seconds: dict[str, list[float]], args: argparse.Namespace) -> list[Result]:
     """A result for each variant: its time over that of `off`, and its share of the time at the usual interval."""
     results: list[Result] = []
-    off, step = statistics.fmean(seconds["off"]), statistics.median(seconds["off"]) / args.steps
+    off = statistics.median(seconds["off"])
+    step = off / args.steps
     for name in list(VARIANTS)[1:]:
-        more = [own - without for own, without in zip(seconds[name], seconds["off"], strict=True)]
-        error = statistics.stdev(more) / len(more) ** 0.5 / off
-        result: Result = {"variant": name, "ratio": 1 + statistics.fmean(more) / off, "error": error}
+        ratios = [own / without for own, without in zip(seconds[name], seconds["off"], strict=True)]
+        ratio = statistics.median(ratios)
+        # Of a median, by the median deviation: one turn that met another job says nothing of a variant.
+        deviation = 1.4826 * statistics.median(abs(each - ratio) for each in ratios)
+        error = 1.2533 * deviation / len(ratios) ** 0.5
+        result: Result = {"variant": name, "ratio": ratio, "error": error, "ratios": ratios}
         turns = 1.0  # of a run, in how many it is done once
         if name == CHECKING:
             turns = EVERY / args.steps
