@@ -4,9 +4,9 @@
 
 Processes (gloo on a CPU, NCCL on GPUs) build one trainer for each variant on random images, and let them take turns: a
 number of steps each, there and back, so that whatever else the machine does meets all alike. All write to a temporary
-folder. The table has the median over all rounds of a variant's time over that of `off`, with its standard error; `off
-again` says what the machine makes of two equal ones. What is always on (signals, the agreement on a step, stack dumps)
-is in `off` too: what a step pays for it is timed by itself, as a share of a step.
+folder. The table has the median over all rounds of a variant's time over that of `off`, and of the CPU time of all
+processes, with standard errors; `off again` says what the machine makes of two equal ones. What is always on (signals,
+the agreement on a step, stack dumps) is in `off` too: what a step pays for it is timed by itself.
 
 Checks and checkpoints cost by how often they are made. Their rows make one in every turn, which shows a cost that would
 vanish in the noise; the last column says what share of the time they take at one every 100 steps and every ten minutes.
@@ -30,6 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lesam_dist.parallel.processes import Distributed, process_group
 
+Times = dict[str, list[float]]
 INTERVAL = 600.0  # seconds between two checkpoints of a run
 EVERY = 100  # steps between two checks of a run
 CLASSES, SIDE = 10, 32
@@ -78,18 +79,21 @@ def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Na
         trainer.close()
 
 
-def run(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each variant's turn in each round, and of the agreement on a step by itself."""
+def run(args: argparse.Namespace) -> tuple[Times, Times]:
+    """Seconds of each variant's turn in each round, and of the agreement on a step by itself; and seconds of CPU."""
     torch.set_num_threads(1)
     with process_group(args.device) as world:
         variants = {name: trainer_steps(world, Path(args.folder), name, args) for name in VARIANTS}
-        seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+        seconds: Times = {name: [] for name in VARIANTS}
+        cpu: Times = {name: [] for name in VARIANTS}
         for steps in variants.values():
             _turn(steps, args.steps, world)  # a warm-up, and the copies that asynchronous saves need
         for number_of_round in range(args.rounds):
             order = list(variants) if number_of_round % 2 == 0 else list(reversed(variants))
             for name in order:
+                began = time.process_time()
                 seconds[name].append(_turn(variants[name], args.steps, world))
+                cpu[name].append(time.process_time() - began)
         for steps in variants.values():
             steps.close()  # type: ignore[attr-defined]
         calls = 10_000
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, list[float]]:
             world.agreed.due(step)
             world.move()
         seconds["agreement"] = [(time.perf_counter() - begin) / calls]
-    return seconds
+    return seconds, cpu
 
 
 def _turn(steps: Iterator[int], count: int, world: Distributed) -> float:
@@ -112,38 +116,41 @@ def _turn(steps: Iterator[int], count: int, world: Distributed) -> float:
     return time.perf_counter() - begin
 
 
-def compare(seconds: dict[str, list[float]], args: argparse.Namespace) -> list[Result]:
-    """A result for each variant: its time over that of `off`, and its share of the time at the usual interval."""
+def compare(seconds: Times, cpu: Times, args: argparse.Namespace) -> list[Result]:
+    """A result for each variant: its time and CPU time over those of `off`, and their share at the usual interval."""
     results: list[Result] = []
     off = statistics.median(seconds["off"])
-    step = off / args.steps
     for name in list(VARIANTS)[1:]:
-        ratios = [own / without for own, without in zip(seconds[name], seconds["off"], strict=True)]
-        ratio = statistics.median(ratios)
-        # Of a median, by the median deviation: one turn that met another job says nothing of a variant.
-        deviation = 1.4826 * statistics.median(abs(each - ratio) for each in ratios)
-        error = 1.2533 * deviation / len(ratios) ** 0.5
-        result: Result = {"variant": name, "ratio": ratio, "error": error, "ratios": ratios}
         turns = 1.0  # of a run, in how many it is done once
         if name == CHECKING:
             turns = EVERY / args.steps
         elif name in SAVING:
             turns = INTERVAL / off
-        result |= {"share": (result["ratio"] - 1) / turns, "share_error": error / turns, "seconds": {"step": step}}
+        result: Result = {"variant": name, "turns": turns, "seconds": {"step": off / args.steps}}
+        for kind, times in (("wall", seconds), ("cpu", cpu)):
+            result[kind] = _ratio([own / without for own, without in zip(times[name], times["off"], strict=True)])
         results.append(result)
-    results.append({"variant": "agreement on a step", "seconds": {"call": seconds["agreement"][0], "step": step}})
-    results[-1]["share"] = seconds["agreement"][0] / step
+    results.append({"variant": "agreement on a step", "share": seconds["agreement"][0] / off * args.steps})
     return results
+
+
+def _ratio(ratios: list[float]) -> dict[str, float]:
+    """The median, and its standard error from the median deviation: a turn that met another job moves neither."""
+    middle = statistics.median(ratios)
+    deviation = 1.4826 * statistics.median(abs(each - middle) for each in ratios)
+    return {"ratio": middle, "error": 1.2533 * deviation / len(ratios) ** 0.5}
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
     """The table's."""
     found = []
     for result in results:
-        error, share_error = (result.get(name) for name in ("error", "share_error"))
-        ratio = f"{result['ratio']:.3f} ± {error:.3f}" if error is not None else "-"
-        share = f"{result['share']:.3%}" + (f" ± {share_error:.3%}" if share_error is not None else "")
-        found.append([result["variant"], ratio, share])
+        row = [result["variant"]]
+        for kind in ("wall", "cpu"):
+            if of := result.get(kind):
+                share, error = (of["ratio"] - 1) / result["turns"], of["error"] / result["turns"]
+                row += [f"{of['ratio']:.3f} ± {of['error']:.3f}", f"{share:.2%} ± {error:.2%}"]
+        found.append(row if len(row) > 1 else [*row, "-", f"{result['share']:.4%}", "-", "-"])
     return found
 
 
@@ -167,9 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.max_restarts = 0
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
-        by_rank: dict[int, dict[str, list[float]]] = elastic_launch(config, run)(args)
-    results = compare(by_rank[0], args)
-    header = ["variant", "of a turn without", "share of a run's time"]
+        by_rank: dict[int, tuple[Times, Times]] = elastic_launch(config, run)(args)
+    of_ranks = [cpu for _, cpu in by_rank.values()]
+    cpu = {name: [sum(turn) for turn in zip(*(own[name] for own in of_ranks), strict=True)] for name in VARIANTS}
+    results = compare(by_rank[0][0], cpu, args)
+    header = ["variant", "of a turn without", "of a run", "CPU time, of a turn without", "of a run"]
     output.add(table(header, rows(results)), results)
     return 0
 
