@@ -5,8 +5,9 @@
 Processes (gloo on a CPU, NCCL on GPUs) build one trainer for each variant on random images, and let them take turns: a
 number of steps each, there and back, so that whatever else the machine does meets all alike. All write to a temporary
 folder. The table has the median over all rounds of a variant's time over that of `off`, and of the CPU time of all
-processes, with standard errors; `off again` says what the machine makes of two equal ones. What is always on (signals,
-the agreement on a step, stack dumps) is in `off` too: what a step pays for it is timed by itself.
+processes, with standard errors; `off again` says what the machine makes of two equal ones. Small things are also timed
+by themselves, in many calls: the guard of the loss, with its sum over the processes, and the agreement on a step,
+which is always on, in `off` too.
 
 Checks and checkpoints cost by how often they are made. Their rows make one in every turn, which shows a cost that would
 vanish in the noise; the last column says what share of the time they take at one every 100 steps and every ten minutes.
@@ -28,7 +29,9 @@ from lib.arguments import Parser
 from lib.report import Report, Result, table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from lesam_dist.config.schema import GuardConfig
 from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.train.guard import LossGuard
 
 Times = dict[str, list[float]]
 INTERVAL = 600.0  # seconds between two checkpoints of a run
@@ -44,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a checkpoint in every turn, beside": {"checkpoint.asynchronous": "always"},
 }
 CHECKING = "a check in every turn"
+ALONE = ("the guard by itself", "agreement on a step by itself")
+CALLS = 2000  # of what is timed by itself
 SAVING = [name for name in VARIANTS if name.startswith("a checkpoint")]
 
 
@@ -80,7 +85,7 @@ def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Na
 
 
 def run(args: argparse.Namespace) -> tuple[Times, Times]:
-    """Seconds of each variant's turn in each round, and of the agreement on a step by itself; and seconds of CPU."""
+    """Seconds of each variant's turn in each round, and of all calls of what is timed by itself; and seconds of CPU."""
     torch.set_num_threads(1)
     with process_group(args.device) as world:
         variants = {name: trainer_steps(world, Path(args.folder), name, args) for name in VARIANTS}
@@ -96,12 +101,22 @@ def run(args: argparse.Namespace) -> tuple[Times, Times]:
                 cpu[name].append(time.process_time() - began)
         for steps in variants.values():
             steps.close()  # type: ignore[attr-defined]
-        calls = 10_000
-        begin = time.perf_counter()
-        for step in range(calls):
+        guard, loss = LossGuard(GuardConfig(max_loss_increase=1e9), world), torch.ones((), device=world.device)
+
+        def agree(step: int) -> None:
             world.agreed.due(step)
             world.move()
-        seconds["agreement"] = [(time.perf_counter() - begin) / calls]
+
+        def watch(step: int) -> None:
+            guard.observe(step, loss)
+            guard.verdict()
+
+        for name, call in zip(ALONE, (watch, agree), strict=True):
+            world.barrier()
+            begin, began = time.perf_counter(), time.process_time()
+            for step in range(CALLS):
+                call(step)
+            seconds[name], cpu[name] = [time.perf_counter() - begin], [time.process_time() - began]
     return seconds, cpu
 
 
@@ -130,7 +145,10 @@ def compare(seconds: Times, cpu: Times, args: argparse.Namespace) -> list[Result
         for kind, times in (("wall", seconds), ("cpu", cpu)):
             result[kind] = _ratio([own / without for own, without in zip(times[name], times["off"], strict=True)])
         results.append(result)
-    results.append({"variant": "agreement on a step", "share": seconds["agreement"][0] / off * args.steps})
+    for name in ALONE:
+        of_turn = args.steps / CALLS
+        shares = (times[name][0] * of_turn / statistics.median(times["off"]) for times in (seconds, cpu))
+        results.append({"variant": name, "share": dict(zip(("wall", "cpu"), shares, strict=True))})
     return results
 
 
@@ -147,10 +165,13 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
     for result in results:
         row = [result["variant"]]
         for kind in ("wall", "cpu"):
-            if of := result.get(kind):
+            if "share" in result:
+                row += ["-", f"{result['share'][kind]:.3%}"]
+            else:
+                of = result[kind]
                 share, error = (of["ratio"] - 1) / result["turns"], of["error"] / result["turns"]
                 row += [f"{of['ratio']:.3f} ± {of['error']:.3f}", f"{share:.2%} ± {error:.2%}"]
-        found.append(row if len(row) > 1 else [*row, "-", f"{result['share']:.4%}", "-", "-"])
+        found.append(row)
     return found
 
 
@@ -176,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.folder = folder
         by_rank: dict[int, tuple[Times, Times]] = elastic_launch(config, run)(args)
     of_ranks = [cpu for _, cpu in by_rank.values()]
-    cpu = {name: [sum(turn) for turn in zip(*(own[name] for own in of_ranks), strict=True)] for name in VARIANTS}
+    cpu = {name: [sum(turn) for turn in zip(*(own[name] for own in of_ranks), strict=True)] for name in of_ranks[0]}
     results = compare(by_rank[0][0], cpu, args)
     header = ["variant", "of a turn without", "of a run", "CPU time, of a turn without", "of a run"]
     output.add(table(header, rows(results)), results)

@@ -18,14 +18,16 @@ def test_variants_take_turns_and_save(tmp_path: Path, capsys: pytest.CaptureFixt
     assert guards.main([*flags, "--steps", "2", "--rounds", "2", *outputs(tmp_path)]) == 0
     stdout = capsys.readouterr().out
     document = check_files(tmp_path, stdout[stdout.index("## Guards") :])
-    assert [result["variant"] for result in document["results"]] == [*list(guards.VARIANTS)[1:], "agreement on a step"]
-    assert json.loads((tmp_path / "out.json").read_text())["results"][-1]["share"] < 1
+    assert [result["variant"] for result in document["results"]] == [*list(guards.VARIANTS)[1:], *guards.ALONE]
+    assert json.loads((tmp_path / "out.json").read_text())["results"][-1]["share"]["wall"] < 1
 
 
 def test_a_ratio_is_of_a_usual_round(seed: int) -> None:
     """A turn that met another job moves nothing; errors are errors; what is amplified is scaled to a run's interval."""
     draw = random.Random(seed)
-    seconds = {name: [draw.gauss(1, 0.01) for _ in range(4000)] for name in guards.VARIANTS} | {"agreement": [1e-6]}
+    seconds = {name: [draw.gauss(1, 0.01) for _ in range(4000)] for name in guards.VARIANTS} | dict.fromkeys(
+        guards.ALONE, [guards.CALLS * 1e-6]
+    )
     seconds["guard.max_loss_increase"] = [1.1 * own for own in seconds["off"]]
     seconds["guard.max_loss_increase"][:400] = [9.0] * 400
     seconds[guards.CHECKING] = [1.2 * own for own in seconds["off"]]
@@ -35,7 +37,7 @@ def test_a_ratio_is_of_a_usual_round(seed: int) -> None:
     again = results["off again"]["wall"]
     assert again["error"] == pytest.approx(1.2533 * 0.01 * 2**0.5 / 4000**0.5, rel=0.15)  # of a median of normal ratios
     assert abs(again["ratio"] - 1) < 6 * again["error"]
-    assert results["agreement on a step"]["share"] == pytest.approx(1e-5, rel=0.01)
+    assert results[guards.ALONE[0]]["share"]["wall"] == pytest.approx(1e-5, rel=0.01), "ten steps in a second"
     rows = {row[0]: row[1:] for row in guards.rows(list(results.values()))}
     assert rows[guards.CHECKING][0].startswith("1.200 ± 0.0")
     assert rows[guards.CHECKING][1].startswith("2.00% ± 0.0"), "once in 100 steps, not in 10"
