@@ -25,9 +25,8 @@ def test_variants_take_turns_and_save(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_ratio_is_of_a_usual_round(seed: int) -> None:
     """A turn that met another job moves nothing; errors are errors; what is amplified is scaled to a run's interval."""
     draw = random.Random(seed)
-    seconds = {name: [draw.gauss(1, 0.01) for _ in range(4000)] for name in guards.VARIANTS} | dict.fromkeys(
-        guards.ALONE, [guards.CALLS * 1e-6]
-    )
+    seconds = {name: [draw.gauss(1, 0.01) for _ in range(4000)] for name in guards.VARIANTS}
+    seconds |= {name: [guards.CALLS * 1e-6] for name in guards.ALONE}
     seconds["guard.max_loss_increase"] = [1.1 * own for own in seconds["off"]]
     seconds["guard.max_loss_increase"][:400] = [9.0] * 400
     seconds[guards.CHECKING] = [1.2 * own for own in seconds["off"]]
