@@ -40,7 +40,7 @@ def train(folder):
             assert checkpointer.save(step, net, optimizer, {})
         assert checkpointer.wait()
 
-for attempt in range(5):  # of two processes each
+for attempt in range(2):
     with socket.socket() as found:
         found.bind(("localhost", 0))
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -58,12 +58,12 @@ for attempt in range(5):  # of two processes each
 
 
 @pytest.mark.full
-def test_ten_exits_are_clean(tmp_path: Path) -> None:
+def test_exits_are_clean(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     assert "terminate" not in done.stderr
-    for attempt in range(5):
+    for attempt in range(2):
         assert (tmp_path / str(attempt) / "latest").read_text() == "step_00000005"
