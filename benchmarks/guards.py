@@ -38,15 +38,15 @@ INTERVAL = 600.0  # seconds between two checkpoints of a run
 EVERY = 100  # steps between two checks of a run
 CLASSES, SIDE = 10, 32
 STEPS = 1_000_000  # of the only epoch, which nobody waits for
+CHECKING = "a check in every turn"
 VARIANTS: dict[str, dict[str, Any]] = {
     "off": {},
     "off again": {},
     "guard.max_loss_increase": {"guard.max_loss_increase": 1e9},
-    "a check in every turn": {},
+    CHECKING: {},
     "a checkpoint in every turn, waiting": {"checkpoint.asynchronous": "never"},
     "a checkpoint in every turn, beside": {"checkpoint.asynchronous": "always"},
 }
-CHECKING = "a check in every turn"
 ALONE = ("the guard by itself", "agreement on a step by itself")
 CALLS = 2000  # of what is timed by itself
 SAVING = [name for name in VARIANTS if name.startswith("a checkpoint")]

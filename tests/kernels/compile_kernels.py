@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def table(reports: Iterable[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@cache
 def sources() -> str:
     """A digest of `SOURCES`, and of what they are compiled with and for."""
     digest = hashlib.blake2b(f"{VERSIONS} {ARCHS}\n".encode(), digest_size=8)
@@ -157,6 +159,11 @@ def sources() -> str:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def is_current() -> bool:
+    """Whether the table is of what the sources are now."""
+    return in_readme()[1] == sources()
 
 
 def in_readme() -> tuple[str, str]:

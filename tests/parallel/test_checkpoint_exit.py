@@ -1,4 +1,8 @@
-"""Processes that wrote checkpoints beside their training end as others do: gloo can abort an interpreter that exits."""
+"""Processes that wrote checkpoints beside their training end as others do: gloo can abort an interpreter that exits.
+
+Four exits show one that always aborts. What aborts now and then they may miss: without the wait of `process_group`,
+none of twenty did.
+"""
 
 from __future__ import annotations
 

@@ -114,17 +114,8 @@ def test_a_run_leaves_out_what_a_scan_lists(
     shutil.copytree(images, root)
     for split in ("train", "val"):
         min(path for path in (root / split).rglob("*") if path.is_file()).write_bytes(b"404: not found")
-    flags = (
-        *small,
-        "--data.root",
-        root,
-        "--epochs",
-        "1",
-        "--schedule.anneal_start_epoch",
-        "null",
-        "--data.max_bad_files",
-        "0",
-    )
+    short = ("--epochs", "1", "--schedule.anneal_start_epoch", "null")
+    flags = (*small, *short, "--data.root", root, "--data.max_bad_files", "0")
     assert command(*flags, "--run_dir", tmp_path / "refused")[0] == 2
     file = tmp_path / "skip.json"
     assert command(*flags, "--run_dir", tmp_path / "run", "--data.skip_list", file)[0] == 2, "there is none yet"
