@@ -60,10 +60,26 @@ def _scan(argv: Sequence[str]) -> None:
         sys.exit(status)
 
 
+def _index(argv: Sequence[str]) -> None:
+    from lesam_dist.data.index_command import index
+
+    if status := index(argv):
+        sys.exit(status)
+
+
+def _pack(argv: Sequence[str]) -> None:
+    from lesam_dist.data.packed.command import pack
+
+    if status := pack(argv):
+        sys.exit(status)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a network (lesam-dist train --help)"),
     "compare": (_compare, "train several methods with several seeds, and compare them (lesam-dist compare --help)"),
     "scan": (_scan, "find the images of a data set that cannot be decoded (lesam-dist scan --help)"),
+    "index": (_index, "list a large data set once, so that runs start at once (lesam-dist index --help)"),
+    "pack": (_pack, "pack a data set into tar shards, smaller ones if you like (lesam-dist pack --help)"),
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
     "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
@@ -79,6 +95,8 @@ _TRAIN_EXTRA = {
     "yaml": "pyyaml",
     "rich": "rich",
     "safetensors": "safetensors",
+    "simplejpeg": "simplejpeg",
+    "fsspec": "fsspec",
     "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",

@@ -131,8 +131,15 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
         assert end.value.code == 0
         return
 
-    if command in ("scan", "export", "checkpoints"):  # the run or data set of an example is not there: told last
-        with pytest.raises(UserError, match=r"does not exist|has no checkpoints|is no checkpoint") as missing:
+    if command in (
+        "scan",
+        "index",
+        "pack",
+        "export",
+        "checkpoints",
+    ):  # what they name is not there
+        absent = r"does not exist|has no checkpoints|is no checkpoint|has no index"
+        with pytest.raises(UserError, match=absent) as missing:
             cli._COMMANDS[command][0](arguments)
         assert "--help" not in str(missing.value), "its arguments are wrong"
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
-from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataBackend, DataConfig
+from lesam_dist.config.schema import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, Config, DataBackend, DataConfig
 from lesam_dist.config.values import default_values, flatten
 from lesam_dist.errors import UserError
 from lesam_dist.optim.engine.options import Options
@@ -28,6 +28,10 @@ _AT_MOST = {
     "data.crop_padding": 1 << 14,
     "data.cutout": 1 << 14,
     "data.workers": 1024,
+    "data.shuffle_window": 10**9,
+    "data.dali_device_padding": 1 << 20,
+    "data.dali_host_padding": 1 << 20,
+    "data.dali_prefetch": 1000,
     "data.max_bad_files": 10**9,
     "optimizer.ascent_interval": 1_000_000,
     "parallel.timeout_s": 10_000_000,
@@ -45,6 +49,10 @@ _AT_LEAST = {
     "data.image_size": 1,
     "data.val_resize": 1,
     "data.workers": 1,
+    "data.shuffle_window": 1,
+    "data.dali_device_padding": 0,
+    "data.dali_host_padding": 0,
+    "data.dali_prefetch": 1,
     "data.max_bad_files": 0,
     "optimizer.lr": 0,
     "optimizer.momentum": 0,
@@ -174,6 +182,17 @@ def _check_data(config: Config) -> None:
             "folders have image files to leave out. Leave it null."
         )
     default = type(config.data)()
+    if is_cifar and config.data.order != default.order:
+        raise UserError(
+            f"data.order is {config.data.order} but data.builtin is {config.data.builtin}, which is kept in memory: "
+            "leave it at random."
+        )
+    _check_dali(config.data)
+    if config.data.order == "random" and config.data.shuffle_window != default.shuffle_window:
+        raise UserError(
+            f"data.shuffle_window is {config.data.shuffle_window} but data.order is random, which shuffles all images: "
+            f"choose sequential, or leave it at {default.shuffle_window}."
+        )
     for name in FOLDERS_ONLY if is_cifar else CIFAR_ONLY:
         value = getattr(config.data, name)
         if value != getattr(default, name):
@@ -182,6 +201,27 @@ def _check_data(config: Config) -> None:
                 f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
                 f"augmented that way. Leave it at {getattr(default, name)}."
             )
+
+
+def _check_dali(data: DataConfig) -> None:
+    default = DataConfig()
+    for name in DALI_ONLY if data.backend != "dali" else ():
+        if getattr(data, name) != getattr(default, name):
+            raise UserError(
+                f"data.{name} is {getattr(data, name)} but data.backend is {data.backend}: it is for DALI. Choose "
+                f"dali, or leave it at {getattr(default, name)}."
+            )
+    if not 0 <= data.dali_hardware_load <= 1:
+        raise UserError(f"data.dali_hardware_load is {data.dali_hardware_load}: it must be in [0, 1].")
+    if data.dali_preallocate is not None and not all(1 <= side <= 1 << 16 for side in data.dali_preallocate):
+        raise UserError(
+            f"data.dali_preallocate is {list(data.dali_preallocate)}: give width and height, 1 to {1 << 16} pixels."
+        )
+    if data.dali_decoder == "cpu" and (data.dali_hardware_load, data.dali_preallocate) != (0.65, None):
+        raise UserError(
+            "data.dali_hardware_load or data.dali_preallocate is set but data.dali_decoder is cpu: they are for "
+            "decoding on the GPU. Choose gpu, or leave them out."
+        )
 
 
 def _check_optimizer(config: Config) -> None:

@@ -20,6 +20,7 @@ _FREE_ON_RESUME = (
     "checks",
     "data.root",
     "data.workers",
+    "data.dali_",
     "data.eval_batch_size",
     "data.skip_list",  # what it leaves out is compared with the images
     "data.max_bad_files",

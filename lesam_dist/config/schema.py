@@ -38,10 +38,11 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The images, as ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE, or CIFAR."""
+    """The images, as ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE, packed by `lesam-dist pack`, or CIFAR."""
 
     root: str | None = None
-    """folder that holds train/ and val/; for cifar10 and cifar100 the folder that torchvision keeps them in"""
+    """folder that holds train/ and val/, or packed shards, or the address of these (s3://BUCKET/FOLDER); for cifar10
+    and cifar100 the folder that torchvision keeps them in"""
     builtin: Literal["digits", "digits_noisy", "cifar10", "cifar100"] | None = None
     """write this data set to root first if it is not there: scikit-learn's scanned digits; 300 of them with 20 % wrong
     labels and the same validation images; or CIFAR, which is downloaded, and kept on the device"""
@@ -76,8 +77,29 @@ class DataConfig:
     """per channel, on the scale 0 to 1"""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """per channel, on the scale 0 to 1"""
+    order: Literal["random", "sequential"] = "random"
+    """random: each epoch in an order of its own; sequential: packed shards from front to back, which suits an object
+    store or a slow disk, but shuffles less: shards come in an order of their own each epoch, and then shuffle_window
+    images at a time are shuffled, so that images of one shard stay near each other"""
+    shuffle_window: int = 16384
+    """images that are shuffled together (sequential)"""
     workers: int = 4
     """decoding threads (DALI) or processes (torchvision) per process"""
+    dali_decoder: Literal["gpu", "cpu"] = "gpu"
+    """where DALI decodes JPEGs on a machine with a GPU: there, which takes some of its time, or in the workers"""
+    dali_hardware_load: float = 0.65
+    """share of the images that the GPU's hardware decoder takes, 0 to 1 (A100 and later, DALI)"""
+    dali_preallocate: tuple[int, int] | None = None
+    """width and height in pixels of the largest image, for which the hardware decoder makes room at the start; null
+    lets it grow, which stops the GPU each time (DALI)"""
+    dali_device_padding: int = 16
+    """MiB of GPU memory that each decoding thread has from the start (DALI)"""
+    dali_host_padding: int = 8
+    """MiB of pinned memory that each decoding thread has from the start (DALI)"""
+    dali_prefetch: int = 2
+    """batches that DALI works on ahead"""
+    dali_affinity: bool = False
+    """bind each of DALI's threads to a core, which the environment variable DALI_AFFINITY_MASK may choose"""
     skip_list: str | None = None
     """file that `lesam-dist scan` wrote: the images in it are left out of both splits (class folders)"""
     max_bad_files: int = 10
@@ -86,8 +108,17 @@ class DataConfig:
 
 
 FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
+DALI_ONLY = (
+    "dali_decoder",
+    "dali_hardware_load",
+    "dali_preallocate",
+    "dali_device_padding",
+    "dali_host_padding",
+    "dali_prefetch",
+    "dali_affinity",
+)
 CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
-"""Fields of `DataConfig` that say how class folders alone, or CIFAR alone, are augmented."""
+"""Fields of `DataConfig` that say how class folders alone are augmented, how DALI works, how CIFAR is augmented."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 
 from lesam_dist.data.errors import Failure, unreadable_image
 from lesam_dist.data.folder import below_root
+from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
 
 _SHOWN = 3  # files that an error names
@@ -36,7 +37,7 @@ class BadFiles:
     def __init__(
         self,
         folder: Path,
-        root: Path,
+        root: Path | Url,
         *,
         rank: int,
         world_size: int,

@@ -6,23 +6,25 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import nvidia.dali
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.dali_whole import DECODER, Doubtful, find_failures
 from lesam_dist.data.errors import Failure
 from lesam_dist.data.plan import Batch, Plan
+from lesam_dist.data.reading import read_each
 from lesam_dist.data.transform import ATTEMPTS, Transform
 
 dali: Any = nvidia.dali  # its type stubs leave out much of what it exports
 fn, math, types = dali.fn, dali.math, dali.types
-
-PREFETCH = 2  # batches that DALI works on ahead of the one being used
 
 
 class DaliLoader:
@@ -31,10 +33,12 @@ class DaliLoader:
     So the pipeline has no state worth saving, and one pipeline reads any epoch after any other. It is built
     at the first batch, and anew after a file that could not be decoded, since DALI gives up what failed once: the
     batches in flight are then given to the new one again.
+
+    DALI reads files itself. What lies in shards is read here, by a thread of its own, a batch ahead of DALI.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, workers: int) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, device: torch.device, workers: int, options: DaliOptions | None = None) -> None:
+        self._plan, self._options = plan, options or DaliOptions()
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._threads = max(workers, 1)
@@ -43,6 +47,8 @@ class DaliLoader:
         self._in_flight: deque[Batch] = deque()  # given to the pipeline, and not come out yet
         self._again: deque[Batch] = deque()  # to be given before the rest of `_batches`
         self._doubtful = Doubtful(self._threads)
+        self._reader = ThreadPoolExecutor(1) if plan.folder.shards is not None else None
+        self._reading: deque[tuple[Batch, Future[list[NDArray[np.uint8]]]]] = deque()
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -54,7 +60,9 @@ class DaliLoader:
             # No copy: DALI allocates new outputs for each batch, and they live as long as these tensors.
             with torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext():
                 images, labels = (from_dlpack(output.as_tensor()) for output in outputs[:2])
-            yield images, labels
+            yield (images.permute(0, 3, 1, 2) if self._options.channels_last else images), labels
+        if self._on_gpu:  # whose memory the other loader needs now
+            self._pipeline = None
 
     def state_dict(self) -> dict[str, Any]:
         return self._plan.state_dict()
@@ -64,6 +72,8 @@ class DaliLoader:
 
     def close(self) -> None:
         self._pipeline = None
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
 
     def _next(self) -> Any:
         """The next batch's outputs, without a file that cannot be decoded; None after the last one."""
@@ -81,15 +91,16 @@ class DaliLoader:
                     tried = True  # a file that could not be read for a moment
             else:
                 edges = outputs[2:]
-                failures = self._doubtful.failures(self._in_flight[0].paths, edges[0].as_array()) if edges else []
+                failures = self._doubtful.failures(self._in_flight[0], edges[0].as_array()) if edges else []
                 if not failures:
                     self._in_flight.popleft()
                     return outputs
             if failures:
                 self._plan.meet(failures, len(self._in_flight[0]))
             self._pipeline = None
-            self._again = deque([*self._in_flight, *self._again])
+            self._again = deque([*self._in_flight, *(batch for batch, _ in self._reading), *self._again])
             self._in_flight.clear()
+            self._reading.clear()
 
     def _run(self) -> Any:
         """The next batch's outputs, on the current stream."""
@@ -101,7 +112,9 @@ class DaliLoader:
                 batch_size=self._plan.local_batch_size,
                 num_threads=self._threads,
                 device_id=torch.zeros(0, device=self._device).get_device() if self._on_gpu else None,
+                options=self._options,
                 edges=self._plan.bad is not None,
+                encoded=self._reader is not None,
             )
         # Given the stream, DALI makes it wait for the outputs, and not the host.
         return self._pipeline.run(torch.cuda.current_stream(self._device) if self._on_gpu else None)
@@ -109,7 +122,7 @@ class DaliLoader:
     def _find_failures(self) -> list[Failure]:
         """Those of the first batch in flight that has any: DALI tells only a position in some batch."""
         for batch in self._in_flight:
-            if failures := find_failures(batch.paths):
+            if failures := find_failures(batch.paths, batch.parts):
                 return failures
         return []
 
@@ -117,6 +130,7 @@ class DaliLoader:
         """Throw away what is in flight of an epoch that was left halfway."""
         self._batches = iter(())
         self._again.clear()
+        self._reading.clear()
         if self._pipeline is not None:
             try:
                 while True:
@@ -128,11 +142,33 @@ class DaliLoader:
         self._in_flight.clear()
 
     def _next_inputs(self) -> tuple[Any, ...]:
-        """The next batch as inputs of the graph; called by ``run``, ``PREFETCH`` batches ahead."""
-        batch = self._plan.mend(self._again.popleft()) if self._again else next(self._batches)
+        """The next batch as inputs of the graph; called by ``run``, some batches ahead."""
+        files: list[NDArray[np.uint8]]
+        if self._reader is None:
+            batch = self._next_batch()
+            files = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in batch.paths]
+        else:
+            while len(self._reading) < 2:
+                try:
+                    batch = self._next_batch()
+                except StopIteration:
+                    break
+                self._reading.append((batch, self._reader.submit(_read, batch)))
+            if not self._reading:
+                raise StopIteration
+            batch, read = self._reading.popleft()
+            files = read.result()
         self._in_flight.append(batch)
-        paths = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in batch.paths]
-        return (paths, batch.labels, *(batch.draws or ()))
+        return (files, batch.labels, *(batch.draws or ()))
+
+    def _next_batch(self) -> Batch:
+        return self._plan.mend(self._again.popleft()) if self._again else next(self._batches)
+
+
+def _read(batch: Batch) -> list[NDArray[np.uint8]]:
+    """Encoded images; of one that cannot be read a byte, which DALI refuses."""
+    each = read_each(batch.paths, batch.parts)
+    return [np.frombuffer(b"\0" if isinstance(data, OSError) else data or b"\0", np.uint8) for data in each]
 
 
 def build_pipeline(
@@ -143,7 +179,9 @@ def build_pipeline(
     batch_size: int,
     num_threads: int,
     device_id: int | None,
+    options: DaliOptions | None = None,
     edges: bool = False,
+    encoded: bool = False,
 ) -> Any:
     """The DALI pipeline from ``source`` (file names, labels and, for training, draws) to images and labels.
 
@@ -151,25 +189,34 @@ def build_pipeline(
         source: called without arguments; returns the inputs of one batch, or raises StopIteration.
         batch_size: the largest that ``source`` returns.
         device_id: CUDA device, or None to work on the CPU.
+        options: of the pipeline; None: the defaults.
         edges: give out a third thing, on the CPU: the first and the last two bytes of each file.
+        encoded: ``source`` gives the content of files, and not their names.
     """
-    inputs = [(types.UINT8, 1), (types.INT64, 0)]  # type and dimensions of a sample: path, label
+    inputs = [(types.UINT8, 1), (types.INT64, 0)]  # type and dimensions of a sample: file, label
     if train:
         inputs += [(types.FLOAT64, 1)] * 3 + [(types.INT32, 0)]  # area, ratio, position, flip
-    decoder = {"device": "cpu" if device_id is None else "mixed", **DECODER}
+    options = options or DaliOptions()
+    decoder = {**DECODER, **({"device": "cpu"} if device_id is None else options.decoder_arguments())}
     size = transform.image_size
 
-    pipeline = dali.Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=PREFETCH)
+    def on_gpu(image: Any) -> Any:
+        return image if device_id is None else image.gpu()  # where a decoder of its own has put it already, or not
+
+    pipeline = dali.Pipeline(
+        batch_size, num_threads, device_id, prefetch_queue_depth=options.prefetch, set_affinity=options.affinity
+    )
     with pipeline:
         dtype, ndim = (list(column) for column in zip(*inputs, strict=True))
-        path, label, *draws = fn.external_source(source, num_outputs=len(inputs), dtype=dtype, ndim=ndim)
-        # Not mapped into memory: an error of the file system would then be a signal that ends the process.
-        encoded = fn.io.file.read(path, dont_use_mmap=True)
-        shape = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
+        file, label, *draws = fn.external_source(source, num_outputs=len(inputs), dtype=dtype, ndim=ndim)
+        if not encoded:
+            # Not mapped into memory: an error of the file system would then be a signal that ends the process.
+            file = fn.io.file.read(file, dont_use_mmap=True)
+        shape = fn.peek_image_shape(file, adjust_orientation=False)[:2]
         if train:
             area, ratio, position, flip = draws
             start, extent = crop_graph(shape, area, ratio, position, transform.random_aspect_ratio)
-            image = fn.decoders.image_slice(encoded, start=start, shape=extent, axes=(0, 1), **decoder)
+            image = on_gpu(fn.decoders.image_slice(file, start=start, shape=extent, axes=(0, 1), **decoder))
             image = fn.resize(image, size=(size, size))
         else:
             flip = 0
@@ -177,20 +224,20 @@ def build_pipeline(
             # All of it, but after `shape`. Side by side a file that is no image ended the process (DALI 2.4): perhaps
             # as both operators failed at one time, which is a guess.
             extent = fn.cast(shape, dtype=types.INT32)
-            image = fn.decoders.image_slice(encoded, start=(0, 0), shape=extent, axes=(0, 1), **decoder)
+            image = on_gpu(fn.decoders.image_slice(file, start=(0, 0), shape=extent, axes=(0, 1), **decoder))
             image = fn.resize(image, size=(size, size), roi_start=start, roi_end=end)
         image = fn.crop_mirror_normalize(
             image,
             mirror=flip,
             mean=[255 * mean for mean in transform.mean],
             std=[255 * std for std in transform.std],
-            output_layout="CHW",
+            output_layout="HWC" if options.channels_last else "CHW",
         )
         outputs = [image, label if device_id is None else label.gpu()]
         if edges:
             two = {"shape": 2, "axes": 0, "out_of_bounds_policy": "pad"}  # of any file: see above
-            last = fn.slice(encoded, start=fn.cast(encoded.shape()[0], dtype=types.INT32) - 2, **two)
-            outputs.append(fn.cat(fn.slice(encoded, start=0, **two), last))
+            last = fn.slice(file, start=fn.cast(file.shape()[0], dtype=types.INT32) - 2, **two)
+            outputs.append(fn.cat(fn.slice(file, start=0, **two), last))
         pipeline.set_outputs(*outputs)
     return pipeline
 

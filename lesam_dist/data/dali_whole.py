@@ -10,8 +10,11 @@ import numpy as np
 import nvidia.dali
 from numpy.typing import NDArray
 
-from lesam_dist.data.decode import open_image, read_file, to_rgb
+from lesam_dist.data.decode import open_image, to_rgb
 from lesam_dist.data.errors import Failure, reason_of
+from lesam_dist.data.plan import Batch
+from lesam_dist.data.reading import read_each
+from lesam_dist.data.shards import Part
 
 dali: Any = nvidia.dali  # its type stubs leave out much of what it exports
 fn, types = dali.fn, dali.types
@@ -22,7 +25,6 @@ DECODER = {
 }
 
 _JPEG_BEGIN, _JPEG_END = (0xFF, 0xD8), (0xFF, 0xD9)  # its first marker, and its last
-_PATIENCE = 4  # files of a batch that are waited for: of a file system that is gone, not one after the other
 
 
 class WholeDecoder:
@@ -62,37 +64,35 @@ class Doubtful:
         self._threads = num_threads
         self._whole: set[str] = set()
 
-    def failures(self, paths: Sequence[str], edges: NDArray[np.uint8]) -> list[Failure]:
-        """Those of the files that cannot be decoded as a whole.
+    def failures(self, batch: Batch, edges: NDArray[np.uint8]) -> list[Failure]:
+        """Those of a batch's files that cannot be decoded as a whole.
 
         Args:
-            paths: of B files, of which DALI has decoded a crop.
+            batch: of B files, of which DALI has decoded a crop.
             edges: uint8 ``(B, 4)``, the first and the last two bytes of each.
         """
+        paths = batch.paths
         begin, end = edges[:, :2], edges[:, 2:]
         is_jpeg, is_whole = (begin == _JPEG_BEGIN).all(axis=1), (end == _JPEG_END).all(axis=1)
         is_tiff = (begin[:, 0] == begin[:, 1]) & ((begin[:, 0] == ord("I")) | (begin[:, 0] == ord("M")))
         indices = [i for i in np.flatnonzero(is_tiff | (is_jpeg & ~is_whole)).tolist() if paths[i] not in self._whole]
         if not indices:
             return []
-        doubtful = [paths[i] for i in indices]
-        failures = [] if _all_decode(doubtful, self._threads) else find_failures(doubtful)
-        self._whole |= set(doubtful) - {failure.path for failure in failures}
+        doubtful = batch.take(indices)
+        failures = [] if _all_decode(doubtful, self._threads) else find_failures(doubtful.paths, doubtful.parts)
+        self._whole |= set(doubtful.paths) - {failure.path for failure in failures}
         return [replace(failure, index=indices[failure.index]) for failure in failures]
 
 
-def find_failures(paths: Sequence[str]) -> list[Failure]:
+def find_failures(paths: Sequence[str], parts: Sequence[Part] | None) -> list[Failure]:
     """Every one of these files that DALI cannot decode, or nobody can read; one by one."""
     decoder = WholeDecoder()
     failures: list[Failure] = []
-    for i, path in enumerate(paths):
-        try:
-            data = read_file(path, patient=len(failures) < _PATIENCE)
-        except OSError as error:
-            failures.append(Failure(i, path, reason_of(error), None))
-            continue
-        if reason := decoder.why_not(data):
-            failures.append(Failure(i, path, f"DALI: {reason}; Pillow: {_pillow_says(data)}", len(data)))
+    for i, data in enumerate(read_each(paths, parts)):
+        if isinstance(data, OSError):
+            failures.append(Failure(i, paths[i], reason_of(data), None))
+        elif reason := decoder.why_not(data):
+            failures.append(Failure(i, paths[i], f"DALI: {reason}; Pillow: {_pillow_says(data)}", len(data)))
     return failures
 
 
@@ -106,16 +106,18 @@ def _pillow_says(data: bytes) -> str:
         return reason_of(error)
 
 
-def _all_decode(paths: Sequence[str], num_threads: int) -> bool:
+def _all_decode(batch: Batch, num_threads: int) -> bool:
     """Whether DALI decodes every one of these files; all in one run."""
+    encoded: list[NDArray[np.uint8]] = []
+    for data in read_each(batch.paths, batch.parts):
+        if isinstance(data, OSError) or not data:
+            return False
+        encoded.append(np.frombuffer(data, dtype=np.uint8))
     try:
-        encoded = [np.frombuffer(read_file(path), dtype=np.uint8) for path in paths]
-        if all(map(len, encoded)):
-            _pipeline(lambda: encoded, batch_size=len(paths), num_threads=num_threads).run()
-            return True
-    except (OSError, RuntimeError):
-        pass
-    return False
+        _pipeline(lambda: encoded, batch_size=len(batch), num_threads=num_threads).run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _pipeline(source: Any, batch_size: int, num_threads: int) -> Any:

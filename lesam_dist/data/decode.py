@@ -1,42 +1,35 @@
-"""Read image files with patience, and decode them with Pillow as the torchvision backend does."""
+"""Decode image files on the CPU as the torchvision backend does: JPEGs with libjpeg-turbo, all others with Pillow."""
 
 from __future__ import annotations
 
-import errno
 import io
-import time
+from contextlib import suppress
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
 
-# What a network file system says of a file that may be there again in a moment.
-_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-_PAUSES = (0.1, 0.3, 1.0)  # seconds
+_JPEG = b"\xff\xd8"
+_COLOURS = ("YCbCr", "RGB", "Gray")  # of CMYK the two have different ideas
 
 
-def read_file(path: str, *, patient: bool = True) -> bytes:
-    """All bytes of a file.
+def decode_rgb(data: bytes) -> NDArray[np.uint8]:
+    """Decode a whole image, to 8 bits in three channels: ``(H, W, 3)``.
 
-    Args:
-        path: of the file.
-        patient: after an error that may pass (EIO, ESTALE, ETIMEDOUT), try again three times within 1.4 s.
+    simplejpeg calls the library that Pillow calls, and gives the same bits in two thirds of the time. Pillow reads what
+    it refuses (CMYK, small faults), or says what is wrong with it.
 
     Raises:
-        OSError: it cannot be read.
+        Exception: whatever a broken file leads Pillow to.
     """
-    for pause in _PAUSES if patient else ():
-        try:
-            return _read(path)
-        except OSError as error:
-            if error.errno not in _TRANSIENT:
-                raise
-        time.sleep(pause)
-    return _read(path)
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+    if data.startswith(_JPEG):
+        with suppress(ValueError):
+            if simplejpeg.decode_jpeg_header(data)[2] in _COLOURS:
+                image: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+                return image
+    with open_image(data) as file:
+        return np.array(to_rgb(file))
 
 
 def open_image(data: bytes) -> Image.Image:

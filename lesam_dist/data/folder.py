@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lesam_dist.data.listing import Paths
+from lesam_dist.data.shards import Shards
+from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
 
 # What both DALI and Pillow decode.
@@ -29,18 +33,22 @@ class ImageFolder:
     Attributes:
         root: the dataset's folder, above the split.
         classes: class names in label order: label ``k`` means ``classes[k]``.
-        paths: one file per sample, sorted by class, then by file name.
-        labels: int64 ``(N,)``.
+        paths: one per sample, sorted by class, then by file name. They name the images also where these lie in shards.
+        labels: integers ``(N,)``.
         passed_over: files that are no samples but may have been meant to be: their number by kind.
         skipped: how many images a skip list has left out.
+        known_digest: where it is known without reading all paths.
+        shards: where the images lie, if these are not files of their own.
     """
 
-    root: Path
+    root: Path | Url
     classes: tuple[str, ...]
-    paths: tuple[str, ...]
-    labels: NDArray[np.int64]
+    paths: Sequence[str]
+    labels: NDArray[Any]
     passed_over: Mapping[str, int] = field(default_factory=dict)
     skipped: int = 0
+    known_digest: str | None = None
+    shards: Shards | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,13 +56,44 @@ class ImageFolder:
     @cached_property
     def digest(self) -> str:
         """Of the file names below the root, in order: the dataset may move, but not change."""
+        if self.known_digest is not None:
+            return self.known_digest
         digest = hashlib.blake2b(digest_size=8)
         for path in self.paths:
             digest.update(b"/" + os.fsencode(below_root(self.root, path)) + b"\0")
         return digest.hexdigest()
 
+    def without(self, skip: Collection[str], split: str) -> ImageFolder:
+        """Without the images of a skip list.
 
-def below_root(root: Path, path: str) -> str:
+        Args:
+            skip: paths below ``root``; of those that are not there nothing is said.
+            split: that this is.
+
+        Raises:
+            UserError: no image of a class is left for training, or none at all.
+        """
+        left_out = [i for i, path in enumerate(self.paths) if below_root(self.root, path) in skip] if skip else []
+        if not left_out:
+            return self
+        kept = np.delete(np.arange(len(self)), left_out)
+        lost = sorted(set(self.labels.tolist()) - set(self.labels[kept].tolist()))
+        if lost and split == "train":
+            raise UserError(
+                f"data.skip_list leaves out all {np.count_nonzero(self.labels == lost[0])} images of the class "
+                f"'{self.classes[lost[0]]}' in '{self.root / split}': mend some of them, or remove the class."
+            )
+        if not len(kept):
+            raise UserError(f"data.skip_list leaves out all images in '{self.root / split}': mend some of them.")
+        paths = (
+            self.paths.without(kept) if isinstance(self.paths, Paths) else tuple(self.paths[i] for i in kept.tolist())
+        )
+        shards = None if self.shards is None else self.shards.without(kept)
+        left = replace(self, paths=paths, labels=self.labels[kept], shards=shards, known_digest=None)
+        return replace(left, skipped=len(left_out))
+
+
+def below_root(root: Path | Url, path: str) -> str:
     """A path that `scan_split` found, from the root on; ``str(root / below_root(root, path))`` is the path again."""
     return path[len(str(root / "_")) - 1 :]
 
@@ -105,7 +144,6 @@ def scan_split(
         )
 
     passed_over = _outside(folder)
-    skipped = 0
     paths: list[str] = []
     labels = np.empty(len(names), dtype=np.int64)
     counts = np.empty(len(names), dtype=np.int64)
@@ -118,20 +156,9 @@ def scan_split(
                 f"the class folder '{folder / name}' holds no images{found}: add some (they must lie directly in it "
                 f"and end in {', '.join(EXTENSIONS)}) or remove the folder."
             )
-        if skip:
-            kept = [path for path in files if below_root(root, path) not in skip]
-            if not kept and split == "train":
-                raise UserError(
-                    f"data.skip_list leaves out all {len(files)} images of the class '{name}' in '{folder}': mend some "
-                    "of them, or remove the class."
-                )
-            skipped += len(files) - len(kept)
-            files = kept
         paths += files
         labels[i], counts[i] = index[name], len(files)
-    if not paths:
-        raise UserError(f"data.skip_list leaves out all images in '{folder}': mend some of them.")
-    return ImageFolder(root, classes, tuple(paths), np.repeat(labels, counts), dict(passed_over), skipped)
+    return ImageFolder(root, classes, tuple(paths), np.repeat(labels, counts), dict(passed_over)).without(skip, split)
 
 
 def remarks(train: ImageFolder, val: ImageFolder) -> list[str]:

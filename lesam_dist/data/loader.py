@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lesam_dist.data.bad_files import BadFiles
+from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import ImageFolder
 from lesam_dist.data.plan import Plan
 from lesam_dist.data.transform import Transform
@@ -72,11 +73,13 @@ def build_loader(
     device: torch.device,
     workers: int,
     bad_files: BadFiles | None = None,
+    window: int | None = None,
+    dali: DaliOptions | None = None,
 ) -> Loader:
     """A loader of ``folder`` for one rank. Both backends read the same samples with the same crops and flips.
 
     Args:
-        folder: from ``scan_split``.
+        folder: from ``scan_split`` or ``open_splits``.
         backend: ``"dali"`` or ``"torchvision"``.
         train: shuffle, crop and flip at random, drop the last incomplete global batch.
         transform: sizes and ranges.
@@ -88,6 +91,9 @@ def build_loader(
         workers: DALI threads (at least one), or torchvision processes (0: load in this process).
         bad_files: for training, of the same ``rank``: images that cannot be decoded are kept there and replaced by
             others, see `Plan`. None: they are errors.
+        window: read the shards of a packed data set from front to back, and shuffle so many samples together; see
+            `Shards.sequential_order`. None: shuffle all.
+        dali: how DALI works, where it is the backend.
 
     Raises:
         UserError: an argument cannot be used, or DALI is not installed.
@@ -96,7 +102,7 @@ def build_loader(
         raise unknown_name("data backend", backend, BACKENDS)
     if workers < 0:
         raise UserError(f"workers is {workers}: use no negative number.")
-    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform, bad_files if train else None)
+    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform, bad_files if train else None, window)
     if backend == "dali":
         try:
             from lesam_dist.data.dali import DaliLoader
@@ -106,7 +112,7 @@ def build_loader(
                 'pip install "lesam-dist[dali]" (for CUDA 12: "lesam-dist[dali-cuda120]"), or choose --data.backend '
                 "torchvision."
             ) from error
-        return DaliLoader(plan, device, workers)
+        return DaliLoader(plan, device, workers, dali)
     from lesam_dist.data.torchvision_loader import TorchvisionLoader
 
     return TorchvisionLoader(plan, device, workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from lesam_dist.data.errors import Failure, unreadable_image
 from lesam_dist.data.folder import ImageFolder
 from lesam_dist.data.order import replacements
 from lesam_dist.data.sampling import Sampling
+from lesam_dist.data.shards import Part
 from lesam_dist.data.transform import Draws, Transform, draw
 from lesam_dist.errors import UserError
 
@@ -23,11 +25,12 @@ class Batch:
     """One batch of one rank.
 
     Attributes:
-        paths: the files.
+        paths: the files; where they lie in shards, their names there.
         labels: int64 ``(B,)``.
         draws: its random numbers; None for evaluation.
         epoch: that it is of.
         positions: int64 ``(B,)``, the places of its samples in the epoch's order; for training.
+        parts: of shards, in which the files lie; None: they are files.
     """
 
     paths: list[str]
@@ -35,6 +38,7 @@ class Batch:
     draws: Draws | None
     epoch: int
     positions: NDArray[np.int64]
+    parts: list[Part] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,7 +49,8 @@ class Batch:
         draws = self.draws
         if draws is not None:
             draws = Draws(draws.area[some], draws.ratio[some], draws.position[some], draws.flip[some])
-        return Batch([self.paths[i] for i in some], self.labels[some], draws, self.epoch, self.positions[some])
+        paths, parts = [self.paths[i] for i in some], self.parts and [self.parts[i] for i in some]
+        return Batch(paths, self.labels[some], draws, self.epoch, self.positions[some], parts)
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,13 @@ class Plan(Sampling):
 
     Attributes:
         bad: files that are known to be broken, for training; None: they are errors.
+        window: samples that are shuffled together, where shards are read from front to back; None: all.
     """
 
     folder: ImageFolder
     transform: Transform
     bad: BadFiles | None = None
+    window: int | None = None
 
     def epoch(self, index: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``index`` (any, in any order) from ``start`` on; evaluation epochs are all the same.
@@ -70,7 +77,7 @@ class Plan(Sampling):
         Raises:
             UserError: there are more bad files than may be.
         """
-        paths, labels = self.folder.paths, self.folder.labels
+        paths, labels, shards = self.folder.paths, self.folder.labels, self.folder.shards
         if self.bad is not None:
             self.bad.refresh()
         for i, batch in enumerate(self.batches(index, start), start):
@@ -78,7 +85,18 @@ class Plan(Sampling):
             if self.train:
                 positions = self.positions(i)
                 draws = draw(self.transform, positions, seed=self.seed, epoch=index)
-            yield self.mend(Batch([paths[j] for j in batch], labels[batch], draws, index, np.array(positions)))
+            parts = None if shards is None else [shards.part(j) for j in batch.tolist()]
+            own = labels[batch].astype(np.int64, copy=False)
+            yield self.mend(Batch([paths[j] for j in batch.tolist()], own, draws, index, np.array(positions), parts))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        if self.window is None or not self.train or self.folder.shards is None:
+            return super().order(epoch)
+        return self.folder.shards.sequential_order(seed=self.seed, epoch=epoch, window=self.window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the window, which decides the order."""
+        return super().state_dict() | ({"window": self.window} if self.train else {})
 
     def mend(self, batch: Batch) -> Batch:
         """The batch without the files that are known to be bad by now."""
@@ -87,11 +105,13 @@ class Plan(Sampling):
         wrong = [i for i, path in enumerate(batch.paths) if path in self.bad]
         if not wrong:
             return batch
-        paths, labels = list(batch.paths), batch.labels.copy()
+        paths, labels, parts = list(batch.paths), batch.labels.copy(), batch.parts and list(batch.parts)
         for i in wrong:
             sample = self._replacement(batch.epoch, int(batch.positions[i]), self.bad)
             paths[i], labels[i] = self.folder.paths[sample], self.folder.labels[sample]
-        return Batch(paths, labels, batch.draws, batch.epoch, batch.positions)
+            if parts and self.folder.shards is not None:
+                parts[i] = self.folder.shards.part(sample)
+        return Batch(paths, labels, batch.draws, batch.epoch, batch.positions, parts)
 
     def meet(self, failures: Sequence[Failure], batch_size: int) -> None:
         """Take note of images that could not be had, in a batch of so many on this process; `mend` replaces them then.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesam_dist.data.order import epoch_order, rank_batches
+from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
 
 
@@ -17,7 +18,7 @@ class Split(Protocol):
     """The training or the evaluation part of a data set: sample ``i`` has the label ``labels[i]``."""
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Path | Url:
         """Where it came from, for messages."""
         ...
 
@@ -27,8 +28,8 @@ class Split(Protocol):
         ...
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """``(N,)``."""
+    def labels(self) -> NDArray[Any]:
+        """Integers ``(N,)``."""
         ...
 
     @property
@@ -106,10 +107,13 @@ class Sampling:
         """
         if start < 0:
             raise ValueError(f"start is {start}: it is a number of batches, at least 0")
-        order = epoch_order(len(self.folder), seed=self.seed, epoch=epoch, shuffle=self.train)
         return rank_batches(
-            order, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, train=self.train
+            self.order(epoch), batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, train=self.train
         )[start:]
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The order in which any epoch reads the samples, the same on every rank."""
+        return epoch_order(len(self.folder), seed=self.seed, epoch=epoch, shuffle=self.train)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"samples": len(self.folder), "files": self.folder.digest}
@@ -128,6 +132,7 @@ class Sampling:
             "files": "the image files",
             "seed": "the seed",
             "batch_size": "the global batch size",
+            "window": "data.shuffle_window",
         }
         for key, now in self.state_dict().items():
             if key in state and state[key] != now:

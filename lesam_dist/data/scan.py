@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lesam_dist.data.commands import Parser, cores
 from lesam_dist.data.folder import below_root, remarks, scan_split
 from lesam_dist.data.scan_file import Verdict, has_dali
 from lesam_dist.data.scan_pool import examine_all
@@ -23,11 +22,6 @@ from lesam_dist.errors import UserError
 
 _SHOWN = 20  # broken files, and pairs, that are printed; the rest is in the list
 _FORMAT = 1  # of the journal
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (lesam-dist scan --help)")
 
 
 def scan(argv: Sequence[str]) -> int:
@@ -62,9 +56,8 @@ def scan(argv: Sequence[str]) -> int:
     return 1 if skipped else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lesam-dist scan",
         description="Decode every image of ROOT/train and ROOT/val as training does: with Pillow and, where it is "
         "installed, with NVIDIA DALI on the CPU. An image that either refuses is broken.",
@@ -74,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("root", metavar="ROOT", help="folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     parser.add_argument("--out", default="skip_list.json", help="the list for data.skip_list (default: skip_list.json)")
-    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
     return parser
 
 

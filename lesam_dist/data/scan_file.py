@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lesam_dist.data.decode import open_image, read_file, to_rgb
+from lesam_dist.data.decode import decode_rgb, open_image
 from lesam_dist.data.errors import reason_of
+from lesam_dist.data.reading import read_file
 
 
 class Verdict(NamedTuple):
@@ -60,7 +61,7 @@ def work(pipe: Connection) -> None:
 
 
 def examine(path: str, decoder: Any) -> Verdict:
-    """Read and decode a file, with Pillow and, where there is a `WholeDecoder`, with DALI."""
+    """Read and decode a file, as the torchvision backend does and, where there is a `WholeDecoder`, with DALI."""
     try:
         facts = os.stat(path)
         data = read_file(path)
@@ -76,7 +77,7 @@ def examine(path: str, decoder: Any) -> Verdict:
             warnings.simplefilter("ignore")
             with open_image(data) as image:
                 odd = _oddities(path, image)
-                to_rgb(image)
+            decode_rgb(data)
     except Exception as error:  # Pillow raises whatever a broken file leads it to
         reasons.append(f"Pillow: {reason_of(error)}")
     if decoder is not None and (why := decoder.why_not(data)):

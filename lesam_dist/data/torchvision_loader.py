@@ -1,4 +1,4 @@
-"""Load images with Pillow and torchvision in worker processes: no NVIDIA library, any machine."""
+"""Load images with torchvision in worker processes: no NVIDIA library, any machine."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from lesam_dist.data.decode import open_image, read_file, to_rgb
+from lesam_dist.data.decode import decode_rgb
 from lesam_dist.data.errors import Failure, reason_of
 from lesam_dist.data.plan import Batch, Plan
+from lesam_dist.data.reading import read_each
 from lesam_dist.data.transform import Draws, Transform, crop_window
 from lesam_dist.parallel.signals import heed_main_process, not_for_helpers
-
-_PATIENCE = 4  # files of a batch that are waited for: of a file system that is gone, not one after the other
 
 Decoded = tuple[Tensor, Tensor, list[Failure]]
 
@@ -36,7 +35,7 @@ class TorchvisionLoader:
         self._plan = plan
         self._device = device
         self._mean, self._std = (
-            torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
+            torch.tensor([255 * value for value in values], dtype=torch.float32, device=device).view(1, 3, 1, 1)
             for values in (plan.transform.mean, plan.transform.std)
         )
         self._epoch = _Epoch(plan)
@@ -67,7 +66,7 @@ class TorchvisionLoader:
             if failures:
                 self._replace(images, labels, failures, batch)
             images, labels = (part.to(self._device, non_blocking=True) for part in (images, labels))
-            yield (images.float() - self._mean) / self._std, labels
+            yield (images - self._mean).div_(self._std), labels
 
     def state_dict(self) -> dict[str, Any]:
         return self._plan.state_dict()
@@ -129,27 +128,34 @@ class _Decoder(Dataset[Any]):
         size = self.transform.image_size
         images = torch.empty((len(batch), 3, size, size), dtype=torch.uint8)
         failures: list[Failure] = []
-        for i, path in enumerate(batch.paths):
-            length = None
-            try:
-                data = read_file(path, patient=len(failures) < _PATIENCE)
-                length = len(data)
-                with open_image(data) as file:
-                    image = to_rgb(file)
-            except Exception as error:  # Pillow raises whatever a broken file leads it to
-                failures.append(Failure(i, path, reason_of(error), length))
+        for i, data in enumerate(read_each(batch.paths, batch.parts)):
+            if isinstance(data, OSError):
+                failures.append(Failure(i, batch.paths[i], reason_of(data), None))
                 continue
-            image = self._val(image) if batch.draws is None else self._train(image, batch.draws, i)
-            images[i] = F.pil_to_tensor(image)
+            try:
+                image = torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
+            except Exception as error:  # Pillow raises whatever a broken file leads it to
+                failures.append(Failure(i, batch.paths[i], reason_of(error), len(data)))
+                continue
+            images[i] = self._val(image) if batch.draws is None else self._train(image, batch.draws, i)
         return images, torch.from_numpy(batch.labels), failures
 
-    def _train(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+    def _train(self, image: Tensor, draws: Draws, i: int) -> Tensor:
         area, ratio, position, flip = (values[i] for values in draws)
-        window = crop_window(image.height, image.width, area, ratio, position, self.transform.random_aspect_ratio)
-        image = F.resized_crop(image, *window, size=[self.transform.image_size] * 2)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+        (in_height, in_width), bounds = image.shape[1:], self.transform.random_aspect_ratio
+        top, left, height, width = crop_window(in_height, in_width, area, ratio, position, bounds)
+        image = image[:, top : top + height, left : left + width]
+        image = _resize(image, (self.transform.image_size, self.transform.image_size))
+        return image.flip(-1) if flip else image
 
-    def _val(self, image: Image.Image) -> Image.Image:
-        image = F.resize(image, [self.transform.val_resize])
-        cropped: Image.Image = F.center_crop(image, [self.transform.image_size])
+    def _val(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        resize, short = self.transform.val_resize, min(height, width)
+        image = _resize(image, (resize * height // short, resize * width // short))
+        cropped: Tensor = F.center_crop(image, [self.transform.image_size])
         return cropped
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """torchvision's ``resize`` with antialiasing, without the time that its checks take."""
+    return interpolate(image[None], size, mode="bilinear", antialias=True)[0]

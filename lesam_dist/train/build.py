@@ -15,13 +15,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lesam_dist.config.methods import PLAIN, complete, method_of
-from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataConfig, OptimizerConfig
-from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
+from lesam_dist.config.schema import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, Config, DataConfig, OptimizerConfig
+from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
+from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import remarks
+from lesam_dist.data.opening import data_root, open_splits
 from lesam_dist.data.skip_list import read_skip_list
+from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights, require_input
 from lesam_dist.optim import CosineBudget, SharpnessAware
@@ -50,6 +53,9 @@ def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
             f"data.root is not set: give the folder that holds {content} with --data.root DIR, or try the recipe on "
             "random images with --dry_run."
         )
+    source = data_root(config.data.root)
+    if builtin is not None and isinstance(source, Url):
+        raise UserError(f"data.root is '{source}' but data.builtin is {builtin}, which is kept in a folder: give one.")
     root = Path(config.data.root)
     if builtin in DATASETS:
         if all((root / split).is_dir() for split in ("train", "val")):
@@ -69,15 +75,29 @@ def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
             prepare_digits(root, noisy=noisy)
             print(f"data.builtin {builtin}: wrote scikit-learn's digits to data.root '{root}'", flush=True)
         world.barrier()
-    file = config.data.skip_list
-    skip = read_skip_list(Path(file)) if file else frozenset()
-    train = scan_split(root, "train", skip=skip)
+    return _open_images(config, source, world)
+
+
+def _open_images(config: Config, source: Path | Url, world: Distributed) -> tuple[ImageFolder, ImageFolder]:
+    """Class folders or packed shards; the first process of each node checks them before the others look."""
+    if world.local_rank == 0:
+        train, val = open_splits(source, first=True)
+    world.barrier()
+    if world.local_rank != 0:
+        train, val = open_splits(source, first=False)
+    if train.shards is None and config.data.order == "sequential":
+        raise UserError(
+            f"data.order is sequential but data.root '{source}' holds files, which have no order to be read in: pack "
+            "them with `lesam-dist pack`, or choose random."
+        )
     if len(train.classes) == 1:
         raise UserError(
-            f"'{root / 'train'}' has a single class folder, '{train.classes[0]}': there is nothing to tell apart. Put "
-            "the images of each class into a folder of their own."
+            f"'{source / 'train'}' has a single class folder, '{train.classes[0]}': there is nothing to tell apart. "
+            "Put the images of each class into a folder of their own."
         )
-    val = scan_split(root, "val", train.classes, skip=skip)
+    file = config.data.skip_list
+    skip = read_skip_list(Path(file)) if file else frozenset[str]()
+    train, val = train.without(skip, "train"), val.without(skip, "val")
     if world.is_main:
         if file:
             print(f"data.skip_list leaves out {train.skipped} training and {val.skipped} validation images", flush=True)
@@ -109,7 +129,7 @@ def build_loaders(
     """
     data = config.data
     common: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
-    loader = partial(_loader(data), **common, device=world.device)
+    loader = partial(_loader(data, config.precision.channels_last), **common, device=world.device)
     own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
     train = loader(folders[0], train=True, batch_size=data.batch_size, **own)
     share = data.batch_size // world.world_size
@@ -121,7 +141,7 @@ def build_loaders(
     return train, loader(folders[1], train=False, batch_size=data.eval_batch_size)
 
 
-def _loader(data: DataConfig) -> Callable[..., Loader]:
+def _loader(data: DataConfig, channels_last: bool = False) -> Callable[..., Loader]:
     """`CifarLoader` or `build_loader` with its own part of the config."""
 
     def named(*names: str) -> dict[str, Any]:
@@ -132,7 +152,13 @@ def _loader(data: DataConfig) -> Callable[..., Loader]:
         own = named(*CIFAR_ONLY)
         return partial(CifarLoader, transform=CifarTransform(**common, **own))
     own = named("val_resize", *FOLDERS_ONLY)
-    return partial(build_loader, transform=Transform(**common, **own), **named("backend", "workers"))
+    transform = Transform(**common, **own)
+    window = data.shuffle_window if data.order == "sequential" else None
+    dali = DaliOptions(
+        **{name.removeprefix("dali_"): value for name, value in named(*DALI_ONLY).items()}, channels_last=channels_last
+    )
+    own = {**named("backend", "workers"), "window": window, "dali": dali}
+    return partial(build_loader, transform=transform, **own)
 
 
 def build_synthetic_loaders(config: Config, num_classes: int, world: Distributed) -> tuple[Loader, Loader]:

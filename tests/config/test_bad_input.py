@@ -34,6 +34,22 @@ FLAGS = [
         ["--data.backend", "dalli"],
         "data.backend is dalli: it must be one of auto, dali, torchvision. Did you mean 'dali'?",
     ),
+    (["--data.order", "sequential"], "holds files, which have no order to be read in: pack them with"),
+    (["--data.shuffle_window", "5"], "data.shuffle_window is 5 but data.order is random, which shuffles all images"),
+    (
+        ["--data.backend", "torchvision", "--data.dali_prefetch", "3"],
+        "data.dali_prefetch is 3 but data.backend is t",
+    ),
+    (["--data.backend", "dali", "--data.dali_hardware_load", "2"], "data.dali_hardware_load is 2.0: it must be in"),
+    (
+        ["--data.backend", "dali", "--data.dali_preallocate", "[0, 9]"],
+        "data.dali_preallocate is [0, 9]: give width",
+    ),
+    (
+        ["--data.backend", "dali", "--data.dali_decoder", "cpu", "--data.dali_hardware_load", "1"],
+        "is set but data.dali_decoder is cpu",
+    ),
+    (["--data.root", "s4://bucket/x"], "data.root 's4://bucket/x/index.safetensors': the scheme 's4' is not known"),
     (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
     (["--schedule.anneal_start_epoch", "15"], "anneal_start_epoch is 15.0 but the run has 15 epochs"),
     (["--loss.label_smoothing", "1.5"], "loss.label_smoothing is 1.5"),
