@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.config.schema import Config, GuardConfig
 from lesam_dist.data import Loader
 from lesam_dist.data.bad_files import BadFiles
@@ -77,7 +79,7 @@ class Trainer:
         )
         autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
         self.scaler = GradScaler(world.device.type) if config.precision.compute == "fp16" else None
-        self.optimizer = build.build_optimizer(model, config.optimizer)
+        self.optimizer = build.build_optimizer(model, replace(config.optimizer, lr=peak_lr(config)))
         self.optimizer.grad_scaler = self.scaler
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
