@@ -54,19 +54,13 @@ def wrap(
         gather_dtype: what FSDP2 gathers parameters in and computes with; the model's output is float32. Shards,
             gradients and their reduction, BatchNorm's parameters and statistics keep the model's dtype. None gathers
             in the model's dtype.
-        reduce_dtype: what DDP averages float32 gradients in, where a pass may round, see `gradient_sync`; needs "ddp"
-            on several processes. None averages them as they are.
+        reduce_dtype: what DDP averages float32 gradients in while its `Rounding` is switched on, as a pass that may
+            round does; of no meaning to the others. None averages them as they are.
 
     Raises:
         UserError: a mesh that the processes do not fill, a class that the model does not have, or a parameter that
-            FSDP2 cannot split; a ``reduce_dtype`` where DDP reduces nothing.
+            FSDP2 cannot split.
     """
-    if reduce_dtype is not None and (strategy != "ddp" or world.world_size == 1):
-        name = str(reduce_dtype).removeprefix("torch.")
-        raise UserError(
-            f"parallel.reduce_dtype is {name} but nothing is reduced by DDP: parallel.strategy is {strategy} and the "
-            f"number of processes {world.world_size}. Leave it at fp32, or start several processes with ddp."
-        )
     if strategy == "none" and world.world_size > 1:
         raise UserError(f"parallel.strategy is none but {world.world_size} processes were started: choose ddp or fsdp.")
     if world.world_size == 1:

@@ -111,7 +111,7 @@ class LAMB(Optimizer):
         """``w <- w + lr * r * direction``, or the same w where ``found_inf`` is 1."""
         factor: Any = layers.group["lr"] if ratios is None else layers.group["lr"] * ratios
         if (skips := getattr(self, "found_inf", None)) is not None:
-            factor = factor * (1.0 - skips.to(layers.shards[0].device))  # whose directions are finite
+            factor = factor * (1.0 - skips.to(layers.shards[0].device).double())  # whose directions are finite
         if isinstance(factor, Tensor) and factor.ndim:
             torch._foreach_mul_(directions, list(factor.unbind()))
         else:

@@ -4,9 +4,8 @@
     v <- momentum * v + r * (g + weight_decay * w)
     w <- w - lr * v                                 nesterov: w <- w - lr * (r * (g + weight_decay * w) + momentum * v)
 
-The learning rate stands before v, as in torch's SGD, timm's Lars and MLPerf's reference, and not inside it as in the
-paper: the same while lr is constant. ``||g||`` and ``||w||`` have separate norms in the denominator, as in the paper;
-eps is timm's. Biases and normalisation weights keep r = 1, as everywhere it works.
+The learning rate stands before v, as in torch's SGD and timm's Lars, and not inside it as in the paper: the same while
+lr is constant. eps and what happens to norms of 0 are timm's. Biases and normalisation weights keep r = 1.
 """
 
 from __future__ import annotations
