@@ -80,6 +80,7 @@ def build_trainer(config: Config, world: Distributed) -> Trainer:
     Raises:
         UserError: as `train`.
     """
+    _require_reduction(config, world)
     world.move("listing the images")
     folders = build.build_folders(config, world)
     world.move("building the network and what reads the images")
@@ -99,6 +100,14 @@ def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> 
     num_classes = build.resolve_num_classes(config, None)
     loaders = build.build_synthetic_loaders(config, num_classes, world)
     return Trainer(config, world, build.build_network(config, num_classes, world), loaders, run_dir=None)
+
+
+def _require_reduction(config: Config, world: Distributed) -> None:
+    if config.parallel.reduce_dtype != "fp32" and world.world_size == 1:
+        raise UserError(
+            f"parallel.reduce_dtype is {config.parallel.reduce_dtype} but this is a single process, which reduces "
+            "nothing: leave it at fp32, or start several."
+        )
 
 
 def _set_precision(config: Config) -> None:

@@ -147,6 +147,21 @@ FLAGS = [
         ["--parallel.wrap_classes", "[Foo]", "--parallel.strategy", "fsdp"],
         "unknown class in parallel.wrap_classes 'Foo'",
     ),
+    (["--optimizer.name", "lars", "--optimizer.betas", "[0.9,0.9]"], "lars has no betas, so it would have no effect"),
+    (["--optimizer.base", "lamb", "--optimizer.momentum", "0.5"], "lesam on lamb has no momentum"),
+    (["--optimizer.trust_coefficient", "0.1"], "lesam on sgd has no trust_coefficient"),
+    (
+        ["--optimizer.base", "lars", "--optimizer.trust_coefficient", "0"],
+        "trust_coefficient is 0.0: it must be above 0",
+    ),
+    (["--optimizer.lr_reference_batch", "512"], "lr_reference_batch is 512 but optimizer.lr_scaling is none"),
+    (["--parallel.reduce_dtype", "bf16", "--parallel.strategy", "fsdp"], "parallel.strategy is fsdp, which reduces in"),
+    (["--parallel.reduce_dtype", "bf16", "--parallel.strategy", "none"], "strategy is none, where nothing is reduced"),
+    (["--parallel.reduce_dtype", "bf16"], "reduce_dtype is bf16 but this is a single process, which reduces nothing"),
+    (
+        [*("--parallel.reduce_dtype", "bf16", "--precision.weights", "bf16"), "--precision.compute", "bf16"],
+        "whose gradients are reduced in that already",
+    ),
     (["--parallel.shard_size", "2"], "parallel.shard_size is 2 but parallel.strategy is ddp"),
     (["--parallel.reshard_after_forward", "false"], "which gathers no parameters: choose fsdp or hsdp"),
 ]
