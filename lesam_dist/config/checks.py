@@ -116,6 +116,8 @@ def _check(config: Config) -> None:
             raise UserError(f"{path} is {values[path]}: it must be at most {high}.")
     if not 0 <= config.loss.label_smoothing < 1:
         raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
+    if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
+        raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
     _check_data(config)
     _check_optimizer(config)
     _check_parallel(config)

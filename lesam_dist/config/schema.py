@@ -20,7 +20,8 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet50"
-    """a torchvision classification model, or one of lesam_dist.models (cifar_resnet20, ...)"""
+    """a torchvision classification model, one of lesam_dist.models (cifar_resnet20, vit_s_16, ...), or one of timm's as
+    timm/NAME (pip install 'lesam-dist[timm]')"""
     num_classes: int | None = None
     """size of the last layer; null takes the number of classes in the data"""
     zero_init_residual: bool = False
@@ -28,6 +29,9 @@ class ModelConfig:
     pretrained: bool = False
     """start from torchvision's ImageNet weights (its DEFAULT), with a fresh last layer; they are downloaded to torch
     hub's cache (TORCH_HOME) if they are not there. A dry run does without"""
+    drop_path: float | None = None
+    """stochastic depth: probability that a training sample skips the last residual branch, from 0 at the first on; null
+    takes the model's own, which is none for ResNets and ViTs"""
     compile: bool = False
     """torch.compile: the whole model (none, ddp), or block by block (fsdp, hsdp). The first steps take a minute or
     more, and dropout draws other masks than without"""

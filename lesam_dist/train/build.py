@@ -186,6 +186,7 @@ def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Mo
         image_size=config.data.image_size,
         zero_init_residual=config.model.zero_init_residual,
         pretrained=pretrained,
+        drop_path=config.model.drop_path,
     )
     require_input(model, config.model.name, _smallest_part(config, world), config.data.image_size)
     sharded = world.world_size > 1 and config.parallel.strategy in ("fsdp", "hsdp")  # which takes no other weights
