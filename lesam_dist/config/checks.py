@@ -9,9 +9,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
-from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataBackend, DataConfig
+from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataBackend, DataConfig, LossConfig
 from lesam_dist.config.values import default_values, flatten
 from lesam_dist.errors import UserError
 from lesam_dist.optim.engine.options import Options
@@ -25,6 +26,14 @@ _AT_MOST = {
     "data.eval_batch_size": 1 << 20,
     "data.image_size": 1 << 14,
     "data.val_resize": 1 << 14,
+    "data.val_crop": 1 << 14,
+    "data.randaugment_ops": 100,
+    "data.randaugment_magnitude": 30,
+    "data.mixup": 1000,
+    "data.cutmix": 1000,
+    "data.mix_probability": 1,
+    "data.random_erasing": 1,
+    "data.repeats": 1 << 14,
     "data.crop_padding": 1 << 14,
     "data.cutout": 1 << 14,
     "data.workers": 1024,
@@ -44,6 +53,13 @@ _AT_LEAST = {
     "data.micro_batches": 1,
     "data.image_size": 1,
     "data.val_resize": 1,
+    "data.val_crop": 1,
+    "data.randaugment_ops": 1,
+    "data.randaugment_magnitude": 0,
+    "data.mixup": 0,
+    "data.cutmix": 0,
+    "data.random_erasing": 0,
+    "data.repeats": 1,
     "data.workers": 1,
     "data.max_bad_files": 0,
     "optimizer.lr": 0,
@@ -114,11 +130,11 @@ def _check(config: Config) -> None:
     for path, high in _AT_MOST.items():
         if values[path] is not None and values[path] > high:
             raise UserError(f"{path} is {values[path]}: it must be at most {high}.")
-    if not 0 <= config.loss.label_smoothing < 1:
-        raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
     if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
         raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
+    _check_loss(config.loss)
     _check_data(config)
+    check_augmentation(config)
     _check_optimizer(config)
     _check_parallel(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
@@ -184,6 +200,20 @@ def _check_data(config: Config) -> None:
                 f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
                 f"augmented that way. Leave it at {getattr(default, name)}."
             )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if not 0 <= loss.label_smoothing < 1:
+        raise UserError(f"loss.label_smoothing is {loss.label_smoothing}: it must be in [0, 1).")
+    if loss.binary_threshold is None:
+        return
+    if not 0 <= loss.binary_threshold < 1:
+        raise UserError(f"loss.binary_threshold is {loss.binary_threshold}: it must be in [0, 1), or null.")
+    if loss.name != "binary":
+        raise UserError(
+            f"loss.binary_threshold is {loss.binary_threshold} but loss.name is {loss.name}: only binary has it. "
+            "Choose binary, or leave it at null."
+        )
 
 
 def _check_optimizer(config: Config) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lesam_dist.config.methods import PLAIN, complete, method_of
-from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataConfig, OptimizerConfig
+from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, OptimizerConfig
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
@@ -42,7 +42,7 @@ def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
     Raises:
         UserError: for a data root that is missing, or holds something else than the data set; for a single class.
     """
-    _loader(config.data)  # whose transform is checked, before anything is downloaded
+    _loader(config)  # whose transform is checked, before anything is downloaded
     builtin = config.data.builtin
     if config.data.root is None:
         content = "train/ and val/" if builtin is None else f"{builtin}, or should"
@@ -109,7 +109,7 @@ def build_loaders(
     """
     data = config.data
     common: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
-    loader = partial(_loader(data), **common, device=world.device)
+    loader = partial(_loader(config), **common, device=world.device)
     own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
     train = loader(folders[0], train=True, batch_size=data.batch_size, **own)
     share = data.batch_size // world.world_size
@@ -121,8 +121,9 @@ def build_loaders(
     return train, loader(folders[1], train=False, batch_size=data.eval_batch_size)
 
 
-def _loader(data: DataConfig) -> Callable[..., Loader]:
+def _loader(config: Config) -> Callable[..., Loader]:
     """`CifarLoader` or `build_loader` with its own part of the config."""
+    data, sizes = config.data, config.schedule.image_size
 
     def named(*names: str) -> dict[str, Any]:
         return {name: getattr(data, name) for name in names}
@@ -131,7 +132,7 @@ def _loader(data: DataConfig) -> Callable[..., Loader]:
     if data.builtin in DATASETS:
         own = named(*CIFAR_ONLY)
         return partial(CifarLoader, transform=CifarTransform(**common, **own))
-    own = named("val_resize", *FOLDERS_ONLY)
+    own = named("val_resize", *FOLDERS_ONLY) | {"sizes": None if sizes is None else tuple(map(tuple, sizes))}
     return partial(build_loader, transform=Transform(**common, **own), **named("backend", "workers"))
 
 
