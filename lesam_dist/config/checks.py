@@ -12,7 +12,15 @@ from typing import Any
 from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
-from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, DataBackend, DataConfig, LossConfig
+from lesam_dist.config.schema import (
+    CIFAR_ONLY,
+    FOLDERS_ONLY,
+    Config,
+    DataBackend,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+)
 from lesam_dist.config.values import default_values, flatten
 from lesam_dist.errors import UserError
 from lesam_dist.optim.engine.options import Options
@@ -39,6 +47,7 @@ _AT_MOST = {
     "data.workers": 1024,
     "data.max_bad_files": 10**9,
     "optimizer.ascent_interval": 1_000_000,
+    "optimizer.lr_reference_batch": 1 << 24,
     "parallel.timeout_s": 10_000_000,
     "checkpoint.every_minutes": 10_000_000,
     "checkpoint.grace_seconds": 10_000_000,
@@ -63,6 +72,7 @@ _AT_LEAST = {
     "data.workers": 1,
     "data.max_bad_files": 0,
     "optimizer.lr": 0,
+    "optimizer.lr_reference_batch": 1,
     "optimizer.momentum": 0,
     "optimizer.weight_decay": 0,
     "optimizer.start_epoch": 0,
@@ -281,6 +291,15 @@ def _check_base(config: Config) -> None:
         raise UserError(f"optimizer.betas is {list(optimizer.betas)}: both must be in [0, 1).")
     if optimizer.nesterov and optimizer.momentum == 0:
         raise UserError("optimizer.nesterov is true but optimizer.momentum is 0: set momentum above 0, e.g. 0.9.")
+    if not optimizer.trust_coefficient > 0:
+        raise UserError(
+            f"optimizer.trust_coefficient is {optimizer.trust_coefficient}: it must be above 0, e.g. 0.001."
+        )
+    if optimizer.lr_scaling == "none" and optimizer.lr_reference_batch != OptimizerConfig().lr_reference_batch:
+        raise UserError(
+            f"optimizer.lr_reference_batch is {optimizer.lr_reference_batch} but optimizer.lr_scaling is none, so it "
+            "would have no effect: set lr_scaling to linear or sqrt, or leave it out."
+        )
 
 
 def _check_parallel(config: Config) -> None:
@@ -302,6 +321,17 @@ def _check_parallel(config: Config) -> None:
         raise UserError(
             f"parallel.wrap_classes is {parallel.wrap_classes} but parallel.strategy is {parallel.strategy}, which "
             "gathers no blocks, and model.activation_checkpointing is false: leave it empty."
+        )
+    if parallel.reduce_dtype != "fp32" and parallel.strategy != "ddp":
+        reason = "which reduces in float32" if is_sharded else "where nothing is reduced"
+        raise UserError(
+            f"parallel.reduce_dtype is {parallel.reduce_dtype} but parallel.strategy is {parallel.strategy}, {reason}: "
+            "choose ddp, or leave it at fp32."
+        )
+    if parallel.reduce_dtype != "fp32" and config.precision.weights != "fp32":
+        raise UserError(
+            f"parallel.reduce_dtype is {parallel.reduce_dtype} but precision.weights is {config.precision.weights}, "
+            "whose gradients are reduced in that already: leave reduce_dtype at fp32."
         )
 
 

@@ -16,12 +16,19 @@ from lesam_dist.optim.engine.arguments import Argument, Count
 from lesam_dist.optim.engine.options import Options
 from lesam_dist.optim.engine.registry import Method, find, methods
 
-PLAIN = ("sgd", "adamw")
 _FIELDS = tuple(item.name for item in fields(OptimizerConfig))
 OPTIONS = tuple(item.name for item in fields(Options) if item.name in _FIELDS)
 """The options of every method that a config has."""
 
-_OF_BASE = {"sgd": ("momentum", "nesterov"), "adamw": ("betas",)}
+OF_BASE = {
+    "sgd": ("momentum", "nesterov"),
+    "adamw": ("betas",),
+    "lars": ("momentum", "nesterov", "trust_coefficient"),
+    "lamb": ("betas",),
+}
+"""What each plain optimizer has beside lr and weight_decay, also as the base of a method."""
+PLAIN = tuple(OF_BASE)
+
 _OF_BUDGET = ("schedule.sigma_warmup_epochs", "schedule.anneal_start_epoch")
 _ARGS = "optimizer.args"
 _MOST = 1_000_000  # of what is counted: more is a typing error that would end in hours of nothing
@@ -67,17 +74,17 @@ def paths_read(name: str, base: str) -> set[str]:
     """Paths that this method reads, of those that not every method does."""
     method = known_method(name)
     if name in PLAIN:
-        return {f"optimizer.{field}" for field in ("max_grad_norm", *_OF_BASE[name])}
+        return {f"optimizer.{field}" for field in ("max_grad_norm", *OF_BASE[name])}
     if method is None:
         return set()
-    own = {"base", *OPTIONS, *_OF_BASE.get(base, ())} - set(method.registration.without)
+    own = {"base", *OPTIONS, *OF_BASE.get(base, ())} - set(method.registration.without)
     schedules = _OF_BUDGET if method.registration.budget else ()
     return {f"optimizer.{field}" for field in own} | {f"{_ARGS}.{field}" for field in method.arguments} | {*schedules}
 
 
 def paths_of_some() -> set[str]:
     """Paths that not every method reads, but for arguments."""
-    names = {"base", *OPTIONS}.union(*_OF_BASE.values())
+    names = {"base", *OPTIONS}.union(*OF_BASE.values())
     return {f"optimizer.{name}" for name in names} | {*_OF_BUDGET}
 
 

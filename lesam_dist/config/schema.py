@@ -129,26 +129,35 @@ class OptimizerConfig:
     """How the weights move; what the chosen method does not have is refused."""
 
     name: str = "lesam"
-    """one of the methods at the end, your own by package.module:Class, or plain sgd or adamw, at one pass a step"""
+    """one of the methods at the end, your own by package.module:Class, or plain sgd, adamw, lars or lamb, at one
+    pass a step"""
     args: dict[str, Any] = field(default_factory=dict)
     """the method's arguments, listed at the end: --optimizer.args.NAME VALUE, or --optimizer.NAME VALUE for short; what
     is not given, or null, has its default"""
-    base: Literal["sgd", "adamw"] = "sgd"
-    """what makes the update inside a sharpness-aware method"""
+    base: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    """what makes the update inside a sharpness-aware method; lars and lamb are SGD and Adam with a length of the step
+    for each layer, for large batches"""
     start_epoch: float = 0.0
     """the method works from this epoch on; before, its base optimizer alone, at one pass a step"""
     stop_epoch: float | None = None
     """and up to this epoch; null goes on to the end"""
     lr: float = 0.1
-    """peak learning rate"""
+    """peak learning rate, of a batch of lr_reference_batch where lr_scaling is on"""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """multiply lr by data.batch_size / lr_reference_batch (linear, usual for SGD and LARS), or by the square root of
+    that (sqrt, usual for AdamW and LAMB); the log has the rate that is used"""
+    lr_reference_batch: int = 256
+    """images of the batch that lr is given for; used by lr_scaling"""
     momentum: float = 0.9
-    """of SGD"""
+    """of SGD and LARS"""
     nesterov: bool = False
-    """of SGD"""
+    """of SGD and LARS"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """of AdamW"""
+    """of AdamW and LAMB"""
+    trust_coefficient: float = 0.001
+    """of LARS: a layer's step, before momentum, is lr * trust_coefficient of its weights' norm"""
     weight_decay: float = 1e-4
-    """L2 in SGD, decoupled in AdamW"""
+    """L2 in SGD and LARS, decoupled in AdamW, part of the direction in LAMB"""
     decay_norm_and_bias: bool = True
     """false leaves biases and normalisation weights out of weight decay"""
     scope: Scope = "global"
@@ -220,6 +229,9 @@ class ParallelConfig:
     wrap_classes: list[str] = field(default_factory=list)
     """names of the module classes that are gathered (fsdp, hsdp), compiled and recomputed as one unit; empty takes the
     model's known blocks"""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """what ddp reduces the gradients of the update in; bf16 halves that traffic, and rounds. The gradient that makes
+    the perturbation is reduced in float32 all the same"""
     device: Literal["cpu", "cuda"] | None = None
     """null takes the GPUs where there are some"""
     timeout_s: float = 600.0

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lesam_dist.optim.asam import ASAM, adaptive_groups
+    from lesam_dist.optim.bases.lamb import LAMB
+    from lesam_dist.optim.bases.lars import LARS
     from lesam_dist.optim.budget import CosineBudget
     from lesam_dist.optim.eigen import EigenSAM
     from lesam_dist.optim.engine.base import SharpnessAware
@@ -30,6 +32,8 @@ __all__ = [
     "ASAM",
     "ESAM",
     "GSAM",
+    "LAMB",
+    "LARS",
     "LESAM",
     "MSAM",
     "S2SAM",
@@ -48,6 +52,8 @@ __all__ = [
 ]
 
 _OTHERS = {
+    "LAMB": "bases.lamb",
+    "LARS": "bases.lars",
     "CosineBudget": "budget",
     "SharpnessAware": "engine.base",
     "adaptive_groups": "asam",

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.blocks import find_blocks
 from lesam_dist.parallel.bucket_average import average_each
+from lesam_dist.parallel.bucket_rounding import Rounding, round_buckets
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.replicas import average_over_replicas
 from lesam_dist.parallel.scope import Scope
@@ -38,6 +39,7 @@ def wrap(
     wrap_classes: Sequence[str] = (),
     scope: Scope = "global",
     gather_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The model as these processes train it: wrapped by DDP, or sharded in place by FSDP2; unchanged for one process.
 
@@ -52,17 +54,25 @@ def wrap(
         gather_dtype: what FSDP2 gathers parameters in and computes with; the model's output is float32. Shards,
             gradients and their reduction, BatchNorm's parameters and statistics keep the model's dtype. None gathers
             in the model's dtype.
+        reduce_dtype: what DDP averages float32 gradients in, where a pass may round, see `gradient_sync`; needs "ddp"
+            on several processes. None averages them as they are.
 
     Raises:
         UserError: a mesh that the processes do not fill, a class that the model does not have, or a parameter that
-            FSDP2 cannot split.
+            FSDP2 cannot split; a ``reduce_dtype`` where DDP reduces nothing.
     """
+    if reduce_dtype is not None and (strategy != "ddp" or world.world_size == 1):
+        name = str(reduce_dtype).removeprefix("torch.")
+        raise UserError(
+            f"parallel.reduce_dtype is {name} but nothing is reduced by DDP: parallel.strategy is {strategy} and the "
+            f"number of processes {world.world_size}. Leave it at fp32, or start several processes with ddp."
+        )
     if strategy == "none" and world.world_size > 1:
         raise UserError(f"parallel.strategy is none but {world.world_size} processes were started: choose ddp or fsdp.")
     if world.world_size == 1:
         return model
     if strategy == "ddp":
-        return _ddp(model, world)
+        return _ddp(model, world, reduce_dtype)
     if scope == "replica" and strategy != "hsdp":
         raise UserError(f"scope is replica but the strategy is {strategy}: only hsdp has replicas of shards.")
     _check_shardable(model)
@@ -90,7 +100,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def _ddp(model: nn.Module, world: Distributed) -> nn.Module:
+def _ddp(model: nn.Module, world: Distributed, reduce_dtype: torch.dtype | None) -> nn.Module:
     """BatchNorm statistics stay local: with two forwards a step a broadcast would run twice and still leave the ranks
     apart. The trainer averages them where they are used."""
     ids = [world.local_rank] if world.device.type == "cuda" else None
@@ -98,15 +108,21 @@ def _ddp(model: nn.Module, world: Distributed) -> nn.Module:
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     switch: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **switch)
-    if world.device.type == "cpu" and world.world_size > 2:  # two addends have one order only
+    each = world.device.type == "cpu" and world.world_size > 2  # two addends have one order only
+    if reduce_dtype is not None:
+        round_buckets(wrapped, Rounding(reduce_dtype, world.world_size, each))
+    elif each:
         wrapped.register_comm_hook(world.world_size, average_each)
     return wrapped
 
 
-def _mesh(world: Distributed, strategy: Strategy, shard_size: int | None, replicate_size: int | None) -> DeviceMesh:
+def hsdp_sizes(world: Distributed, shard_size: int | None, replicate_size: int | None) -> tuple[int, int]:
+    """Replicas, and processes that share one, of "hsdp" with these settings of `ParallelConfig`.
+
+    Raises:
+        UserError: where they do not fill the processes.
+    """
     processes = world.world_size
-    if strategy == "fsdp":
-        return init_device_mesh(world.device.type, (processes,), mesh_dim_names=("shard",))
     shard = shard_size or (processes // replicate_size if replicate_size else min(world.local_world_size, processes))
     replicate = replicate_size or processes // shard
     if shard * replicate != processes:
@@ -116,7 +132,14 @@ def _mesh(world: Distributed, strategy: Strategy, shard_size: int | None, replic
             f"{given or f'one shard for the {shard} processes of a node'}: that does not fit {processes} processes. "
             "Shards times replicas must be their number; null takes what the other leaves."
         )
-    return init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    return replicate, shard
+
+
+def _mesh(world: Distributed, strategy: Strategy, shard_size: int | None, replicate_size: int | None) -> DeviceMesh:
+    if strategy == "fsdp":
+        return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
+    sizes = hsdp_sizes(world, shard_size, replicate_size)
+    return init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
 
 def _policy(gather_dtype: torch.dtype | None, output_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:

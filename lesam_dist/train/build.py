@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lesam_dist.config.methods import PLAIN, complete, method_of
+from lesam_dist.config.methods import OF_BASE, PLAIN, complete, method_of
 from lesam_dist.config.schema import CIFAR_ONLY, FOLDERS_ONLY, Config, OptimizerConfig
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader, scan_split
 from lesam_dist.data.bad_files import BadFiles
@@ -24,7 +24,7 @@ from lesam_dist.data.folder import remarks
 from lesam_dist.data.skip_list import read_skip_list
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, fetch_weights, require_input
-from lesam_dist.optim import CosineBudget, SharpnessAware
+from lesam_dist.optim import LAMB, LARS, CosineBudget, SharpnessAware
 from lesam_dist.optim.engine.backend import require_interpreter
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
@@ -33,6 +33,7 @@ from lesam_dist.train.methods import method_arguments, param_groups
 
 _DRY_BATCHES = 2
 _DRY_CLASSES = {"digits": 10, "digits_noisy": 10, "cifar10": 10, "cifar100": 100, None: 1000}  # as the data has them
+_BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS, "lamb": LAMB}
 Images = ImageFolder | CifarSplit
 
 
@@ -241,12 +242,9 @@ def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> SharpnessAware:
     """The optimizer that the config names, over the model's parameters."""
     base = config.name if config.name in PLAIN else config.base
-    kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if base == "sgd":
-        kwargs |= {"momentum": config.momentum, "nesterov": config.nesterov}
-    else:
-        kwargs |= {"betas": config.betas}
-    cls = torch.optim.SGD if base == "sgd" else torch.optim.AdamW
+    cls = _BASES[base]
+    own = {name: getattr(config, name) for name in OF_BASE[base]}
+    kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **own}
     groups = param_groups(model, config)
     try:
         if method := method_of(config.name):

@@ -20,6 +20,8 @@ def shorten(config: Config, world: Distributed, given: Collection[str]) -> None:
     """
     if world.device.type == "cpu":
         _make_small(config, world, given)
+    if world.world_size == 1 and "parallel.reduce_dtype" not in given:
+        config.parallel.reduce_dtype = "fp32"  # nothing is reduced
     config.epochs = 1
     config.schedule.lr_warmup_epochs = config.schedule.sigma_warmup_epochs = 0
     config.schedule.anneal_start_epoch = None

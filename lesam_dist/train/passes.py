@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lesam_dist.optim.engine import capturing
+from lesam_dist.parallel.bucket_rounding import rounding_of
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.replicas import Sync, replica_average
 
@@ -37,6 +38,8 @@ class BatchPasses:
         micro_batches: each pass goes through the batch in so many parts of equal size, to save memory. Gradients are
             reduced over the processes once, in the last one. The same as one part, but for BatchNorm.
         on_pass: called with "pass 1" when the first pass begins, and so on.
+        may_round: asked when a pass begins: whether its gradient may be reduced in a smaller dtype, where the model was
+            wrapped so. None answers no.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class BatchPasses:
         scaler: GradScaler | None = None,
         micro_batches: int = 1,
         on_pass: Callable[[str], object] | None = None,
+        may_round: Callable[[], bool] | None = None,
     ) -> None:
         self.model, self.criterion = model, criterion
         self.images, self.labels = images, labels
         self.autocast, self.scaler, self.micro_batches = autocast, scaler, micro_batches
         self._rng: list[Tensor] | None = None
         self._on_pass, self._passes = on_pass, 0
+        self._may_round = may_round
 
     def __call__(
         self,
@@ -85,6 +90,7 @@ class BatchPasses:
         count = math.ceil(fraction * len(self.labels))
         images, labels = (t[:count] if subset is None else t[subset] for t in (self.images, self.labels))
         parts = list(zip(images.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))
+        rounded = self._may_round is not None and self._may_round()
         with ExitStack() as stack:
             if self._rng is None:
                 self._rng = _rng_state(images.device)
@@ -95,7 +101,7 @@ class BatchPasses:
                 stack.enter_context(torch.no_grad())
             losses = []
             for index, part in enumerate(parts):
-                with gradient_sync(self.model, sync if index == len(parts) - 1 else False):
+                with gradient_sync(self.model, sync if index == len(parts) - 1 else False, rounded):
                     share = len(part[1]) / len(labels)
                     losses.append(self._part(*part, share, per_sample, backward))
         if per_sample:
@@ -120,10 +126,11 @@ class BatchPasses:
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, sync: Sync) -> Iterator[None]:
+def gradient_sync(model: nn.Module, sync: Sync, rounded: bool = False) -> Iterator[None]:
     """Choose over which processes the backward inside reduces gradients: all (True), none (False) or "replica".
 
-    The forward must be inside too: DDP decides there.
+    The forward must be inside too: DDP decides there. ``rounded``: reduce in the ``reduce_dtype`` that `wrap` was
+    given, if any, and not in float32.
 
     Raises:
         RuntimeError: where the model's wrapper cannot do that.
@@ -146,6 +153,9 @@ def gradient_sync(model: nn.Module, sync: Sync) -> Iterator[None]:
                 "micro-batches need: torch then fails or silently stops reducing. Wrap with static_graph=False."
             )
         with model.no_sync():
+            yield
+    elif rounding := rounding_of(model):
+        with rounding.switched(rounded):
             yield
     else:
         yield

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.train.perturbed_samples import samples_per_perturbation
 
 
 def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per_epoch: int, step: int) -> str:
@@ -15,6 +17,8 @@ def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per
     method = config.optimizer.name
     if method not in PLAIN:
         method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
+        samples = samples_per_perturbation(config, world)
+        method += "" if samples is None else f", m = {samples} samples per perturbation"
     processes = f"{world.world_size} x {world.device.type}"
     if world.world_size > 1:
         processes += f", {config.parallel.strategy}"
@@ -22,8 +26,17 @@ def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per
     start = f", from step {step} (epoch {step / steps_per_epoch:.2f})" if rest else f", from epoch {epoch}" * (step > 0)
     return (
         f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, {processes}, "
-        f"batch {config.data.batch_size}, {config.epochs} epochs of {steps_per_epoch} steps{start}{_plan(config)}"
+        f"batch {config.data.batch_size}{_lr(config)}, {config.epochs} epochs of {steps_per_epoch} steps{start}"
+        f"{_plan(config)}"
     )
+
+
+def _lr(config: Config) -> str:
+    """The peak learning rate, where it is not as given."""
+    optimizer = config.optimizer
+    if optimizer.lr_scaling == "none":
+        return ""
+    return f" (lr {optimizer.lr:g} for {optimizer.lr_reference_batch}, {optimizer.lr_scaling}: {peak_lr(config):g})"
 
 
 def _plan(config: Config) -> str:

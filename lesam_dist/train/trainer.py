@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.config.schema import Config, GuardConfig
 from lesam_dist.data import Loader
 from lesam_dist.data.bad_files import BadFiles
@@ -26,6 +28,7 @@ from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.integrity import ReplicaCheck
 from lesam_dist.train.meter import Meter, event_of
 from lesam_dist.train.passes import average_batchnorm
+from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.readings import Readings
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
@@ -74,10 +77,12 @@ class Trainer:
             wrap_classes=parallel.wrap_classes,
             scope=config.optimizer.scope,
             gather_dtype=torch.bfloat16 if config.precision.gather_dtype == "bf16" else None,
+            reduce_dtype=torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
         )
         autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+        self.samples = samples_per_perturbation(config, world)
         self.scaler = GradScaler(world.device.type) if config.precision.compute == "fp16" else None
-        self.optimizer = build.build_optimizer(model, config.optimizer)
+        self.optimizer = build.build_optimizer(model, replace(config.optimizer, lr=peak_lr(config)))
         self.optimizer.grad_scaler = self.scaler
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
@@ -345,10 +350,12 @@ class Trainer:
         return self.world.agreed.stopping and self.saved_step == self.step
 
     def _schedule_values(self) -> dict[str, float]:
-        """The learning rate and the budget of the coming step."""
+        """The learning rate, the budget and m of the coming step."""
         values = {"lr": float(self.optimizer.param_groups[0]["lr"])}
         if self.budget:
             values["sigma"] = float(self.budget.get_last_sigma()[0])
+        if self.samples is not None:
+            values["m"] = self.samples
         return values
 
     def _load(self) -> dict[str, Any] | None:

@@ -81,6 +81,7 @@ class Updates:
             self._scaler,
             micro_batches,
             on_pass=self._world.move,
+            may_round=lambda: self._optimizer.descends,
         )
 
     def _method_works(self, step: int) -> bool:

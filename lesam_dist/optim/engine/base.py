@@ -45,7 +45,9 @@ class SharpnessAware(Graphed):
     several param groups of different settings, ``rho`` and ``sigma`` are those of the first one. Set the attribute
     `measure_rho` to have also ``realized_rho``, ||w' - w|| as stored: in bfloat16 and float16 weights most of a small
     perturbation is lost to rounding. It costs one more read of weights and copies. While the attribute `enabled` is
-    False, ``step(closure)`` makes the base optimizer's plain step in one pass, and copies no weights.
+    False, ``step(closure)`` makes the base optimizer's plain step in one pass, and copies no weights. While a closure
+    is called, the attribute `descends` says whether it is for the gradient that the update descends along, which may be
+    rounded, or for one that perturbs.
 
     With float16, set the attribute `grad_scaler` and let the closure scale the loss; ``step(closure)`` or
     ``scaler.step(optimizer, closure)``, then ``scaler.update()``. In a hand-written loop, call
@@ -80,6 +82,7 @@ class SharpnessAware(Graphed):
 
     enabled = True
     measure_rho = False
+    descends = True
 
     _kind: Kind = "plain"  # of the step that has begun
     _first: Column  # its first gradient, where it is kept
@@ -163,6 +166,7 @@ class SharpnessAware(Graphed):
     def _passes_of(self, closure: Closure, fresh: bool) -> tuple[Any, Any]:
         """The passes of one closure up to its second gradient; ``fresh``: the first of this step."""
         self.zero_grads()
+        self.descends = self._kind != "ascend"
         if self._kind == "ahead":
             self._climb(None, fresh)
             loss = self.run_pass(closure)
@@ -177,6 +181,7 @@ class SharpnessAware(Graphed):
         scale = self.take_scale()
         self._climb(self._gradients(), fresh)
         self.zero_grads()
+        self.descends = True
         perturbed_loss = self.second_pass(closure)
         self.take_scale(scale)
         return loss, perturbed_loss

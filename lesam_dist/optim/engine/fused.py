@@ -91,6 +91,8 @@ def step_unless(base: Optimizer, overflow: Tensor) -> None:
 
 
 def _reads_found_inf(base: Optimizer) -> bool:
-    """Whether ``base.step()`` is torch's fused one, which keeps the contract of torch.amp."""
+    """Whether ``base.step()`` is torch's fused one, which keeps the contract of torch.amp, or says that it does."""
+    if getattr(base, "reads_found_inf", False):
+        return True
     known = type(base) in _HAS_FUSED or getattr(base, "_step_supports_amp_scaling", False)
     return known and all(group.get("fused") for group in base.param_groups)
