@@ -50,7 +50,7 @@ LESAM: dict[str, tuple[float | None, ...]] = {
     "imagenet_resnet101": (90, 512, 0.2, 1e-4, 0.2, 0.3, 60),
 }
 
-# Beyond the paper, on ImageNet's 1,281,167 images: the base, epochs, batch size, the peak learning rate that the run uses,
+# Beyond the paper, on ImageNet's 1,281,167 images: base, epochs, batch size, the peak learning rate that the run has,
 # weight decay, steps of warm-up. Each as its source has it: see the parts.
 BEYOND: dict[str, tuple[Any, ...]] = {
     "resnet50_a2": ("lamb", 300, 2016, 5e-3, 0.02, 5 * 635),
