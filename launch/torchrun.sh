@@ -13,19 +13,23 @@
 # that the same line with --resume auto goes on. Ctrl-C again, two seconds later, ends it at once.
 set -euo pipefail
 
-NPROC_PER_NODE=${NPROC_PER_NODE:-auto} # processes on this node; auto: one per GPU, or per core where there is none
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-MASTER_ADDR=${MASTER_ADDR:-localhost}
-MASTER_PORT=${MASTER_PORT:-29500}
-RUN_ID=${RUN_ID:-${SLURM_JOB_ID:-none}} # with a range: what the nodes of this run, and no others on this port, have
+# torchrun's own variables, PET_..., which Kubernetes' operators set, count where these do not say otherwise.
+endpoint=${PET_RDZV_ENDPOINT:-localhost:29500}
+NPROC_PER_NODE=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-auto}} # on this node; auto: one per GPU, or core where there is none
+NNODES=${NNODES:-${PET_NNODES:-1}}
+NODE_RANK=${NODE_RANK:-${PET_NODE_RANK:-0}}
+MASTER_ADDR=${MASTER_ADDR:-${PET_MASTER_ADDR:-${endpoint%:*}}}
+MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-${endpoint##*:}}}
+# With a range: what the nodes of this run, and no others on this port, have.
+RUN_ID=${RUN_ID:-${PET_RDZV_ID:-${SLURM_JOB_ID:-none}}}
 SHUTDOWN_SECONDS=${SHUTDOWN_SECONDS:-30} # more than checkpoint.grace_seconds; older torch kills after 30 whatever is here
+PREEMPTED_STATUS=${PREEMPTED_STATUS:-75} # Kubeflow starts a pod again after a status of 128 and more only
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # more than cores / processes makes CPU training several times slower
 
 # How often torchrun starts all processes again after one has failed. As torchrun itself, never on a fixed set of nodes:
 # what was wrong once, a flag or a full disk, is wrong again. With a range a lost node must not end the run.
 case $NNODES in *:*) restarts=3 ;; *) restarts=0 ;; esac
-MAX_RESTARTS=${MAX_RESTARTS:-$restarts}
+MAX_RESTARTS=${MAX_RESTARTS:-${PET_MAX_RESTARTS:-$restarts}}
 
 # After a restart torchrun's shared store hands out the address of the one before (pytorch#135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -72,5 +76,5 @@ while :; do
   wait "$torchrun" && status=0 || status=$?
   [ -n "$told" ] || break # else a signal has ended the wait
 done
-[ ! -e "$LESAM_DIST_PREEMPTED" ] || status=75
+[ ! -e "$LESAM_DIST_PREEMPTED" ] || status=$PREEMPTED_STATUS
 exit "$status"

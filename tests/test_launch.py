@@ -128,7 +128,7 @@ def slurm(statuses: list[str], asked: str = "75", state: str = "RUNNING") -> Non
     Path("statuses").write_text("".join(f"{status}\n" for status in statuses))
     Path("asked").write_text(asked)
     program("srun", SRUN)
-    program("squeue", f"#!/bin/sh\necho {state}\n")
+    program("squeue", f'#!/bin/sh\necho "$@" >> asked_about\necho {state}\n')
     program("scontrol", '#!/bin/sh\necho "$@" >> requeued\n')
 
 
@@ -178,3 +178,30 @@ def test_slurm_does_not_restart_what_failed_when_it_was_stopped(start: Callable[
     script.communicate(timeout=300)
     assert script.returncode == 1
     assert not Path("requeued").exists()
+
+
+@pytest.mark.parametrize("flags", [["--run_dir", "/all runs/x"], ["--run_dir", "old", "--run_dir=/all runs/x"]])
+def test_slurm_array_trains_a_seed_a_task(start: Callable[..., subprocess.Popen[str]], flags: list[str]) -> None:
+    """In a folder of its own, the last --run_dir's; and what is requeued is the task, not the array."""
+    slurm(["75"])
+    program("srun", SRUN.replace('"$@"', '"$(printf \'[%s]\' "$@")"'))
+    array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    script = start("slurm.sbatch", "--config", "digits", *flags, **array)
+    out, _ = script.communicate(timeout=300)
+    assert script.returncode == 75, out
+    *_, seed, number, run_dir, folder, resume, auto = re.findall(r"\[(.*?)\]", Path("arguments").read_text())
+    assert [seed, number, run_dir, folder] == ["--seed", "3", "--run_dir", "/all runs/x/seed_3"]
+    assert [resume, auto] == ["--resume", "auto"]
+    assert "--jobs 12_3 " in Path("asked_about").read_text()
+    assert Path("requeued").read_text() == "requeue 12_3\n"
+
+
+def test_slurm_array_needs_a_folder(start: Callable[..., subprocess.Popen[str]]) -> None:
+    """Else all seeds would train in the recipe's one."""
+    slurm(["0"])
+    array = {"SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
+    script = start("slurm.sbatch", "--config", "digits", **array)
+    out, _ = script.communicate(timeout=300)
+    assert (script.returncode, out.count("\n")) == (2, 1)
+    assert "an array of seeds needs --run_dir DIR" in out
+    assert not Path("arguments").exists()

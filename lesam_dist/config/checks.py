@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
 from lesam_dist.config.schema import (
@@ -18,6 +19,7 @@ from lesam_dist.config.schema import (
     Config,
     DataBackend,
     DataConfig,
+    LossConfig,
     OptimizerConfig,
 )
 from lesam_dist.config.values import default_values, flatten
@@ -33,6 +35,14 @@ _AT_MOST = {
     "data.eval_batch_size": 1 << 20,
     "data.image_size": 1 << 14,
     "data.val_resize": 1 << 14,
+    "data.val_crop": 1 << 14,
+    "data.randaugment_ops": 100,
+    "data.randaugment_magnitude": 30,
+    "data.mixup": 1000,
+    "data.cutmix": 1000,
+    "data.mix_probability": 1,
+    "data.random_erasing": 1,
+    "data.repeats": 1 << 14,
     "data.crop_padding": 1 << 14,
     "data.cutout": 1 << 14,
     "data.workers": 1024,
@@ -57,6 +67,13 @@ _AT_LEAST = {
     "data.micro_batches": 1,
     "data.image_size": 1,
     "data.val_resize": 1,
+    "data.val_crop": 1,
+    "data.randaugment_ops": 1,
+    "data.randaugment_magnitude": 0,
+    "data.mixup": 0,
+    "data.cutmix": 0,
+    "data.random_erasing": 0,
+    "data.repeats": 1,
     "data.workers": 1,
     "data.shuffle_window": 1,
     "data.dali_device_padding": 0,
@@ -132,9 +149,11 @@ def _check(config: Config) -> None:
     for path, high in _AT_MOST.items():
         if values[path] is not None and values[path] > high:
             raise UserError(f"{path} is {values[path]}: it must be at most {high}.")
-    if not 0 <= config.loss.label_smoothing < 1:
-        raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 1).")
+    if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
+        raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
+    _check_loss(config.loss)
     _check_data(config)
+    check_augmentation(config)
     _check_optimizer(config)
     _check_parallel(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
@@ -231,6 +250,20 @@ def _check_dali(data: DataConfig) -> None:
         raise UserError(
             "data.dali_hardware_load or data.dali_preallocate is set but data.dali_decoder is cpu: they are for "
             "decoding on the GPU. Choose gpu, or leave them out."
+        )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if not 0 <= loss.label_smoothing < 1:
+        raise UserError(f"loss.label_smoothing is {loss.label_smoothing}: it must be in [0, 1).")
+    if loss.binary_threshold is None:
+        return
+    if not 0 <= loss.binary_threshold < 1:
+        raise UserError(f"loss.binary_threshold is {loss.binary_threshold}: it must be in [0, 1), or null.")
+    if loss.name != "binary":
+        raise UserError(
+            f"loss.binary_threshold is {loss.binary_threshold} but loss.name is {loss.name}: only binary has it. "
+            "Choose binary, or leave it at null."
         )
 
 

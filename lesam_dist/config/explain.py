@@ -127,6 +127,8 @@ def _in_words(kind: Any, path: str) -> str:
     if origin is tuple:
         default = default_values()[path]
         return f"{len(parts)} numbers in brackets, e.g. [{','.join(f'{value:g}' for value in default)}]"
+    if origin is list and get_origin(parts[0]) is tuple:
+        return "pairs in brackets, e.g. [[0,128],[30,224]]"
     if origin is list:
         return "names in brackets, e.g. [A,B]"
     if origin is dict:

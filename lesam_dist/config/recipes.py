@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lesam_dist.config.methods import PLAIN
 from lesam_dist.errors import UserError
 from lesam_dist.optim.engine import registry
 
@@ -35,15 +36,28 @@ def bases() -> list[str]:
     return list(_combinations())
 
 
+def methods_of(base: str) -> list[str]:
+    """The METHODs of a DATA_MODEL: all, and its own plain optimizer by name, where that is not SGD."""
+    return sorted({*methods(), base_optimizer(base)})
+
+
+@cache
+def base_optimizer(base: str) -> str:
+    """The plain optimizer that the methods of a DATA_MODEL step with."""
+    _, model = _data_and_model(base)
+    name: str = _part("models", model).get("optimizer", {}).get("base", "sgd")
+    return name
+
+
 def recipes() -> list[str]:
     """Every name that `compose` takes."""
-    return [*ALIASES, *(f"{base}_{method}" for base in bases() for method in methods())]
+    return [*ALIASES, *(f"{base}_{method}" for base in bases() for method in methods_of(base))]
 
 
 def split(name: str) -> tuple[str, str] | None:
     """DATA_MODEL and METHOD of a recipe, None for any other name."""
     full = ALIASES.get(name, name)
-    return next(((b, m) for b in bases() for m in methods() if f"{b}_{m}" == full), None)
+    return next(((b, m) for b in bases() for m in methods_of(b) if f"{b}_{m}" == full), None)
 
 
 def compose(name: str) -> Tree:
@@ -60,7 +74,10 @@ def compose(name: str) -> Tree:
 
 
 def compose_parts(base: str, method: str) -> Tree:
-    """The recipe of a DATA_MODEL and any method that a config may name, without a ``run_dir``."""
+    """The recipe of a DATA_MODEL and any method that a config may name, without a ``run_dir``.
+
+    ``sgd`` is the baseline: the recipe's own optimizer alone, which may be another than SGD.
+    """
     data, model = _data_and_model(base)
     together = _combinations()[base]
     tree: Tree = {}
@@ -72,7 +89,11 @@ def compose_parts(base: str, method: str) -> Tree:
         together.get(method, {}),
     ):
         tree = merge(tree, one)
-    return tree
+    optimizer = dict(tree["optimizer"])
+    if optimizer["name"] in PLAIN:
+        own = optimizer.pop("base", "sgd")
+        optimizer["name"] = own if method == "sgd" else optimizer["name"]
+    return {**tree, "optimizer": optimizer}
 
 
 def method_part(method: str) -> Tree:

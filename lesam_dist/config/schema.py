@@ -20,7 +20,8 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet50"
-    """a torchvision classification model, or one of lesam_dist.models (cifar_resnet20, ...)"""
+    """a torchvision classification model, one of lesam_dist.models (cifar_resnet20, vit_s_16, ...), or one of timm's as
+    timm/NAME (pip install 'lesam-dist[timm]')"""
     num_classes: int | None = None
     """size of the last layer; null takes the number of classes in the data"""
     zero_init_residual: bool = False
@@ -28,6 +29,9 @@ class ModelConfig:
     pretrained: bool = False
     """start from torchvision's ImageNet weights (its DEFAULT), with a fresh last layer; they are downloaded to torch
     hub's cache (TORCH_HOME) if they are not there. A dry run does without"""
+    drop_path: float | None = None
+    """stochastic depth: probability that a training sample skips the last residual branch, from 0 at the first on; null
+    takes the model's own, which is none for ResNets and ViTs"""
     compile: bool = False
     """torch.compile: the whole model (none, ddp), or block by block (fsdp, hsdp). The first steps take a minute or
     more, and dropout draws other masks than without"""
@@ -61,6 +65,8 @@ class DataConfig:
     """side of the square that the network sees, in pixels; CIFAR's 32 x 32 images are resized to it in the end"""
     val_resize: int = 256
     """short side that evaluation resizes to before the centre crop, in pixels (class folders)"""
+    val_crop: int | None = None
+    """side of that crop, in pixels; null takes image_size (class folders)"""
     random_area: tuple[float, float] = (0.08, 1.0)
     """range of the random crop's share of the image area (class folders)"""
     random_aspect_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -73,6 +79,26 @@ class DataConfig:
     """share of the training images that get one (CIFAR)"""
     horizontal_flip: bool = True
     """flip half of the training images"""
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """change colours and shape of each training image, after crop and flip, by randaugment_ops operations of one
+    magnitude (RandAugment), or by one of a random magnitude (TrivialAugment) (class folders)"""
+    randaugment_ops: int = 2
+    """operations on each image (randaugment)"""
+    randaugment_magnitude: int = 9
+    """how strong each is, 0 to 30 (randaugment)"""
+    random_erasing: float = 0.0
+    """share of the training images of which a rectangle is set to the mean colour, 0 to 1 (class folders)"""
+    mixup: float = 0.0
+    """mix each training image, and its target, with another one: alpha of the Beta distribution of its share; 0 for
+    never. Of mixup and cutmix, where both are on, each step takes one"""
+    cutmix: float = 0.0
+    """paste a rectangle of another training image, and mix the targets likewise: alpha of the Beta distribution of the
+    share that stays; 0 for never"""
+    mix_probability: float = 1.0
+    """share of the steps in which mixup or cutmix is applied, above 0 and up to 1"""
+    repeats: int = 1
+    """times that each image of a batch is in it, each time augmented in another way. An epoch has as many steps as with
+    1, so it reads one in so many of the images"""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """per channel, on the scale 0 to 1"""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -107,7 +133,17 @@ class DataConfig:
     it stops; each is named and counted (class folders)"""
 
 
-FOLDERS_ONLY = ("random_area", "random_aspect_ratio")
+FOLDERS_ONLY = (
+    "val_crop",
+    "random_area",
+    "random_aspect_ratio",
+    "auto_augment",
+    "randaugment_ops",
+    "randaugment_magnitude",
+    "random_erasing",
+)
+CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
+"""Fields of `DataConfig` that say how class folders alone, or CIFAR alone, are cropped and augmented."""
 DALI_ONLY = (
     "dali_decoder",
     "dali_hardware_load",
@@ -117,8 +153,7 @@ DALI_ONLY = (
     "dali_prefetch",
     "dali_affinity",
 )
-CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
-"""Fields of `DataConfig` that say how class folders alone are augmented, how DALI works, how CIFAR is augmented."""
+"""Fields that say how DALI works."""
 
 
 @dataclass
@@ -183,6 +218,9 @@ class ScheduleConfig:
     anneal_start_epoch: float | None = None
     """epoch at which sigma starts its cosine to zero at the end of the run; null keeps it constant. The paper's tables
     call it "Budget annealing (epoch)"."""
+    image_size: list[tuple[int, int]] | None = None
+    """[epoch, pixels] pairs: from each such epoch on the side of the training images; null takes data.image_size in
+    all. Evaluation is not changed by it (class folders)"""
 
 
 @dataclass
@@ -196,10 +234,15 @@ class EmaConfig:
 
 @dataclass
 class LossConfig:
-    """Cross entropy."""
+    """What training minimises; evaluation reports cross entropy."""
 
+    name: Literal["cross_entropy", "binary"] = "cross_entropy"
+    """binary: each class is told from all others, by binary cross entropy, of which the mean over the classes is taken
+    too"""
     label_smoothing: float = 0.0
     """share of the target spread over all classes, 0 to 1"""
+    binary_threshold: float | None = None
+    """targets above it become 1 and all others 0, after smoothing and mixing; null leaves them (binary)"""
 
 
 @dataclass

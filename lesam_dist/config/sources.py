@@ -23,8 +23,10 @@ _IN_EPOCHS = (
     "optimizer.start_epoch",
     "optimizer.stop_epoch",
 )
+_SIZES = "schedule.image_size"  # pairs of an epoch and a size
 _MOST = 10**9  # epochs; what is more is refused
 _Method = tuple[str, str]  # name and base
+_Stated = dict[str, tuple[Any, int]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def combine(sources: Sequence[Tree], flags: Mapping[str, str]) -> Combined:
         UserError: for an argument that one source gives in both of its spellings, with different values.
     """
     tree: Tree = {}
-    stated: dict[str, tuple[float, int]] = {}  # where a value came with a number of epochs: both
+    stated: _Stated = {}  # where a value came with a number of epochs: both
     method = "lesam", "sgd"
     notes: list[str] = []
     for source in map(_with_args, sources):
@@ -63,10 +65,11 @@ def combine(sources: Sequence[Tree], flags: Mapping[str, str]) -> Combined:
         method = _change(tree, stated, method, _method(own, method), notes)
         tree = merge(tree, source)
         epochs = own.get("epochs")
-        for path in _IN_EPOCHS:
+        for path in (*_IN_EPOCHS, _SIZES):
             if path in own:
                 stated.pop(path, None)
-                if _is_number(own[path]) and isinstance(epochs, int) and epochs > 0:
+                scales = _are_pairs(own[path]) if path == _SIZES else _is_number(own[path])
+                if scales and isinstance(epochs, int) and epochs > 0:
                     stated[path] = own[path], epochs
     method = _change(tree, stated, method, _method(flags, method), notes)
     notes += _scale(tree, stated, flags)
@@ -109,7 +112,7 @@ def _method(values: Mapping[str, Any], before: _Method) -> _Method:
     return str(name), str(base)
 
 
-def _change(tree: Tree, stated: dict[str, tuple[float, int]], old: _Method, new: _Method, notes: list[str]) -> _Method:
+def _change(tree: Tree, stated: _Stated, old: _Method, new: _Method, notes: list[str]) -> _Method:
     """Take out of the tree, in place, what the new method does not read; returns the new method."""
     if new == old:
         return new
@@ -135,7 +138,7 @@ def _remove(tree: Tree, path: Sequence[str]) -> None:
     del tree[path[-1]]
 
 
-def _scale(tree: Tree, stated: Mapping[str, tuple[float, int]], flags: Mapping[str, str]) -> list[str]:
+def _scale(tree: Tree, stated: _Stated, flags: Mapping[str, str]) -> list[str]:
     """Stretch the schedules, in place, to the run's number of epochs; returns what changed."""
     epochs = tree.get("epochs")
     if "epochs" in flags:
@@ -146,10 +149,22 @@ def _scale(tree: Tree, stated: Mapping[str, tuple[float, int]], flags: Mapping[s
         if path in flags or value == 0 or not isinstance(epochs, int) or epochs == of or not 0 < epochs <= _MOST:
             continue
         section, name = path.split(".")
-        scaled = round(value * epochs / of, 4)
+        scaled = _stretched_sizes(value, epochs, of) if path == _SIZES else round(value * epochs / of, 4)
         tree[section] = {**tree[section], name: scaled}
-        notes.setdefault((of, epochs), []).append(f"{path} {value:g} -> {scaled:g}")
+        before, after = (shown(each) if path == _SIZES else f"{each:g}" for each in (value, scaled))
+        notes.setdefault((of, epochs), []).append(f"{path} {before} -> {after}")
     return [f"schedule stretched from {a} to {b} epochs: {', '.join(changed)}" for (a, b), changed in notes.items()]
+
+
+def _stretched_sizes(pairs: Sequence[Sequence[int]], epochs: int, of: int) -> list[list[int]]:
+    """Each size from its share of the run on, in whole epochs; of several from one epoch on, the last."""
+    return [[epoch, size] for epoch, size in {epoch * epochs // of: size for epoch, size in pairs}.items()]
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair) for pair in value
+    )
 
 
 def leaves(tree: Tree, prefix: str = "") -> dict[str, Any]:

@@ -19,8 +19,13 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         elif is_dataclass(value):
             leaves |= flatten(value, path + ".")
         else:
-            leaves[path] = list(value) if isinstance(value, tuple) else value
+            leaves[path] = _as_lists(value)
     return leaves
+
+
+def _as_lists(value: Any) -> Any:
+    """Tuples as lists, also inside one."""
+    return [_as_lists(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def default_values() -> dict[str, Any]:

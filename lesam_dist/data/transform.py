@@ -31,28 +31,42 @@ class Transform:
     Attributes:
         image_size: side of the square that the model sees, in pixels.
         val_resize: evaluation resizes the short side to this many pixels before the centre crop.
+        val_crop: side of that crop, in pixels; None takes ``image_size``.
         random_area: range of the crop's area, as a fraction of the image's.
         random_aspect_ratio: range of the crop's width / height.
         horizontal_flip: mirror every second training image, on average.
+        auto_augment: "none", "randaugment" or "trivialaugment", see `lesam_dist.data.auto_augment`.
+        randaugment_ops: operations on each image.
+        randaugment_magnitude: how strong each is, 0 to 30.
+        random_erasing: share of the training images of which a rectangle is erased, see `lesam_dist.data.erasing`.
+        sizes: ``(epoch, side)`` pairs with rising epochs, the first of them 0: from each such epoch on the side of the
+            training images, in pixels; None takes ``image_size`` in all.
         mean: of each RGB channel, on the 0..1 scale.
         std: likewise.
     """
 
     image_size: int = 224
     val_resize: int = 256
+    val_crop: int | None = None
     random_area: tuple[float, float] = (0.08, 1.0)
     random_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: bool = True
+    auto_augment: str = "none"
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 9
+    random_erasing: float = 0.0
+    sizes: tuple[tuple[int, int], ...] | None = None
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise UserError(f"image_size is {self.image_size}: it must be at least 1 pixel.")
-        if self.val_resize < self.image_size:
+        if self.val_resize < self.val_side:
+            name = "image_size" if self.val_crop is None else "val_crop"
             raise UserError(
-                f"val_resize ({self.val_resize}) is smaller than image_size ({self.image_size}): the centre "
-                f"crop would not fit, so set val_resize to at least {self.image_size}."
+                f"val_resize ({self.val_resize}) is smaller than {name} ({self.val_side}): the centre "
+                f"crop would not fit, so set val_resize to at least {self.val_side}."
             )
         low, high = self.random_area
         if not 0 < low <= high <= 1:
@@ -62,6 +76,16 @@ class Transform:
             raise UserError(f"random_aspect_ratio is {self.random_aspect_ratio}: it needs 0 < low <= high.")
         if min(self.std) <= 0:
             raise UserError(f"std is {self.std}: every channel's must be positive.")
+
+    @property
+    def val_side(self) -> int:
+        """Side of the images in evaluation, in pixels."""
+        return self.image_size if self.val_crop is None else self.val_crop
+
+    def side(self, epoch: int) -> int:
+        """Side of the training images in an epoch, in pixels."""
+        begun = [side for first, side in self.sizes or () if first <= epoch]
+        return begun[-1] if begun else self.image_size
 
 
 class Draws(NamedTuple):

@@ -28,7 +28,7 @@ def compare(argv: Sequence[str]) -> None:
     arguments, flags = parser.parse_known(argv)
     parser.refuse(flags, ["optimizer.name"])
     names, run_dir = _method_names(arguments.methods), arguments.run_dir
-    optimizers = [method_part(name)["optimizer"]["name"] for name in names]
+    optimizers = [_optimizer(arguments.config, name) for name in names]
     settings = [
         make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags), run_dir, arguments.seeds)
         for n, o in zip(names, optimizers, strict=True)
@@ -102,11 +102,24 @@ def _method_names(text: str) -> list[str]:
     return names
 
 
+def _base(config: str) -> str | None:
+    """The DATA_MODEL of a recipe's name, or of a name without a method; None for a file."""
+    found = split(config)
+    return found[0] if found else config if config in bases() else None
+
+
+def _optimizer(config: str, method: str) -> str:
+    """What `optimizer.name` is for a method: the baseline of a recipe may be another optimizer than SGD."""
+    base = _base(config)
+    part = method_part(method) if base is None else compose_parts(base, method)
+    name: str = part["optimizer"]["name"]
+    return name
+
+
 def _sources(config: str, method: str) -> list[str]:
     """What makes up the config of a method: a recipe, or a file with the method over it."""
-    found = split(config)
-    if found is not None or config in bases():
-        base = config if found is None else found[0]
+    base = _base(config)
+    if base is not None:
         return [f"{base}_{method}"] if method in methods() else [str(yaml.safe_dump(compose_parts(base, method)))]
     optimizer = parse(["--config", config]).optimizer
     own = "lesam_plus" if optimizer.name == "lesam" and complete(optimizer)["alpha"] else optimizer.name

@@ -1,19 +1,23 @@
-"""Networks by name: every torchvision classification model, and what torchvision lacks."""
+"""Networks by name: every torchvision classification model, what torchvision lacks, and timm's as ``timm/NAME``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
 from torch.func import functional_call
+from torchvision.models import VisionTransformer
 
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
+from lesam_dist.models.drop_path import set_drop_path
 from lesam_dist.models.pretrained import fetch_weights, load_pretrained
 from lesam_dist.models.pyramidnet import PyramidNet
+from lesam_dist.models.timm_models import PREFIX, build_timm, require_timm
 from lesam_dist.models.wide_resnet import WideResNet
 
 __all__ = ["build_model", "fetch_weights", "model_names", "require_input", "require_model"]
@@ -23,37 +27,57 @@ _FIXED: dict[str, Callable[..., nn.Module]] = {
     "wide_resnet28_10": lambda num_classes: WideResNet(28, 10, num_classes),
     "pyramidnet110_270": lambda num_classes: PyramidNet(110, 270, num_classes),
 }
+# Networks of torchvision's classes in sizes that it lacks: ViT-S/16 is DeiT-S's (Touvron et al., 2021).
+_SIZES: dict[str, Callable[..., nn.Module]] = {
+    "vit_s_16": partial(VisionTransformer, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536),
+}
 
 
 def model_names() -> list[str]:
-    """Every name that `build_model` takes."""
-    return [*CIFAR_RESNETS, *_FIXED, *torchvision.models.list_models(module=torchvision.models)]
+    """Every name that `build_model` takes, without timm's."""
+    return [*CIFAR_RESNETS, *_FIXED, *_SIZES, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def require_model(name: str) -> None:
     """Raise a UserError unless `build_model` knows this name."""
-    if name not in model_names():
+    if name.startswith(PREFIX):
+        require_timm(name)
+    elif name not in model_names():
         raise unknown_name("model", name, model_names())
 
 
 def build_model(
-    name: str, num_classes: int, *, image_size: int = 224, zero_init_residual: bool = False, pretrained: bool = False
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int = 224,
+    zero_init_residual: bool = False,
+    pretrained: bool = False,
+    drop_path: float | None = None,
 ) -> nn.Module:
     """An image classifier: (B, 3, image_size, image_size) to (B, num_classes).
 
     Args:
-        name: one of `model_names`.
+        name: one of `model_names`, or ``timm/NAME``.
         num_classes: size of the last layer.
-        image_size: side of the input; only ViTs are built for one size.
+        image_size: side of the input; only ViTs, and some of timm's models, are built for one size.
         zero_init_residual: start each residual branch at zero (ResNets).
         pretrained: take torchvision's ImageNet weights for all but the last layer, which is freshly initialised, as the
             whole model is otherwise.
+        drop_path: rate of stochastic depth, of the last block; None takes the model's own.
 
     Raises:
         UserError: for an unknown name, an option that this model does not have, or weights that cannot be had.
     """
     require_model(name)
+    if name.startswith(PREFIX):
+        _refuse_for_timm(name, zero_init_residual, pretrained)
+        return build_timm(name, num_classes, image_size, drop_path)
     model = _fresh_model(name, num_classes, image_size, zero_init_residual)
+    if drop_path is not None and not set_drop_path(model, drop_path) and drop_path > 0:
+        raise UserError(
+            f"model.drop_path is {drop_path} but '{name}' has no residual blocks that it is known for: leave it null."
+        )
     if pretrained:
         load_pretrained(model, name)
     return model
@@ -85,6 +109,16 @@ def require_input(model: nn.Module, name: str, batch_size: int, image_size: int)
         ) from error
 
 
+def _refuse_for_timm(name: str, zero_init_residual: bool, pretrained: bool) -> None:
+    if zero_init_residual:
+        raise UserError(f"model '{name}' has no option zero_init_residual, since timm decides; leave it false.")
+    if pretrained:
+        raise UserError(
+            f"model.pretrained is true but timm's weights of '{name}' are not loaded here: set it to false, or take a "
+            "model of torchvision's."
+        )
+
+
 def _fresh_model(name: str, num_classes: int, image_size: int, zero_init_residual: bool) -> nn.Module:
     options: dict[str, Any] = {"num_classes": num_classes}
     if zero_init_residual:
@@ -99,7 +133,8 @@ def _fresh_model(name: str, num_classes: int, image_size: int, zero_init_residua
             return cifar_resnet(CIFAR_RESNETS[name], num_classes, zero_init_residual)
         if name in _FIXED:
             return _FIXED[name](**options)
-        model: nn.Module = torchvision.models.get_model(name, **options)
+        make = _SIZES.get(name) or partial(torchvision.models.get_model, name)
+        model: nn.Module = make(**options)
     except TypeError as error:
         raise UserError(f"model '{name}' has no option zero_init_residual; leave it false.") from error
     except (ValueError, RuntimeError, AssertionError, MemoryError) as error:

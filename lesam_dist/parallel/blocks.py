@@ -16,6 +16,9 @@ from lesam_dist.errors import UserError, unknown_name
 _BLOCKS = (
     *("BasicBlock", "Bottleneck", "EncoderBlock", "SwinTransformerBlock", "SwinTransformerBlockV2", "CNBlock"),
     *("WideBlock", "PyramidBlock"),
+    # timm's most used ones; none of them lies within another
+    *("Block", "EvaBlock", "ConvNeXtBlock", "HieraBlock", "LayerScaleBlock", "MaxxVitBlock", "MetaFormerBlock"),
+    *("MixerBlock", "PreActBottleneck", "SpatialGatingBlock", "SwinTransformerV2Block", "XCABlock"),
 )
 
 # Identical blocks share graphs, but all blocks of a class share one cache: a ResNet-50 has 8 shapes of block, and each

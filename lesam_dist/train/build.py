@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lesam_dist.config.methods import OF_BASE, PLAIN, complete, method_of
-from lesam_dist.config.schema import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, Config, DataConfig, OptimizerConfig
+from lesam_dist.config.schema import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, Config, OptimizerConfig
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
@@ -46,7 +46,7 @@ def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
     Raises:
         UserError: for a data root that is missing, or holds something else than the data set; for a single class.
     """
-    _loader(config.data)  # whose transform is checked, before anything is downloaded
+    _loader(config)  # whose transform is checked, before anything is downloaded
     builtin = config.data.builtin
     if config.data.root is None:
         content = "train/ and val/" if builtin is None else f"{builtin}, or should"
@@ -130,7 +130,7 @@ def build_loaders(
     """
     data = config.data
     common: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
-    loader = partial(_loader(data, config.precision.channels_last), **common, device=world.device)
+    loader = partial(_loader(config), **common, device=world.device)
     own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
     train = loader(folders[0], train=True, batch_size=data.batch_size, **own)
     share = data.batch_size // world.world_size
@@ -142,8 +142,9 @@ def build_loaders(
     return train, loader(folders[1], train=False, batch_size=data.eval_batch_size)
 
 
-def _loader(data: DataConfig, channels_last: bool = False) -> Callable[..., Loader]:
+def _loader(config: Config) -> Callable[..., Loader]:
     """`CifarLoader` or `build_loader` with its own part of the config."""
+    data, sizes = config.data, config.schedule.image_size
 
     def named(*names: str) -> dict[str, Any]:
         return {name: getattr(data, name) for name in names}
@@ -152,13 +153,14 @@ def _loader(data: DataConfig, channels_last: bool = False) -> Callable[..., Load
     if data.builtin in DATASETS:
         own = named(*CIFAR_ONLY)
         return partial(CifarLoader, transform=CifarTransform(**common, **own))
-    own = named("val_resize", *FOLDERS_ONLY)
+    own = named("val_resize", *FOLDERS_ONLY) | {"sizes": None if sizes is None else tuple(map(tuple, sizes))}
     transform = Transform(**common, **own)
-    window = data.shuffle_window if data.order == "sequential" else None
-    dali = DaliOptions(
-        **{name.removeprefix("dali_"): value for name, value in named(*DALI_ONLY).items()}, channels_last=channels_last
-    )
-    own = {**named("backend", "workers"), "window": window, "dali": dali}
+    dali = {name.removeprefix("dali_"): value for name, value in named(*DALI_ONLY).items()}
+    own = {
+        **named("backend", "workers"),
+        "window": data.shuffle_window if data.order == "sequential" else None,
+        "dali": DaliOptions(**dali, channels_last=config.precision.channels_last),
+    }
     return partial(build_loader, transform=transform, **own)
 
 
@@ -213,6 +215,7 @@ def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Mo
         image_size=config.data.image_size,
         zero_init_residual=config.model.zero_init_residual,
         pretrained=pretrained,
+        drop_path=config.model.drop_path,
     )
     require_input(model, config.model.name, _smallest_part(config, world), config.data.image_size)
     sharded = world.world_size > 1 and config.parallel.strategy in ("fsdp", "hsdp")  # which takes no other weights

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lesam_dist.config.command_line import parse
+from lesam_dist.config.command_line import dump, parse
 from lesam_dist.errors import UserError
 from tests.conftest import Command
 
@@ -161,6 +161,27 @@ FLAGS = [
     (
         [*("--parallel.reduce_dtype", "bf16", "--precision.weights", "bf16"), "--precision.compute", "bf16"],
         "whose gradients are reduced in that already",
+    # Augmentation and loss.
+    (["--data.randaugment_ops", "1"], "data.auto_augment is none: only randaugment has it"),
+    (["--data.auto_augment", "randaugment", "--data.randaugment_magnitude", "31"], "it must be at most 30"),
+    (["--data.mixup", "-0.1"], "data.mixup is -0.1: it must be at least 0."),
+    (["--data.mix_probability", "0.5"], "data.mixup and data.cutmix are 0: nothing is mixed"),
+    (["--data.mix_probability", "0"], "data.mix_probability is 0.0: it must be above 0"),
+    (["--data.random_erasing", "1.5"], "data.random_erasing is 1.5: it must be at most 1."),
+    (["--data.repeats", "3"], "data.repeats 3 does not divide data.batch_size 20"),
+    (["--data.repeats", "20", "--data.cutmix", "1"], "each image would be mixed with itself"),
+    (["--data.val_crop", "40"], "val_resize (32) is smaller than val_crop (40)"),
+    (["--data.builtin", "cifar10", "--data.val_crop", "32"], "data.val_crop is 32 but data.builtin is cifar10"),
+    (["--loss.binary_threshold", "0.2"], "loss.name is cross_entropy: only binary has it"),
+    (["--loss.name", "binary", "--loss.binary_threshold", "1"], "loss.binary_threshold is 1.0: it must be in [0, 1)"),
+    (["--schedule.image_size", "[]"], "schedule.image_size is []: it needs [epoch, pixels] pairs"),
+    (["--schedule.image_size", "[[1,32]]"], "with rising epochs, the first of them 0"),
+    (["--schedule.image_size", "[[0,32],[15,40]]"], "has epoch 15 but the run has 15 epochs"),
+    (["--schedule.image_size", "[[0,0]]"], "schedule.image_size has 0 pixels"),
+    (["--schedule.image_size", "[0,32]"], "it must be pairs in brackets, e.g. [[0,128],[30,224]], or null."),
+    (
+        ["--data.builtin", "cifar10", "--data.random_area", "[0.08,1]", "--schedule.image_size", "[[0,32]]"],
+        "only class folders are read in several sizes",
     ),
     (["--parallel.shard_size", "2"], "parallel.shard_size is 2 but parallel.strategy is ddp"),
     (["--parallel.reshard_after_forward", "false"], "which gathers no parameters: choose fsdp or hsdp"),
@@ -249,6 +270,19 @@ def test_what_a_file_may_hold(tmp_path: Path) -> None:
 def test_flags_that_add_to_a_list() -> None:
     flags = ["--parallel.strategy", "fsdp", "--parallel.wrap_classes+", "A", "--parallel.wrap_classes+=B"]
     assert parse(flags).parallel.wrap_classes == ["A", "B"]
+
+
+def test_sizes_by_epoch(tmp_path: Path) -> None:
+    """As a flag and in a file, and what is printed is read back; with other epochs they keep their share of the run."""
+    sizes = [(0, 128), (30, 176), (60, 224)]
+    config = parse(["--schedule.image_size", "[[0,128],[30,176],[60,224]]"])
+    assert config.schedule.image_size == sizes
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump(config))
+    assert parse(["--config", str(path)]) == config
+    for epochs, expected in ((180, [(0, 128), (60, 176), (120, 224)]), (2, [(0, 176), (1, 224)]), (1, [(0, 224)])):
+        stretched = parse(["--config", str(path), "--epochs", str(epochs)])
+        assert stretched.schedule.image_size == expected
 
 
 @pytest.mark.parametrize("value", ["-1e-3", "-.5", "-inf"])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,36 @@ def test_fsdp_and_hsdp_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_that_cannot_be_honoured(environ: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         accelerate_flags(environ)
+
+
+@pytest.mark.parametrize("node", [0, 3])
+@pytest.mark.parametrize(("name", "strategy"), [("ddp", "ddp"), ("fsdp2", "fsdp"), ("hsdp", "hsdp")])
+def test_accelerate_on_several_nodes(name: str, strategy: str, node: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file's own command line: what accelerate hands to torchrun, and what it tells the trainer."""
+    from accelerate.commands import launch  # these two take a second
+    from torch.distributed import run as torchrun
+
+    file = ROOT / "launch" / "accelerate" / f"{name}_multi_node.yaml"
+    lines = "".join(line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#"))
+    words = lines.partition("accelerate launch ")[2].replace("\\", " ").replace("...", "").split()
+    assert words[1] == str(file.relative_to(ROOT))
+    given: list[Any] = []
+    monkeypatch.setattr(torchrun, "run", lambda args: given.append((torchrun.config_from_args(args), {**os.environ})))
+    monkeypatch.chdir(ROOT)
+    port = str(free_port())  # accelerate looks whether the file's is in use here
+    command = ["--main_process_port", port, *(word.replace("$NODE_RANK", str(node)) for word in words)]
+    launch.launch_command(launch.launch_command_parser().parse_args(command))
+    ((config, _, entry), environ) = given.pop()
+    assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (4, 4, 8)
+    assert (config.rdzv_backend, config.rdzv_endpoint) == ("static", f"node0:{port}")
+    assert config.rdzv_configs["rank"] == node
+    for key in environ:
+        if key.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_")):
+            monkeypatch.setenv(key, environ[key])
+    run = parse(entry[entry.index("lesam_dist.train") + 1 :])
+    assert (run.parallel.strategy, run.precision.compute, run.run_dir) == (strategy, "bf16", "/shared/run")
+    if strategy == "hsdp":
+        assert (run.parallel.replicate_size, run.parallel.shard_size) == (4, 8)
 
 
 @pytest.mark.parametrize(
