@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import nvidia.dali
 import torch
+from nvidia.dali.pipeline import do_not_convert
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from lesam_dist.data.dali_augment import OPERATION_INPUTS, augment_graph, operation_inputs
 from lesam_dist.data.dali_whole import DECODER, Doubtful, find_failures
+from lesam_dist.data.erasing import erase
 from lesam_dist.data.errors import Failure
 from lesam_dist.data.plan import Batch, Plan
 from lesam_dist.data.transform import ATTEMPTS, Transform
@@ -50,10 +53,13 @@ class DaliLoader:
     def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._rewind()
         self._batches = self._plan.epoch(index, start)
-        while outputs := self._next():
+        while result := self._next():
+            batch, outputs = result
             # No copy: DALI allocates new outputs for each batch, and they live as long as these tensors.
             with torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext():
                 images, labels = (from_dlpack(output.as_tensor()) for output in outputs[:2])
+            if batch.draws is not None:
+                erase(images, batch.draws.hole)
             yield images, labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,8 +71,8 @@ class DaliLoader:
     def close(self) -> None:
         self._pipeline = None
 
-    def _next(self) -> Any:
-        """The next batch's outputs, without a file that cannot be decoded; None after the last one."""
+    def _next(self) -> tuple[Batch, Any] | None:
+        """The next batch and its outputs, without a file that cannot be decoded; None after the last one."""
         tried = False
         while True:
             try:
@@ -83,8 +89,7 @@ class DaliLoader:
                 edges = outputs[2:]
                 failures = self._doubtful.failures(self._in_flight[0].paths, edges[0].as_array()) if edges else []
                 if not failures:
-                    self._in_flight.popleft()
-                    return outputs
+                    return self._in_flight.popleft(), outputs
             if failures:
                 self._plan.meet(failures, len(self._in_flight[0]))
             self._pipeline = None
@@ -132,7 +137,11 @@ class DaliLoader:
         batch = self._plan.mend(self._again.popleft()) if self._again else next(self._batches)
         self._in_flight.append(batch)
         paths = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in batch.paths]
-        return (paths, batch.labels, *(batch.draws or ()))
+        if batch.draws is None:
+            return paths, batch.labels
+        policy, draws = self._plan.transform.policy, batch.draws
+        inputs = (paths, batch.labels, *draws[:4], draws.side.astype(np.float32))
+        return inputs if policy is None else (*inputs, *operation_inputs(policy, draws))
 
 
 def build_pipeline(
@@ -155,24 +164,29 @@ def build_pipeline(
     """
     inputs = [(types.UINT8, 1), (types.INT64, 0)]  # type and dimensions of a sample: path, label
     if train:
-        inputs += [(types.FLOAT64, 1)] * 3 + [(types.INT32, 0)]  # area, ratio, position, flip
+        inputs += [(types.FLOAT64, 1)] * 3 + [(types.INT32, 0), (types.FLOAT, 0)]  # area, ratio, position, flip, side
+    policy = transform.policy if train else None
+    if policy is not None:
+        inputs += OPERATION_INPUTS
     decoder = {"device": "cpu" if device_id is None else "mixed", **DECODER}
-    size = transform.image_size
+    dtype, ndim = (list(column) for column in zip(*inputs, strict=True))
+    options = {"batch_size": batch_size, "num_threads": num_threads, "device_id": device_id}
 
-    pipeline = dali.Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=PREFETCH)
-    with pipeline:
-        dtype, ndim = (list(column) for column in zip(*inputs, strict=True))
+    @dali.pipeline_def(enable_conditionals=policy is not None)  # type: ignore[untyped-decorator]
+    def graph() -> Any:
         path, label, *draws = fn.external_source(source, num_outputs=len(inputs), dtype=dtype, ndim=ndim)
         # Not mapped into memory: an error of the file system would then be a signal that ends the process.
         encoded = fn.io.file.read(path, dont_use_mmap=True)
         shape = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
         if train:
-            area, ratio, position, flip = draws
+            area, ratio, position, flip, side, *operations = draws
             start, extent = crop_graph(shape, area, ratio, position, transform.random_aspect_ratio)
             image = fn.decoders.image_slice(encoded, start=start, shape=extent, axes=(0, 1), **decoder)
-            image = fn.resize(image, size=(size, size))
+            image = fn.resize(image, size=fn.stack(side, side))
+            if policy is not None:
+                image, flip = augment_graph(fn.flip(image, horizontal=flip), policy, *operations), 0
         else:
-            flip = 0
+            flip, size = 0, transform.val_side
             start, end = centre_graph(shape, transform.val_resize, size)
             # All of it, but after `shape`. Side by side a file that is no image ended the process (DALI 2.4): perhaps
             # as both operators failed at one time, which is a guess.
@@ -191,10 +205,12 @@ def build_pipeline(
             two = {"shape": 2, "axes": 0, "out_of_bounds_policy": "pad"}  # of any file: see above
             last = fn.slice(encoded, start=fn.cast(encoded.shape()[0], dtype=types.INT32) - 2, **two)
             outputs.append(fn.cat(fn.slice(encoded, start=0, **two), last))
-        pipeline.set_outputs(*outputs)
-    return pipeline
+        return tuple(outputs)
+
+    return graph(**options, prefetch_queue_depth=PREFETCH)
 
 
+@do_not_convert  # type: ignore[untyped-decorator]
 def crop_graph(shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]) -> tuple[Any, Any]:
     """``transform.crop_window`` as a DALI graph; returns ``(top, left)`` and ``(height, width)``, int32."""
     shape = fn.cast(shape, dtype=types.FLOAT64)

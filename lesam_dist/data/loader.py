@@ -71,6 +71,7 @@ def build_loader(
     world_size: int,
     device: torch.device,
     workers: int,
+    repeats: int = 1,
     bad_files: BadFiles | None = None,
 ) -> Loader:
     """A loader of ``folder`` for one rank. Both backends read the same samples with the same crops and flips.
@@ -86,6 +87,7 @@ def build_loader(
         world_size: number of processes.
         device: where the batches go. On a GPU, DALI decodes and resizes there.
         workers: DALI threads (at least one), or torchvision processes (0: load in this process).
+        repeats: times that each image of a training batch is in it, see `Sampling`.
         bad_files: for training, of the same ``rank``: images that cannot be decoded are kept there and replaced by
             others, see `Plan`. None: they are errors.
 
@@ -96,7 +98,8 @@ def build_loader(
         raise unknown_name("data backend", backend, BACKENDS)
     if workers < 0:
         raise UserError(f"workers is {workers}: use no negative number.")
-    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform, bad_files if train else None)
+    bad = bad_files if train else None
+    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform, bad, repeats=repeats if train else 1)
     if backend == "dali":
         try:
             from lesam_dist.data.dali import DaliLoader

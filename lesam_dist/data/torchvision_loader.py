@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from lesam_dist.data.decode import open_image, read_file, to_rgb
+from lesam_dist.data.erasing import erase
 from lesam_dist.data.errors import Failure, reason_of
 from lesam_dist.data.plan import Batch, Plan
+from lesam_dist.data.torchvision_augment import augment
 from lesam_dist.data.transform import Draws, Transform, crop_window
 from lesam_dist.parallel.signals import heed_main_process, not_for_helpers
 
@@ -67,7 +69,10 @@ class TorchvisionLoader:
             if failures:
                 self._replace(images, labels, failures, batch)
             images, labels = (part.to(self._device, non_blocking=True) for part in (images, labels))
-            yield (images.float() - self._mean) / self._std, labels
+            images = (images.float() - self._mean) / self._std
+            if batch.draws is not None:
+                erase(images, batch.draws.hole)
+            yield images, labels
 
     def state_dict(self) -> dict[str, Any]:
         return self._plan.state_dict()
@@ -124,9 +129,10 @@ class _Decoder(Dataset[Any]):
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
+        self._policy = transform.policy
 
     def __getitem__(self, batch: Batch) -> Decoded:
-        size = self.transform.image_size
+        size = self.transform.val_side if batch.draws is None else int(batch.draws.side[0])
         images = torch.empty((len(batch), 3, size, size), dtype=torch.uint8)
         failures: list[Failure] = []
         for i, path in enumerate(batch.paths):
@@ -140,16 +146,19 @@ class _Decoder(Dataset[Any]):
                 failures.append(Failure(i, path, reason_of(error), length))
                 continue
             image = self._val(image) if batch.draws is None else self._train(image, batch.draws, i)
-            images[i] = F.pil_to_tensor(image)
+            pixels = F.pil_to_tensor(image)
+            if batch.draws is not None and self._policy is not None:
+                pixels = augment(pixels, self._policy, batch.draws.operation[i], batch.draws.level[i])
+            images[i] = pixels
         return images, torch.from_numpy(batch.labels), failures
 
     def _train(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
-        area, ratio, position, flip = (values[i] for values in draws)
+        area, ratio, position, flip, side = (values[i] for values in draws[:5])
         window = crop_window(image.height, image.width, area, ratio, position, self.transform.random_aspect_ratio)
-        image = F.resized_crop(image, *window, size=[self.transform.image_size] * 2)
+        image = F.resized_crop(image, *window, size=[int(side)] * 2)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
     def _val(self, image: Image.Image) -> Image.Image:
         image = F.resize(image, [self.transform.val_resize])
-        cropped: Image.Image = F.center_crop(image, [self.transform.image_size])
+        cropped: Image.Image = F.center_crop(image, [self.transform.val_side])
         return cropped
