@@ -210,7 +210,7 @@ def build_pipeline(
     return graph(**options, prefetch_queue_depth=PREFETCH)
 
 
-@do_not_convert  # type: ignore[untyped-decorator]
+@do_not_convert
 def crop_graph(shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]) -> tuple[Any, Any]:
     """``transform.crop_window`` as a DALI graph; returns ``(top, left)`` and ``(height, width)``, int32."""
     shape = fn.cast(shape, dtype=types.FLOAT64)
