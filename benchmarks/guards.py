@@ -77,7 +77,7 @@ def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Na
         "device": world.device,
     }
     loaders = SyntheticLoader(**images, batches=STEPS, seed=0), SyntheticLoader(**images, batches=1, seed=1)
-    trainer = Trainer(config, world, build_network(config, CLASSES, world), loaders, claim(config, world))
+    trainer = Trainer(config, world, build_network(config, CLASSES, world), loaders, CLASSES, claim(config, world))
     try:
         yield from trainer.steps()
     finally:

@@ -102,7 +102,7 @@ class CifarLoader:
         split: from `load_cifar`.
         transform: what is done to a batch.
         device: where the images are kept: 3 KB each, so 184 MB for training and test images.
-        train, batch_size, seed, rank, world_size: see `Sampling`.
+        train, batch_size, seed, rank, world_size, repeats: see `Sampling`.
 
     Raises:
         UserError: as `Sampling`.
@@ -119,8 +119,9 @@ class CifarLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        repeats: int = 1,
     ) -> None:
-        self._sampling = Sampling(split, train, batch_size, seed, rank, world_size)
+        self._sampling = Sampling(split, train, batch_size, seed, rank, world_size, repeats=repeats if train else 1)
         self._transform = transform
         self._device = device
         self._data: tuple[Tensor, Tensor] | None = (

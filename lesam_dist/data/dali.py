@@ -10,21 +10,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import nvidia.dali
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from lesam_dist.data.dali_augment import operation_inputs
+from lesam_dist.data.dali_graph import build_pipeline
 from lesam_dist.data.dali_options import DaliOptions
-from lesam_dist.data.dali_whole import DECODER, Doubtful, find_failures
+from lesam_dist.data.dali_whole import Doubtful, find_failures
+from lesam_dist.data.erasing import erase
 from lesam_dist.data.errors import Failure
 from lesam_dist.data.plan import Batch, Plan
 from lesam_dist.data.reading import read_each
-from lesam_dist.data.transform import ATTEMPTS, Transform
-
-dali: Any = nvidia.dali  # its type stubs leave out much of what it exports
-fn, math, types = dali.fn, dali.math, dali.types
 
 
 class DaliLoader:
@@ -56,11 +54,15 @@ class DaliLoader:
     def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._rewind()
         self._batches = self._plan.epoch(index, start)
-        while outputs := self._next():
+        while result := self._next():
+            batch, outputs = result
             # No copy: DALI allocates new outputs for each batch, and they live as long as these tensors.
             with torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext():
                 images, labels = (from_dlpack(output.as_tensor()) for output in outputs[:2])
-            yield (images.permute(0, 3, 1, 2) if self._options.channels_last else images), labels
+            images = images.permute(0, 3, 1, 2) if self._options.channels_last else images
+            if batch.draws is not None:
+                erase(images, batch.draws.hole)
+            yield images, labels
         if self._on_gpu:  # whose memory the other loader needs now
             self._pipeline = None
 
@@ -75,8 +77,8 @@ class DaliLoader:
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
 
-    def _next(self) -> Any:
-        """The next batch's outputs, without a file that cannot be decoded; None after the last one."""
+    def _next(self) -> tuple[Batch, Any] | None:
+        """The next batch and its outputs, without a file that cannot be decoded; None after the last one."""
         tried = False
         while True:
             try:
@@ -93,8 +95,7 @@ class DaliLoader:
                 edges = outputs[2:]
                 failures = self._doubtful.failures(self._in_flight[0], edges[0].as_array()) if edges else []
                 if not failures:
-                    self._in_flight.popleft()
-                    return outputs
+                    return self._in_flight.popleft(), outputs
             if failures:
                 self._plan.meet(failures, len(self._in_flight[0]))
             self._pipeline = None
@@ -159,7 +160,11 @@ class DaliLoader:
             batch, read = self._reading.popleft()
             files = read.result()
         self._in_flight.append(batch)
-        return (files, batch.labels, *(batch.draws or ()))
+        if batch.draws is None:
+            return files, batch.labels
+        policy, draws = self._plan.transform.policy, batch.draws
+        inputs = (files, batch.labels, *draws[:4], draws.side.astype(np.float32))
+        return inputs if policy is None else (*inputs, *operation_inputs(policy, draws))
 
     def _next_batch(self) -> Batch:
         return self._plan.mend(self._again.popleft()) if self._again else next(self._batches)
@@ -169,111 +174,3 @@ def _read(batch: Batch) -> list[NDArray[np.uint8]]:
     """Encoded images; of one that cannot be read a byte, which DALI refuses."""
     each = read_each(batch.paths, batch.parts)
     return [np.frombuffer(b"\0" if isinstance(data, OSError) else data or b"\0", np.uint8) for data in each]
-
-
-def build_pipeline(
-    transform: Transform,
-    *,
-    source: Any,
-    train: bool,
-    batch_size: int,
-    num_threads: int,
-    device_id: int | None,
-    options: DaliOptions | None = None,
-    edges: bool = False,
-    encoded: bool = False,
-) -> Any:
-    """The DALI pipeline from ``source`` (file names, labels and, for training, draws) to images and labels.
-
-    Args:
-        source: called without arguments; returns the inputs of one batch, or raises StopIteration.
-        batch_size: the largest that ``source`` returns.
-        device_id: CUDA device, or None to work on the CPU.
-        options: of the pipeline; None: the defaults.
-        edges: give out a third thing, on the CPU: the first and the last two bytes of each file.
-        encoded: ``source`` gives the content of files, and not their names.
-    """
-    inputs = [(types.UINT8, 1), (types.INT64, 0)]  # type and dimensions of a sample: file, label
-    if train:
-        inputs += [(types.FLOAT64, 1)] * 3 + [(types.INT32, 0)]  # area, ratio, position, flip
-    options = options or DaliOptions()
-    decoder = {**DECODER, **({"device": "cpu"} if device_id is None else options.decoder_arguments())}
-    size = transform.image_size
-
-    def on_gpu(image: Any) -> Any:
-        return image if device_id is None else image.gpu()  # where a decoder of its own has put it already, or not
-
-    pipeline = dali.Pipeline(
-        batch_size, num_threads, device_id, prefetch_queue_depth=options.prefetch, set_affinity=options.affinity
-    )
-    with pipeline:
-        dtype, ndim = (list(column) for column in zip(*inputs, strict=True))
-        file, label, *draws = fn.external_source(source, num_outputs=len(inputs), dtype=dtype, ndim=ndim)
-        if not encoded:
-            # Not mapped into memory: an error of the file system would then be a signal that ends the process.
-            file = fn.io.file.read(file, dont_use_mmap=True)
-        shape = fn.peek_image_shape(file, adjust_orientation=False)[:2]
-        if train:
-            area, ratio, position, flip = draws
-            start, extent = crop_graph(shape, area, ratio, position, transform.random_aspect_ratio)
-            image = on_gpu(fn.decoders.image_slice(file, start=start, shape=extent, axes=(0, 1), **decoder))
-            image = fn.resize(image, size=(size, size))
-        else:
-            flip = 0
-            start, end = centre_graph(shape, transform.val_resize, size)
-            # All of it, but after `shape`. Side by side a file that is no image ended the process (DALI 2.4): perhaps
-            # as both operators failed at one time, which is a guess.
-            extent = fn.cast(shape, dtype=types.INT32)
-            image = on_gpu(fn.decoders.image_slice(file, start=(0, 0), shape=extent, axes=(0, 1), **decoder))
-            image = fn.resize(image, size=(size, size), roi_start=start, roi_end=end)
-        image = fn.crop_mirror_normalize(
-            image,
-            mirror=flip,
-            mean=[255 * mean for mean in transform.mean],
-            std=[255 * std for std in transform.std],
-            output_layout="HWC" if options.channels_last else "CHW",
-        )
-        outputs = [image, label if device_id is None else label.gpu()]
-        if edges:
-            two = {"shape": 2, "axes": 0, "out_of_bounds_policy": "pad"}  # of any file: see above
-            last = fn.slice(file, start=fn.cast(file.shape()[0], dtype=types.INT32) - 2, **two)
-            outputs.append(fn.cat(fn.slice(file, start=0, **two), last))
-        pipeline.set_outputs(*outputs)
-    return pipeline
-
-
-def crop_graph(shape: Any, area: Any, ratio: Any, position: Any, ratio_bounds: tuple[float, float]) -> tuple[Any, Any]:
-    """``transform.crop_window`` as a DALI graph; returns ``(top, left)`` and ``(height, width)``, int32."""
-    shape = fn.cast(shape, dtype=types.FLOAT64)
-    height, width = shape[0], shape[1]
-    a = width / height
-    # Python numbers would enter the graph as float32; these two are not exact in it.
-    low, high = (types.Constant(bound, dtype=types.FLOAT64) for bound in ratio_bounds)
-    widest = math.clamp(a, low, high)
-    area = fn.cat(area, fn.stack(math.min(a / widest, widest / a)))  # behind the candidates: the way out
-    ratio = fn.cat(ratio, fn.stack(widest))
-    index = types.Constant(np.arange(ATTEMPTS + 1, dtype=np.int32))
-    misfit = (area * ratio > a) | (area * a > ratio)
-    # Rounding may make even the way out a misfit: it stays the smallest index if nothing fits.
-    first = fn.reductions.min(math.min(index + fn.cast(misfit, dtype=types.INT32) * ATTEMPTS, ATTEMPTS))
-    s, r = area[first], ratio[first]
-    pixels = s * (height * width)
-    w = math.clamp(math.floor(math.sqrt(pixels * r) + 0.5), 1, width)
-    h = math.clamp(math.floor(math.sqrt(pixels / r) + 0.5), 1, height)
-    extent = fn.stack(h, w)
-    start = math.floor(position * (shape - extent + 1))
-    return fn.cast(start, dtype=types.INT32), fn.cast(extent, dtype=types.INT32)
-
-
-def centre_graph(shape: Any, resize: int, crop: int) -> tuple[Any, Any]:
-    """The part of the *original* image that torchvision's Resize + CenterCrop shows: start and end, float.
-
-    Resizing just this part gives the same pixels as resizing all and cropping, since the filter still reads
-    beyond its edge, and never makes the huge intermediate image that a thin one would need.
-    """
-    resized = resize * shape // fn.reductions.min(shape)
-    margin = resized - crop
-    # Python's round() of margin / 2, which is half to even: up if margin = 3 modulo 4.
-    offset = (margin + (margin & (margin // 2) & 1)) // 2
-    scale = fn.cast(shape, dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
-    return offset * scale, (offset + crop) * scale

@@ -72,6 +72,7 @@ def build_loader(
     world_size: int,
     device: torch.device,
     workers: int,
+    repeats: int = 1,
     bad_files: BadFiles | None = None,
     window: int | None = None,
     dali: DaliOptions | None = None,
@@ -89,6 +90,7 @@ def build_loader(
         world_size: number of processes.
         device: where the batches go. On a GPU, DALI decodes and resizes there.
         workers: DALI threads (at least one), or torchvision processes (0: load in this process).
+        repeats: times that each image of a training batch is in it, see `Sampling`.
         bad_files: for training, of the same ``rank``: images that cannot be decoded are kept there and replaced by
             others, see `Plan`. None: they are errors.
         window: read the shards of a packed data set from front to back, and shuffle so many samples together; see
@@ -102,7 +104,10 @@ def build_loader(
         raise unknown_name("data backend", backend, BACKENDS)
     if workers < 0:
         raise UserError(f"workers is {workers}: use no negative number.")
-    plan = Plan(folder, train, batch_size, seed, rank, world_size, transform, bad_files if train else None, window)
+    bad = bad_files if train else None
+    plan = Plan(
+        folder, train, batch_size, seed, rank, world_size, transform, bad, window, repeats=repeats if train else 1
+    )
     if backend == "dali":
         try:
             from lesam_dist.data.dali import DaliLoader

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 # Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch, ...)).
 ORDER_STREAM, CROP_STREAM, CIFAR_STREAM, SYNTHETIC_STREAM, REPLACEMENT_STREAM = range(5)
+AUGMENT_STREAM, ERASING_STREAM, MIXING_STREAM = range(5, 8)
 
 _PHILOX_WORDS = 4  # random numbers of 64 bits that one value of Philox's counter gives
 
@@ -30,7 +31,7 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.i
     """
     order = np.arange(n, dtype=np.int64)
     if shuffle:
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER_STREAM, epoch))).shuffle(order)
+        generator_of(ORDER_STREAM, seed=seed, index=epoch).shuffle(order)
     return order
 
 
@@ -56,6 +57,19 @@ def windowed_order(blocks: Sequence[NDArray[np.int64]], *, seed: int, epoch: int
     return order
 
 
+def repeated_order(order: NDArray[np.int64], batch_size: int, repeats: int) -> NDArray[np.int64]:
+    """An epoch's order with each sample several times in its batch, for repeated augmentation (Hoffer et al., 2020).
+
+    Global batch ``i`` holds the next ``K = batch_size / repeats`` samples as ``s_0 .. s_(K-1) s_0 .. s_(K-1) ...``, so
+    that neighbours differ. It has as many batches as the order without repeats, over the first of its samples.
+
+    Returns:
+        int64, a whole number of batches.
+    """
+    batches, distinct = len(order) // batch_size, batch_size // repeats
+    return np.tile(order[: batches * distinct].reshape(batches, 1, distinct), (1, repeats, 1)).ravel()
+
+
 def position_uniforms(stream: int, width: int, positions: range, *, seed: int, epoch: int) -> NDArray[np.float64]:
     """The random numbers of an epoch's samples, each a function of ``(seed, epoch, its position in the epoch)``.
 
@@ -74,6 +88,11 @@ def position_uniforms(stream: int, width: int, positions: range, *, seed: int, e
     key = np.random.SeedSequence(seed, spawn_key=(stream, epoch)).generate_state(2, np.uint64)
     philox = np.random.Philox(key=key, counter=positions.start * per_sample)
     return np.random.Generator(philox).random((len(positions), per_sample * _PHILOX_WORDS))[:, :width]
+
+
+def generator_of(stream: int, *, seed: int, index: int) -> np.random.Generator:
+    """The random numbers of one epoch or step, the same on every rank, as a generator of its own."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))
 
 
 def replacements(n: int, position: int, *, seed: int, epoch: int) -> Iterator[int]:

@@ -46,9 +46,7 @@ class Batch:
     def take(self, indices: Sequence[int]) -> Batch:
         """Some of its samples, as a batch."""
         some = list(indices)
-        draws = self.draws
-        if draws is not None:
-            draws = Draws(draws.area[some], draws.ratio[some], draws.position[some], draws.flip[some])
+        draws = None if self.draws is None else self.draws.take(some)
         paths, parts = [self.paths[i] for i in some], self.parts and [self.parts[i] for i in some]
         return Batch(paths, self.labels[some], draws, self.epoch, self.positions[some], parts)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lesam_dist.data.order import epoch_order, rank_batches
+from lesam_dist.data.order import epoch_order, rank_batches, repeated_order
 from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
 
@@ -54,6 +54,7 @@ class Sampling:
         seed: not negative, the same on all ranks.
         rank: of this process, below ``world_size``.
         world_size: number of processes.
+        repeats: times that each sample of a training batch is in it, see `repeated_order`.
 
     Raises:
         UserError: the batch size cannot be used for this many images or processes, or the seed is negative.
@@ -65,6 +66,7 @@ class Sampling:
     seed: int
     rank: int
     world_size: int
+    repeats: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         batch_size, world_size = self.batch_size, self.world_size
@@ -77,6 +79,8 @@ class Sampling:
                 f"the global batch size {batch_size} cannot be divided by {world_size} processes: "
                 f"use a multiple of {world_size}, e.g. {-(-batch_size // world_size) * world_size}."
             )
+        if self.train and batch_size % self.repeats:
+            raise UserError(f"the global batch size {batch_size} cannot be divided by {self.repeats} repeats.")
         if self.train and len(self.folder) < batch_size:
             raise UserError(
                 f"'{self.folder.root}' has {len(self.folder)} training images, fewer than one global batch of "
@@ -107,8 +111,11 @@ class Sampling:
         """
         if start < 0:
             raise ValueError(f"start is {start}: it is a number of batches, at least 0")
+        order = self.order(epoch)
+        if self.train and self.repeats > 1:
+            order = repeated_order(order, self.batch_size, self.repeats)
         return rank_batches(
-            self.order(epoch), batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, train=self.train
+            order, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, train=self.train
         )[start:]
 
     def order(self, epoch: int) -> NDArray[np.int64]:
@@ -118,21 +125,23 @@ class Sampling:
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"samples": len(self.folder), "files": self.folder.digest}
         if self.train:
-            state |= {"seed": self.seed, "batch_size": self.batch_size}
+            state |= {"seed": self.seed, "batch_size": self.batch_size, "repeats": self.repeats}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that these batches continue those that were saved.
 
         Raises:
-            UserError: the files, the seed or the global batch size differ. World size and backend may.
+            UserError: the files, the seed, the global batch size or the repeats differ. World size and backend may.
         """
+        state = {"repeats": 1, **state}  # which version 0.1 did not have
         names = {
             "samples": "the number of images",
             "files": "the image files",
             "seed": "the seed",
             "batch_size": "the global batch size",
             "window": "data.shuffle_window",
+            "repeats": "the number of repeats",
         }
         for key, now in self.state_dict().items():
             if key in state and state[key] != now:

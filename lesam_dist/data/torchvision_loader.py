@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from lesam_dist.data.decode import decode_rgb
+from lesam_dist.data.erasing import erase
 from lesam_dist.data.errors import Failure, reason_of
 from lesam_dist.data.plan import Batch, Plan
 from lesam_dist.data.reading import read_each
+from lesam_dist.data.torchvision_augment import augment
 from lesam_dist.data.transform import Draws, Transform, crop_window
 from lesam_dist.parallel.signals import heed_main_process, not_for_helpers
 
@@ -66,7 +68,10 @@ class TorchvisionLoader:
             if failures:
                 self._replace(images, labels, failures, batch)
             images, labels = (part.to(self._device, non_blocking=True) for part in (images, labels))
-            yield (images - self._mean).div_(self._std), labels
+            images = (images - self._mean).div_(self._std)
+            if batch.draws is not None:
+                erase(images, batch.draws.hole)
+            yield images, labels
 
     def state_dict(self) -> dict[str, Any]:
         return self._plan.state_dict()
@@ -123,9 +128,10 @@ class _Decoder(Dataset[Any]):
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
+        self._policy = transform.policy
 
     def __getitem__(self, batch: Batch) -> Decoded:
-        size = self.transform.image_size
+        size = self.transform.val_side if batch.draws is None else int(batch.draws.side[0])
         images = torch.empty((len(batch), 3, size, size), dtype=torch.uint8)
         failures: list[Failure] = []
         for i, data in enumerate(read_each(batch.paths, batch.parts)):
@@ -141,18 +147,20 @@ class _Decoder(Dataset[Any]):
         return images, torch.from_numpy(batch.labels), failures
 
     def _train(self, image: Tensor, draws: Draws, i: int) -> Tensor:
-        area, ratio, position, flip = (values[i] for values in draws)
+        area, ratio, position, flip, side = (values[i] for values in draws[:5])
         (in_height, in_width), bounds = image.shape[1:], self.transform.random_aspect_ratio
         top, left, height, width = crop_window(in_height, in_width, area, ratio, position, bounds)
-        image = image[:, top : top + height, left : left + width]
-        image = _resize(image, (self.transform.image_size, self.transform.image_size))
-        return image.flip(-1) if flip else image
+        image = _resize(image[:, top : top + height, left : left + width], (int(side), int(side)))
+        image = image.flip(-1) if flip else image
+        if self._policy is None:
+            return image
+        return augment(image.contiguous(), self._policy, draws.operation[i], draws.level[i])
 
     def _val(self, image: Tensor) -> Tensor:
         height, width = image.shape[1:]
         resize, short = self.transform.val_resize, min(height, width)
         image = _resize(image, (resize * height // short, resize * width // short))
-        cropped: Tensor = F.center_crop(image, [self.transform.image_size])
+        cropped: Tensor = F.center_crop(image, [self.transform.val_side])
         return cropped
 
 

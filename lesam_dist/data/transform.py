@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lesam_dist.data.order import CROP_STREAM, position_uniforms
+from lesam_dist.data.auto_augment import Policy, policy_of
+from lesam_dist.data.erasing import NUMBERS, holes
+from lesam_dist.data.order import AUGMENT_STREAM, CROP_STREAM, ERASING_STREAM, position_uniforms
 from lesam_dist.errors import UserError
 
 ATTEMPTS = 10  # candidate crops per image, as in torchvision's RandomResizedCrop
@@ -78,6 +82,13 @@ class Transform:
             raise UserError(f"std is {self.std}: every channel's must be positive.")
 
     @property
+    def policy(self) -> Policy | None:
+        """How the operations on a training image are chosen; None for none."""
+        if self.auto_augment == "none":
+            return None
+        return policy_of(self.auto_augment, self.randaugment_ops, self.randaugment_magnitude)
+
+    @property
     def val_side(self) -> int:
         """Side of the images in evaluation, in pixels."""
         return self.image_size if self.val_crop is None else self.val_crop
@@ -96,17 +107,42 @@ class Draws(NamedTuple):
         ratio: float64 ``(B, ATTEMPTS)``, candidate width / height, uniform in the logarithm.
         position: float64 ``(B, 2)`` in [0, 1), where the crop lies: (down, across).
         flip: int32 ``(B,)``, 1 to mirror.
+        side: int32 ``(B,)``, of the image that is made, in pixels; not random, and the same for the whole epoch.
+        operation: int32 ``(B, K)``, what is done to colours and shape, one after the other; see `OPERATIONS`.
+        level: int32 ``(B, K)``, how, see `Policy`.
+        hole: int64 ``(B, 4)``, the rectangle that is erased: top, left, height, width in pixels; 0 0 0 0 for none.
     """
 
     area: NDArray[np.float64]
     ratio: NDArray[np.float64]
     position: NDArray[np.float64]
     flip: NDArray[np.int32]
+    side: NDArray[np.int32]
+    operation: NDArray[np.int32]
+    level: NDArray[np.int32]
+    hole: NDArray[np.int64]
+
+    def take(self, some: Sequence[int]) -> Draws:
+        """Those of some of the images."""
+        parts: Any = [numbers[some] for numbers in self]
+        return Draws(*parts)
 
 
 def draw(transform: Transform, positions: range, *, seed: int, epoch: int) -> Draws:
-    """Random numbers of the samples at ``positions`` of an epoch; see `position_uniforms`."""
-    uniform = position_uniforms(CROP_STREAM, 2 * ATTEMPTS + 3, positions, seed=seed, epoch=epoch)
+    """Random numbers of the samples at ``positions`` of an epoch; see `position_uniforms`.
+
+    What an option draws comes from a stream of its own, so that it changes nothing in the others.
+    """
+    of_epoch = partial(position_uniforms, positions=positions, seed=seed, epoch=epoch)
+    side, policy = transform.side(epoch), transform.policy
+    no_operations = np.zeros((len(positions), 0), dtype=np.int32)
+    operation, level = no_operations, no_operations
+    if policy is not None:
+        operation, level = policy.choose(of_epoch(AUGMENT_STREAM, policy.numbers))
+    hole = np.zeros((len(positions), 4), dtype=np.int64)
+    if transform.random_erasing:
+        hole = holes(of_epoch(ERASING_STREAM, NUMBERS), transform.random_erasing, side)
+    uniform = of_epoch(CROP_STREAM, 2 * ATTEMPTS + 3)
     low, high = transform.random_area
     log_low, log_high = np.log(transform.random_aspect_ratio)
     return Draws(
@@ -114,6 +150,10 @@ def draw(transform: Transform, positions: range, *, seed: int, epoch: int) -> Dr
         ratio=np.exp(log_low + (log_high - log_low) * uniform[:, ATTEMPTS:-3]),
         position=np.ascontiguousarray(uniform[:, -3:-1]),
         flip=(uniform[:, -1] < 0.5).astype(np.int32) * np.int32(transform.horizontal_flip),
+        side=np.full(len(positions), side, dtype=np.int32),
+        operation=operation,
+        level=level,
+        hole=hole,
     )
 
 

@@ -84,10 +84,13 @@ def build_model(
 
 
 @torch.no_grad()
-def require_input(model: nn.Module, name: str, batch_size: int, image_size: int) -> None:
+def require_input(
+    model: nn.Module, name: str, batch_size: int, image_size: int, field: str = "data.image_size"
+) -> None:
     """Raise a UserError unless the model can be trained on images (batch_size, 3, image_size, image_size) at once.
 
-    Sizes alone go through it, on the meta device: nothing is computed, and its buffers stay as they are.
+    Sizes alone go through it, on the meta device: nothing is computed, and its buffers stay as they are. ``field`` of
+    the config is what asks for this image size.
     """
     state = {key: t.to("meta") for key, t in (*model.named_parameters(), *model.named_buffers())}
     images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
@@ -97,6 +100,8 @@ def require_input(model: nn.Module, name: str, batch_size: int, image_size: int)
         return
     except (ValueError, RuntimeError, AssertionError) as error:
         remedy = "set a larger data.image_size, or choose a model for small images (cifar_resnet...)"
+        if field != "data.image_size":
+            remedy = f"change {field}, which asks for that size; models like ViTs are made for data.image_size alone"
         if "more than 1 value per channel" in str(error):
             remedy = (
                 "BatchNorm needs more than one image in each part of a batch that a process takes at once: raise "

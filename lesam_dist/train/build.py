@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.methods import method_arguments, param_groups
+from lesam_dist.train.mixing import require_pairs
 
 _DRY_BATCHES = 2
 _DRY_CLASSES = {"digits": 10, "digits_noisy": 10, "cifar10": 10, "cifar100": 100, None: 1000}  # as the data has them
@@ -130,6 +131,7 @@ def build_loaders(
     """
     data = config.data
     common: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
+    common["repeats"] = data.repeats
     loader = partial(_loader(config), **common, device=world.device)
     own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
     train = loader(folders[0], train=True, batch_size=data.batch_size, **own)
@@ -139,6 +141,7 @@ def build_loaders(
             f"data.micro_batches {data.micro_batches} does not divide the {share} images that each process takes of a "
             f"batch of {data.batch_size}: choose a divisor."
         )
+    require_pairs(config, world)
     return train, loader(folders[1], train=False, batch_size=data.eval_batch_size)
 
 
@@ -178,6 +181,7 @@ def build_synthetic_loaders(config: Config, num_classes: int, world: Distributed
             device=world.device,
         )
 
+    require_pairs(config, world)
     per_rank = max(1, config.data.batch_size // world.world_size)
     return loader(per_rank, config.seed), loader(per_rank, config.seed + 1)
 
@@ -217,7 +221,8 @@ def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Mo
         pretrained=pretrained,
         drop_path=config.model.drop_path,
     )
-    require_input(model, config.model.name, _smallest_part(config, world), config.data.image_size)
+    for field, side in _sides(config):
+        require_input(model, config.model.name, _smallest_part(config, world), side, field)
     sharded = world.world_size > 1 and config.parallel.strategy in ("fsdp", "hsdp")  # which takes no other weights
     last = config.precision.channels_last and not sharded
     memory_format = torch.channels_last if last else torch.preserve_format
@@ -231,6 +236,17 @@ def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Mo
         whole = world.world_size == 1 or config.parallel.strategy == "ddp"
         compile_in_place(model, whole, config.parallel.wrap_classes)
     return model
+
+
+def _sides(config: Config) -> Iterator[tuple[str, int]]:
+    """The sides of images that the model meets, in pixels, each with the field that says so."""
+    by_epoch = config.schedule.image_size
+    if by_epoch is None or config.data.val_crop is None:
+        yield "data.image_size", config.data.image_size
+    if config.data.val_crop is not None:
+        yield "data.val_crop", config.data.val_crop
+    for _, side in by_epoch or ():
+        yield "schedule.image_size", side
 
 
 def _smallest_part(config: Config, world: Distributed) -> int:

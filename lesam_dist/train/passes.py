@@ -32,7 +32,8 @@ class BatchPasses:
     Args:
         model: in training mode, wrapped (DDP, FSDP2) or not.
         criterion: ``criterion(logits, labels)`` gives a 0-d loss, the mean over the samples.
-        images: (B, C, H, W), labels: (B,) int64. They must stay unchanged until the step is over.
+        images: (B, C, H, W), labels: (B,) int64, or what else of B rows the criterion takes, as (B, K) mixed targets.
+            They must stay unchanged until the step is over.
         autocast: dtype of the forward under `torch.autocast`; None computes in the weights' dtype.
         scaler: scales the loss before ``backward`` (float16); whoever steps unscales.
         micro_batches: each pass goes through the batch in so many parts of equal size, to save memory. Gradients are

@@ -92,14 +92,16 @@ def build_trainer(config: Config, world: Distributed) -> Trainer:
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
-    return Trainer(config, world, model, loaders, run_dir, val_samples=len(folders[1]), bad_files=bad_files)
+    samples = len(folders[1])
+    return Trainer(config, world, model, loaders, num_classes, run_dir, val_samples=samples, bad_files=bad_files)
 
 
 def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:
     shorten(config, world, given)
     num_classes = build.resolve_num_classes(config, None)
     loaders = build.build_synthetic_loaders(config, num_classes, world)
-    return Trainer(config, world, build.build_network(config, num_classes, world), loaders, run_dir=None)
+    model = build.build_network(config, num_classes, world)
+    return Trainer(config, world, model, loaders, num_classes, run_dir=None)
 
 
 def _require_reduction(config: Config, world: Distributed) -> None:

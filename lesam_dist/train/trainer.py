@@ -46,6 +46,7 @@ class Trainer:
         world: this process among all.
         model: on the device, equal on every rank, not wrapped.
         loaders: of training and validation images for this rank.
+        num_classes: size of the model's output.
         run_dir: where to write, released by `close`; None writes nothing (a dry run).
         val_samples: number of validation images over all ranks, to check that evaluation counted them all.
         bad_files: the loaders', whose number is logged.
@@ -57,6 +58,7 @@ class Trainer:
         world: Distributed,
         model: nn.Module,
         loaders: tuple[Loader, Loader],
+        num_classes: int,
         run_dir: RunDir | None,
         val_samples: int | None = None,
         bad_files: BadFiles | None = None,
@@ -86,7 +88,16 @@ class Trainer:
         self.optimizer.grad_scaler = self.scaler
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
-        self.updates = Updates(config, world, self.wrapped, self.optimizer, self.scaler, autocast, self.steps_per_epoch)
+        self.updates = Updates(
+            config,
+            world,
+            self.wrapped,
+            self.optimizer,
+            self.scaler,
+            autocast,
+            self.steps_per_epoch,
+            num_classes,
+        )
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.validation = Validation(
             model,

@@ -1,4 +1,4 @@
-"""One update of a run: the batch's passes, the method where it works, and what a skipped step undoes."""
+"""One update of a run: mixing, the batch's passes, the method where it works, and what a skipped step undoes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lesam_dist.optim import SharpnessAware
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.buffers import ModelBuffers
+from lesam_dist.train.loss import ClassificationLoss
+from lesam_dist.train.mixing import Mixing
 from lesam_dist.train.passes import BatchPasses
 
 
@@ -24,6 +26,7 @@ class Updates:
         optimizer: of that model; knows the scaler.
         scaler, autocast: as `BatchPasses` has them.
         steps_per_epoch: of the run.
+        num_classes: of the targets.
     """
 
     def __init__(
@@ -35,11 +38,13 @@ class Updates:
         scaler: GradScaler | None,
         autocast: torch.dtype | None,
         steps_per_epoch: int,
+        num_classes: int,
     ) -> None:
         self._config, self._world, self._model, self._optimizer = config, world, model, optimizer
         self._scaler, self._autocast, self._steps_per_epoch = scaler, autocast, steps_per_epoch
         self._buffers = ModelBuffers(model)
-        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
+        self._mixing = Mixing(config, num_classes)
+        self.criterion: nn.Module = ClassificationLoss(config.loss)
 
     def make(self, step: int, images: Tensor, labels: Tensor, *, logged: bool) -> Tensor:
         """Update number ``step``, from 0.
@@ -57,26 +62,26 @@ class Updates:
         rounds = self._config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
         optimizer.measure_rho = rounds and logged
         self._buffers.save()
-        loss: Tensor = optimizer.step(self._closure(images, labels))
+        loss: Tensor = optimizer.step(self._closure(*self._mixing(step, images, labels)))
         self._buffers.undo_if(optimizer.overflow)
         if self._scaler is not None:
             self._scaler.update()
         return loss
 
-    def _closure(self, images: Tensor, labels: Tensor) -> BatchPasses | list[BatchPasses]:
+    def _closure(self, images: Tensor, targets: Tensor) -> BatchPasses | list[BatchPasses]:
         """The batch as one closure with one perturbation, or each micro-batch as a closure with its own."""
         data = self._config.data
         if data.accumulation_mode == "batch":
-            return self._passes(images, labels, data.micro_batches)
-        parts = zip(images.chunk(data.micro_batches), labels.chunk(data.micro_batches), strict=True)
+            return self._passes(images, targets, data.micro_batches)
+        parts = zip(images.chunk(data.micro_batches), targets.chunk(data.micro_batches), strict=True)
         return [self._passes(*part) for part in parts]
 
-    def _passes(self, images: Tensor, labels: Tensor, micro_batches: int = 1) -> BatchPasses:
+    def _passes(self, images: Tensor, targets: Tensor, micro_batches: int = 1) -> BatchPasses:
         return BatchPasses(
             self._model,
             self.criterion,
             images,
-            labels,
+            targets,
             self._autocast,
             self._scaler,
             micro_batches,

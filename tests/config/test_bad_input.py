@@ -161,6 +161,7 @@ FLAGS = [
     (
         [*("--parallel.reduce_dtype", "bf16", "--precision.weights", "bf16"), "--precision.compute", "bf16"],
         "whose gradients are reduced in that already",
+    ),
     # Augmentation and loss.
     (["--data.randaugment_ops", "1"], "data.auto_augment is none: only randaugment has it"),
     (["--data.auto_augment", "randaugment", "--data.randaugment_magnitude", "31"], "it must be at most 30"),
@@ -170,6 +171,21 @@ FLAGS = [
     (["--data.random_erasing", "1.5"], "data.random_erasing is 1.5: it must be at most 1."),
     (["--data.repeats", "3"], "data.repeats 3 does not divide data.batch_size 20"),
     (["--data.repeats", "20", "--data.cutmix", "1"], "each image would be mixed with itself"),
+    (["--data.mixup", "0.2", "--data.batch_size", "15"], "each process takes 15 of a batch of 15"),
+    (["--data.cutmix", "1", "--data.batch_size", "15", "--dry_run"], "a multiple of 2."),
+    (
+        [
+            "--model.name",
+            "alexnet",
+            "--data.image_size",
+            "64",
+            "--data.val_resize",
+            "64",
+            "--schedule.image_size",
+            "[[0,16]]",
+        ],
+        "change schedule.image_size, which asks for that size",
+    ),
     (["--data.val_crop", "40"], "val_resize (32) is smaller than val_crop (40)"),
     (["--data.builtin", "cifar10", "--data.val_crop", "32"], "data.val_crop is 32 but data.builtin is cifar10"),
     (["--loss.binary_threshold", "0.2"], "loss.name is cross_entropy: only binary has it"),

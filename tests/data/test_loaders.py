@@ -171,7 +171,7 @@ def test_backends_agree_on_training_images(
 def test_crop_graph_equals_crop_window(rng: np.random.Generator, seed: int) -> None:
     """The window computed inside DALI's graph is that of the readable reference, to the pixel."""
     pytest.importorskip("nvidia.dali")
-    from lesam_dist.data.dali import crop_graph, dali, fn, types
+    from lesam_dist.data.dali_graph import crop_graph, dali, fn, types
 
     n, bounds = 2000, (0.6, 4 / 3)
     shapes = np.exp(rng.uniform(0, np.log(3000), (n, 2))).astype(np.int64)  # thin ones too

@@ -82,8 +82,9 @@ def test_draws_of_a_part_are_that_part_of_the_draws(rng: np.random.Generator, se
     n = 500
     cuts = [0, *sorted(int(cut) for cut in rng.integers(0, n, 7)), n]
     parts = [range(a, b) for a, b in itertools.pairwise(cuts)]
-    whole = draw(Transform(), range(n), seed=seed, epoch=3)
-    for column, *pieces in zip(whole, *(draw(Transform(), part, seed=seed, epoch=3) for part in parts), strict=True):
+    transform = Transform(auto_augment="trivialaugment", random_erasing=0.5)
+    whole = draw(transform, range(n), seed=seed, epoch=3)
+    for column, *pieces in zip(whole, *(draw(transform, part, seed=seed, epoch=3) for part in parts), strict=True):
         assert np.array_equal(column, np.concatenate(pieces))
     cifar = CifarTransform(cutout=8, cutout_probability=0.5)
     drawn = draw_cifar(cifar, range(n), seed=seed, epoch=3)
@@ -103,7 +104,7 @@ def test_a_rank_draws_for_its_own_samples_alone(seed: int) -> None:
     finally:
         tracemalloc.stop()
     assert batch.draws is not None
-    assert [len(column) for column in batch.draws] == [1, 1, 1, 1]
+    assert {len(column) for column in batch.draws} == {1}
     assert peak < 2e6
 
 

@@ -45,6 +45,11 @@ GSAM = ("--optimizer.name", "gsam", "--schedule.anneal_start_epoch", "null")
 REUSE = ("--optimizer.ascent_interval", "3", "--optimizer.ascent_between", "reuse")
 OWN = ("--optimizer.name", f"{__name__}:Own", "--schedule.anneal_start_epoch", "null")
 EMA, FP16 = ("--ema.decay", "0.9"), ("--precision.compute", "fp16")
+AUGMENTED = (
+    *("--data.auto_augment", "randaugment", "--data.random_erasing", "0.5", "--data.repeats", "2"),
+    *("--data.mixup", "0.2", "--data.cutmix", "1", "--data.mix_probability", "0.8"),
+    *("--schedule.image_size", "[[0,8],[1,10]]", "--loss.name", "binary", "--loss.label_smoothing", "0.1"),
+)
 DALI, TORCHVISION = ("--data.backend", "dali"), ("--data.backend", "torchvision")
 
 
@@ -110,7 +115,7 @@ def whole_and_cut(
 
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ddp lesam dali ema": (2, (*DALI, *EMA)),
-    "ddp gsam torchvision": (2, (*TORCHVISION, *GSAM)),
+    "ddp gsam torchvision augmented": (2, (*TORCHVISION, *GSAM, *AUGMENTED)),
     "ddp own memory": (2, (*DALI, *OWN, "--optimizer.scope", "local")),
     "ddp reuse fp16": (2, (*DALI, *REUSE, *FP16)),
     "fsdp lesam ema": (2, (*DALI, *EMA, "--parallel.strategy", "fsdp")),

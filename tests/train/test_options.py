@@ -15,7 +15,9 @@ from lesam_dist.config.command_line import parse
 from lesam_dist.config.same_run import check_same_run
 from lesam_dist.config.schema import Config
 from lesam_dist.config.values import flatten
+from lesam_dist.data.auto_augment import policy_of
 from lesam_dist.data.scan import scan
+from lesam_dist.data.torchvision_loader import TorchvisionLoader
 from lesam_dist.errors import UserError
 from lesam_dist.parallel import blocks
 from lesam_dist.parallel.processes import Distributed
@@ -88,6 +90,43 @@ def test_recomputation_reaches_the_model(monkeypatch: pytest.MonkeyPatch, seed: 
     assert kept[1] < kept[0]
 
 
+def test_augmentation_reaches_the_loader(images: Path) -> None:
+    world = Distributed(1, 1, 2, torch.device("cpu"))
+    flags = (
+        "--config digits --data.builtin null --data.backend torchvision --data.batch_size 20 --data.repeats 5 "
+        "--data.auto_augment randaugment --data.randaugment_ops 3 --data.randaugment_magnitude 4 "
+        "--data.random_erasing 0.2 --data.val_resize 48 --data.val_crop 40 --schedule.image_size [[0,24],[2,40]]"
+    )
+    config = parse([*flags.split(), "--data.root", str(images)])
+    loaders = build.build_loaders(config, build.build_folders(config, world), world)
+    for loader, repeats in zip(loaders, (5, 1), strict=True):
+        assert isinstance(loader, TorchvisionLoader)
+        transform = loader._plan.transform
+        assert loader._plan.repeats == repeats
+        assert transform.policy == policy_of("randaugment", 3, 4)
+        assert transform.random_erasing == 0.2
+        assert [transform.side(epoch) for epoch in (0, 1, 2, 9)] == [24, 24, 40, 40]
+        assert transform.val_side == 40
+
+
+def test_sizes_that_a_model_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT is made for one size, which is data.image_size."""
+
+    def tiny(*_: object, image_size: int, **__: object) -> VisionTransformer:
+        return VisionTransformer(image_size, 4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
+
+    monkeypatch.setattr(build, "build_model", tiny)
+    world = Distributed(0, 0, 1, torch.device("cpu"))
+    for field, flags in (
+        ("schedule.image_size", ["--schedule.image_size", "[[0,8],[1,16]]"]),
+        ("data.val_crop", ["--data.val_crop", "16"]),
+    ):
+        config = parse(["--data.image_size", "8", *flags])
+        with pytest.raises(UserError, match=rf"16 x 16 pixels at once .*: change {field}, which asks for that size"):
+            build.build_network(config, 3, world)
+    build.build_network(parse(["--data.image_size", "8", "--schedule.image_size", "[[0,8]]"]), 3, world)
+
+
 def test_what_may_differ_on_resume() -> None:
     saved = flatten(checked(Config()))
     free = parse(["--model.compile", "true", "--model.activation_checkpointing", "true"])
@@ -98,6 +137,9 @@ def test_what_may_differ_on_resume() -> None:
         check_same_run(changed, saved)
     assert "ema.decay: None then, 0.9 now" in str(error.value)
     assert "precision.gather_dtype: 'fp32' then, 'bf16' now" in str(error.value)
+    for flag, text in (("data.mixup", "0.2"), ("data.repeats", "2"), ("schedule.image_size", "[[0,64]]")):
+        with pytest.raises(UserError, match=rf"{flag}: .* then, .* now"):
+            check_same_run(parse([f"--{flag}", text]), saved)
     # A checkpoint of a version that did not know these fields.
     for path in ("ema.decay", "precision.gather_dtype"):
         del saved[path]
