@@ -34,6 +34,17 @@ FLAGS = [
         ["--data.backend", "dalli"],
         "data.backend is dalli: it must be one of auto, dali, torchvision. Did you mean 'dali'?",
     ),
+    (["--logging.peak_tflops", "0"], "logging.peak_tflops is 0.0: it must be above 0."),
+    (["--profile", "0"], "profile is 0: it must be at least 1"),
+    (["--profile", "5", "--dry_run"], "profile is 5 but dry_run is true, which makes two steps and writes nothing"),
+    (
+        ["--precision.cudnn_benchmark", "true", "--precision.deterministic", "true"],
+        "precision.cudnn_benchmark and precision.deterministic are both true",
+    ),
+    (
+        ["--parallel.sync_batchnorm", "true", "--parallel.strategy", "none"],
+        "parallel.sync_batchnorm is true but parallel.strategy is none, which is one process",
+    ),
     (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
     (["--schedule.anneal_start_epoch", "15"], "anneal_start_epoch is 15.0 but the run has 15 epochs"),
     (["--loss.label_smoothing", "1.5"], "loss.label_smoothing is 1.5"),
