@@ -56,6 +56,7 @@ _AT_MOST = {
     "parallel.timeout_s": 10_000_000,
     "checkpoint.every_minutes": 10_000_000,
     "checkpoint.grace_seconds": 10_000_000,
+    "profile": 1000,  # each is some MB of a trace
 }
 
 _AT_LEAST = {
@@ -102,6 +103,7 @@ _AT_LEAST = {
     "checks.every_steps": 1,
     "logging.every_steps": 1,
     "max_nonfinite_steps": 1,
+    "profile": 1,
 }
 
 
@@ -160,6 +162,17 @@ def _check(config: Config) -> None:
         raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
     _check_precision(config)
     _check_schedule(config)
+    _check_measuring(config)
+
+
+def _check_measuring(config: Config) -> None:
+    peak = config.logging.peak_tflops
+    if peak is not None and not peak > 0:
+        raise UserError(f"logging.peak_tflops is {peak}: it must be above 0.")
+    if config.profile is not None and config.dry_run:
+        raise UserError(
+            f"profile is {config.profile} but dry_run is true, which makes two steps and writes nothing: leave one out."
+        )
 
 
 def _check_values(values: dict[str, Any]) -> None:
@@ -358,6 +371,11 @@ def _check_parallel(config: Config) -> None:
                 f"parallel.{name} is {getattr(parallel, name)} but parallel.strategy is {parallel.strategy}: it is for "
                 "hsdp. Choose hsdp, or leave it at null."
             )
+    if parallel.sync_batchnorm and parallel.strategy == "none":
+        raise UserError(
+            "parallel.sync_batchnorm is true but parallel.strategy is none, which is one process: choose another, or "
+            "leave it at false."
+        )
     if parallel.wrap_classes and not is_sharded and not model.activation_checkpointing:
         raise UserError(
             f"parallel.wrap_classes is {parallel.wrap_classes} but parallel.strategy is {parallel.strategy}, which "
@@ -402,6 +420,11 @@ def _check_window(config: Config) -> None:
 
 def _check_precision(config: Config) -> None:
     precision, strategy = config.precision, config.parallel.strategy
+    if precision.cudnn_benchmark and precision.deterministic:
+        raise UserError(
+            "precision.cudnn_benchmark and precision.deterministic are both true, but what cuDNN finds to be fastest "
+            "differs from run to run: choose one of them."
+        )
     if precision.weights == "bf16" and (strategy in ("fsdp", "hsdp") or precision.compute != "bf16"):
         raise UserError(
             f"precision.weights is bf16 but precision.compute is {precision.compute} and parallel.strategy is "

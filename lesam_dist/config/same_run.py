@@ -14,6 +14,7 @@ _FREE_ON_RESUME = (
     "run_dir",
     "resume",
     "dry_run",
+    "profile",
     "max_nonfinite_steps",
     "checkpoint",
     "logging",

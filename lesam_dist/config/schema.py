@@ -126,6 +126,8 @@ class DataConfig:
     """batches that DALI works on ahead"""
     dali_affinity: bool = False
     """bind each of DALI's threads to a core, which the environment variable DALI_AFFINITY_MASK may choose"""
+    replay: bool = False
+    """train on the first batch in every step, to measure how fast a run is that need not read images"""
     skip_list: str | None = None
     """file that `lesam-dist scan` wrote: the images in it are left out of both splits (class folders)"""
     max_bad_files: int = 10
@@ -266,6 +268,8 @@ class ParallelConfig:
     the perturbation is reduced in float32 all the same"""
     device: Literal["cpu", "cuda"] | None = None
     """null takes the GPUs where there are some"""
+    sync_batchnorm: bool = False
+    """BatchNorm takes its mean and variance over the samples of all processes, in each forward of training (GPUs)"""
     timeout_s: float = 600.0
     """seconds that one process may keep the others waiting before the run ends; a silent one is named after a minute.
     Raise it where rank 0 downloads data or weights for longer, or a process compiles for longer than the others"""
@@ -286,6 +290,11 @@ class PrecisionConfig:
     and their reduction stay float32"""
     tf32: bool = True
     """let CUDA use TF32 inside float32 convolutions and matrix products"""
+    cudnn_benchmark: bool = False
+    """let cuDNN try its algorithms at the first convolution of each shape and keep the fastest. Two runs may then take
+    different ones, which round differently"""
+    deterministic: bool = False
+    """use operations alone that give the same bits again on the same device; an error where torch has none"""
     channels_last: bool = False
     """images and, but for fsdp and hsdp, weights lie channels last in memory; convolutions then run so"""
 
@@ -342,6 +351,9 @@ class LoggingConfig:
     """steps between two lines of metrics.jsonl"""
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
+    peak_tflops: float | None = None
+    """dense TFLOP/s of a device in the run's number format, which mfu is a share of; null takes those of A100, H100,
+    H200 and B200, and leaves mfu out for others"""
 
 
 @dataclass
@@ -371,5 +383,8 @@ class Config:
     """folder for everything that the run writes"""
     resume: str | None = None
     """"auto": go on from RUN_DIR's latest checkpoint, or start where there is none"""
+    profile: int | None = None
+    """steps of this start to trace, after the first 3: RUN_DIR/profile gets a trace from each process, and the terminal
+    a summary; null for none"""
     dry_run: bool = False
     """build everything, run two steps and an evaluation on random images, write nothing"""

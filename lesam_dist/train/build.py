@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lesam_dist.config.methods import OF_BASE, PLAIN, complete, method_of
-from lesam_dist.config.schema import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, Config, OptimizerConfig
+from lesam_dist.config.schema import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, Config, DataConfig, OptimizerConfig
 from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, build_loader
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
@@ -23,6 +23,7 @@ from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import remarks
 from lesam_dist.data.opening import data_root, open_splits
+from lesam_dist.data.replay import ReplayLoader
 from lesam_dist.data.skip_list import read_skip_list
 from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
@@ -30,6 +31,7 @@ from lesam_dist.models import build_model, fetch_weights, require_input
 from lesam_dist.optim import LAMB, LARS, CosineBudget, SharpnessAware
 from lesam_dist.optim.engine.backend import require_interpreter
 from lesam_dist.optim.plain import Plain
+from lesam_dist.parallel.batchnorm import synchronized
 from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.methods import method_arguments, param_groups
@@ -142,7 +144,11 @@ def build_loaders(
             f"batch of {data.batch_size}: choose a divisor."
         )
     require_pairs(config, world)
-    return train, loader(folders[1], train=False, batch_size=data.eval_batch_size)
+    return _replayed(train, data), loader(folders[1], train=False, batch_size=data.eval_batch_size)
+
+
+def _replayed(train: Loader, data: DataConfig) -> Loader:
+    return ReplayLoader(train) if data.replay else train
 
 
 def _loader(config: Config) -> Callable[..., Loader]:
@@ -183,7 +189,7 @@ def build_synthetic_loaders(config: Config, num_classes: int, world: Distributed
 
     require_pairs(config, world)
     per_rank = max(1, config.data.batch_size // world.world_size)
-    return loader(per_rank, config.seed), loader(per_rank, config.seed + 1)
+    return _replayed(loader(per_rank, config.seed), config.data), loader(per_rank, config.seed + 1)
 
 
 def resolve_num_classes(config: Config, classes: tuple[str, ...] | None) -> int:
@@ -227,6 +233,8 @@ def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Mo
     last = config.precision.channels_last and not sharded
     memory_format = torch.channels_last if last else torch.preserve_format
     model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    if config.parallel.sync_batchnorm:
+        model = synchronized(model, world)
     if config.precision.weights == "bf16":
         _to_bfloat16(model)
     find_blocks(model, config.parallel.wrap_classes)  # an unknown class is refused on one process as on many

@@ -1,96 +1,84 @@
-"""How many images a run trains on per second, and how long it waits for data, both measured on the device."""
+"""How fast a run trains, and what share of its time goes where."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, Protocol
+from typing import NamedTuple
 
-import torch
+from lesam_dist.train.flops import Flops
+from lesam_dist.train.phases import COMMUNICATION, DATA, OPTIMIZER, PASS_1, PASS_2, Clock
 
-
-class Event(Protocol):
-    """The part of `torch.cuda.Event` that `Meter` needs."""
-
-    def record(self) -> object: ...
-
-    def query(self) -> bool: ...
-
-    def synchronize(self) -> object: ...
-
-    def elapsed_time(self, end_event: Any) -> float: ...
+SHARE = "share_"
+TIMED = (
+    *("images_per_s", "images_per_s_per_device", DATA, f"{DATA}_max"),
+    *(SHARE + phase for phase in (PASS_1, PASS_2, OPTIMIZER, COMMUNICATION)),
+    *("tflops_per_device", "mfu"),
+)
+"""What a run logs of its speed: of two equal runs, all that differs."""
 
 
-class HostEvent:
-    """The same on the CPU, which has no queue of work: the time on the host's clock."""
+class _Sums(NamedTuple):
+    """What there has been until some moment."""
 
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
+    seconds: dict[str, float]
+    steps: int
+    flops: float
 
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end_event: HostEvent) -> float:
-        return 1e3 * (end_event.seconds - self.seconds)
-
-
-def event_of(device: torch.device) -> Callable[[], Event]:
-    """The kind of event that times work on a device."""
-    return partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else HostEvent
+    def since(self, before: _Sums) -> _Sums:
+        seconds = {phase: value - before.seconds.get(phase, 0.0) for phase, value in self.seconds.items()}
+        return _Sums(seconds, self.steps - before.steps, self.flops - before.flops)
 
 
 class Meter:
-    """Throughput since the last reading: images per second over all ranks, and this rank's share of time without data.
-
-    On CUDA the device's time is measured, from the end of a step to the arrival of the next batch. The host's time
-    would say little: it runs ahead of the device, and does not wait for a batch that the device itself decodes.
+    """Throughput and shares of the time, since the last reading.
 
     Args:
-        batch_size: images of a step, over all ranks.
-        make_event: see `event_of`.
+        clock: of the run; its phases are told by others.
+        batch_size: images of a step, over all processes.
+        processes: number of them, each of which has a device.
+        shares: the phases, beside the wait for data, whose share is told. The same on all processes.
+        flops: of the model, where they are known.
     """
 
-    def __init__(self, batch_size: int, make_event: Callable[[], Event]) -> None:
-        self.batch_size = batch_size
-        self._make_event = make_event
-        self._reset(self._now())
+    def __init__(
+        self, clock: Clock, batch_size: int, processes: int, shares: tuple[str, ...], flops: Flops | None = None
+    ) -> None:
+        self._clock, self._batch_size, self._processes = clock, batch_size, processes
+        self._shares, self._model = shares, flops
+        self._steps, self._flops = 0, 0.0
+        self._last = _Sums({}, 0, 0.0)
+        self._warm: _Sums | None = None  # after the first reading
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the request for a step's batch."""
-        since = self._now()
-        yield
-        self._waits.append((since, self._now()))
+    def count_step(self) -> None:
+        """One more step has its batch."""
         self._steps += 1
-        while self._waits and self._waits[0][1].query():  # else two events would be kept for each step
-            self._settle()
+
+    def count_images(self, forward: int, backward: int) -> None:
+        """So many images of this process went through the model, forward and backward, in the passes of a step."""
+        if self._model is not None:
+            self._flops += forward * self._model.forward + backward * self._model.backward
 
     def rates(self) -> dict[str, float]:
-        """``images_per_s`` and ``data_wait``; waits for the device, as reading a step's loss does."""
-        now = self._now()
-        now.synchronize()
-        while self._waits:
-            self._settle()
-        elapsed = self._start.elapsed_time(now)
-        rates = {"images_per_s": 1e3 * self._steps * self.batch_size / elapsed, "data_wait": self._waited / elapsed}
-        self._reset(now)
-        return rates
+        """``images_per_s``, ``data_wait`` and more of `TIMED`; waits for the device, as reading a step's loss does."""
+        now = self._read()
+        since = now.since(self._last)
+        self._last = now
+        self._warm = self._warm or now
+        elapsed = sum(since.seconds.values())
+        images = self._images_per_s(since)
+        rates = {"images_per_s": images, "images_per_s_per_device": images / self._processes}
+        rates[DATA] = since.seconds.get(DATA, 0.0) / elapsed
+        rates |= {SHARE + phase: since.seconds.get(phase, 0.0) / elapsed for phase in self._shares}
+        return rates | (self._model.rates(since.flops, elapsed) if self._model else {})
 
-    def _now(self) -> Event:
-        event = self._make_event()
-        event.record()
-        return event
+    def steady_images_per_s(self) -> float:
+        """Of all steps after the first reading, or of all where there are none; 0 before the first step."""
+        now = self._read()
+        late = now.since(self._warm) if self._warm else now
+        chosen = late if late.steps else now
+        return self._images_per_s(chosen) if chosen.steps else 0.0
 
-    def _settle(self) -> None:
-        start, end = self._waits.popleft()
-        self._waited += start.elapsed_time(end)
+    def _images_per_s(self, sums: _Sums) -> float:
+        return sums.steps * self._batch_size / sum(sums.seconds.values())
 
-    def _reset(self, now: Event) -> None:
-        self._start, self._steps, self._waited = now, 0, 0.0  # events count in milliseconds
-        self._waits: deque[tuple[Event, Event]] = deque()
+    def _read(self) -> _Sums:
+        return _Sums(self._clock.read(), self._steps, self._flops)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.autograd import Variable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,7 @@ from lesam_dist.optim.engine import capturing
 from lesam_dist.parallel.bucket_rounding import rounding_of
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.replicas import Sync, replica_average
+from lesam_dist.train.phases import AVERAGING, UPDATING
 
 
 class BatchPasses:
@@ -38,9 +40,13 @@ class BatchPasses:
         scaler: scales the loss before ``backward`` (float16); whoever steps unscales.
         micro_batches: each pass goes through the batch in so many parts of equal size, to save memory. Gradients are
             reduced over the processes once, in the last one. The same as one part, but for BatchNorm.
-        on_pass: called with "pass 1" when the first pass begins, and so on.
+        on_pass: called with what begins: "pass 1" and so on, and after each `UPDATING`; under DDP `AVERAGING` too, in a
+            backward that reduces, when this process has all gradients of its own.
         may_round: asked when a pass begins: whether its gradient may be reduced in a smaller dtype, where the model was
             wrapped so. None answers no.
+
+    Attributes:
+        forwards, backwards: images that have gone through the model so far.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class BatchPasses:
         self._rng: list[Tensor] | None = None
         self._on_pass, self._passes = on_pass, 0
         self._may_round = may_round
+        self.forwards = self.backwards = 0
 
     def __call__(
         self,
@@ -90,6 +97,8 @@ class BatchPasses:
             self._on_pass(f"pass {self._passes}")
         count = math.ceil(fraction * len(self.labels))
         images, labels = (t[:count] if subset is None else t[subset] for t in (self.images, self.labels))
+        self.forwards += len(labels)
+        self.backwards += backward * len(labels)
         parts = list(zip(images.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))
         rounded = self._may_round is not None and self._may_round()
         with ExitStack() as stack:
@@ -102,15 +111,20 @@ class BatchPasses:
                 stack.enter_context(torch.no_grad())
             losses = []
             for index, part in enumerate(parts):
-                with gradient_sync(self.model, sync if index == len(parts) - 1 else False, rounded):
+                reduces = sync if index == len(parts) - 1 else False
+                with gradient_sync(self.model, reduces, rounded):
                     share = len(part[1]) / len(labels)
-                    losses.append(self._part(*part, share, per_sample, backward))
+                    losses.append(self._part(*part, share, per_sample, backward, tells=bool(reduces)))
+        if self._on_pass is not None:
+            self._on_pass(UPDATING)
         if per_sample:
             return torch.cat(losses)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _part(self, images: Tensor, labels: Tensor, share: float, per_sample: bool, backward: bool) -> Tensor:
-        """Forward and backward of a part of the batch, ``share`` of its samples.
+    def _part(
+        self, images: Tensor, labels: Tensor, share: float, per_sample: bool, backward: bool, tells: bool
+    ) -> Tensor:
+        """Forward and backward of a part of the batch, ``share`` of its samples; ``tells`` when backward reduces.
 
         Returns:
             The part's mean loss times ``share``, or with ``per_sample`` the loss of each of its samples.
@@ -121,9 +135,19 @@ class BatchPasses:
             loss = (losses.mean() if per_sample else losses) * share
         if backward:
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            if tells and self._on_pass is not None and isinstance(self.model, DistributedDataParallel):
+                scaled.register_hook(self._tell_of_own_gradients)
             # 1, or nan: the gradients of a loss that is not finite may be, and every process must skip the step.
             scaled.backward(scaled.detach() - scaled.detach() + 1)
         return losses.detach() if per_sample else loss.detach()
+
+    def _tell_of_own_gradients(self, _: Tensor) -> None:
+        """When a backward begins: DDP queues what waits for the reduction behind this, at its last bucket."""
+        Variable._execution_engine.queue_callback(self._tell_of_the_reduction)
+
+    def _tell_of_the_reduction(self) -> None:
+        if self._on_pass is not None:
+            self._on_pass(AVERAGING)
 
 
 @contextmanager

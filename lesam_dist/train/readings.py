@@ -13,7 +13,8 @@ from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import reduce_max
 from lesam_dist.train.divergence import NonFiniteSteps
-from lesam_dist.train.meter import Meter
+from lesam_dist.train.meter import SHARE, Meter
+from lesam_dist.train.phases import DATA
 
 _ROUNDED = 1.5  # by this factor the perturbation may be off before a warning
 
@@ -57,10 +58,11 @@ class Readings:
         rates = meter.rates()
         if self._bad_files is not None:
             scalars["bad_files"] = torch.tensor(float(self._bad_files.own), device=loss.device)
-        scalars["data_wait"] = torch.tensor(rates.pop("data_wait"), device=loss.device)
-        longest = scalars["data_wait"].clone()  # of all ranks': one that starves holds up the others
+        shares = [name for name in rates if name == DATA or name.startswith(SHARE)]
+        scalars |= zip(shares, torch.tensor([rates.pop(name) for name in shares], device=loss.device), strict=True)
+        longest = scalars[DATA].clone()  # of all ranks': one that starves holds up the others
         reduce_max(longest)
-        rates["data_wait_max"] = float(longest)
+        rates[f"{DATA}_max"] = float(longest)
         means = dict(zip(scalars, self._world.mean(list(scalars.values())), strict=True))
         total, in_a_row = (means.pop(name) for name in counts)
         if bad := means.pop("bad_files", 0.0):

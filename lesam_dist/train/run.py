@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection
 
-import torch
-
 from lesam_dist.config.checks import checked
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
@@ -15,6 +13,8 @@ from lesam_dist.parallel.processes import Distributed, process_group
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.dry_run import shorten
+from lesam_dist.train.flops import flops_of
+from lesam_dist.train.numerics import explain_nondeterminism, numerics
 from lesam_dist.train.out_of_memory import explain_memory
 from lesam_dist.train.preemption import preemption
 from lesam_dist.train.run_dir import claim
@@ -45,9 +45,11 @@ def train_here(config: Config, world: Distributed, given: Collection[str] = ()) 
     """`train` in a process group that has been joined already, as for one run after the other."""
     config = checked(config)
     try:
-        return _train_here(config, world, given)
+        with numerics(config.precision, world.device):
+            return _train_here(config, world, given)
     except (MemoryError, RuntimeError, OSError) as error:
         explained = explain_memory(error, config, str(world.progress.at), world.device.type)
+        explained = explained or explain_nondeterminism(error, config.precision)
         if explained is None:
             raise
         raise explained from error
@@ -58,7 +60,6 @@ def _train_here(config: Config, world: Distributed, given: Collection[str]) -> d
     agree_on_setup(config, world)
     require_model(config.model.name)  # before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)
-    _set_precision(config)
     trainer = _dry_trainer(config, world, given) if config.dry_run else build_trainer(config, world)
     with preemption(world, config.checkpoint.grace_seconds, active=not config.dry_run):
         try:
@@ -92,8 +93,8 @@ def build_trainer(config: Config, world: Distributed) -> Trainer:
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
-    samples = len(folders[1])
-    return Trainer(config, world, model, loaders, num_classes, run_dir, val_samples=samples, bad_files=bad_files)
+    flops = flops_of(config, num_classes, world.device) if world.is_main else None
+    return Trainer(config, world, model, loaders, num_classes, run_dir, len(folders[1]), bad_files, flops)
 
 
 def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:
@@ -110,8 +111,3 @@ def _require_reduction(config: Config, world: Distributed) -> None:
             f"parallel.reduce_dtype is {config.parallel.reduce_dtype} but this is a single process, which reduces "
             "nothing: leave it at fp32, or start several."
         )
-
-
-def _set_precision(config: Config) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
-    torch.backends.cudnn.allow_tf32 = config.precision.tf32

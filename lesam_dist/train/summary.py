@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from lesam_dist.config.learning_rate import peak_lr
@@ -9,6 +11,9 @@ from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
+from lesam_dist.train.phases import COMMUNICATION, OPTIMIZER, PASS_1, PASS_2
+
+_REPLAY = "\ndata.replay: every step trains on one and the same batch. This measures speed; the network is of no use."
 
 
 def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per_epoch: int, step: int) -> str:
@@ -27,7 +32,7 @@ def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per
     return (
         f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, {processes}, "
         f"batch {config.data.batch_size}{_lr(config)}, {config.epochs} epochs of {steps_per_epoch} steps{start}"
-        f"{_plan(config)}"
+        f"{_plan(config)}{_REPLAY * config.data.replay}"
     )
 
 
@@ -37,6 +42,32 @@ def _lr(config: Config) -> str:
     if optimizer.lr_scaling == "none":
         return ""
     return f" (lr {optimizer.lr:g} for {optimizer.lr_reference_batch}, {optimizer.lr_scaling}: {peak_lr(config):g})"
+
+
+def describe_results(evaluation: Mapping[str, float], epoch: int) -> str:
+    """The last evaluation, which was made after so many epochs."""
+    top5 = f", top-5 {evaluation['acc5']:.2f} %" if "acc5" in evaluation else ""
+    images = f"{evaluation['samples']:.0f} validation images after epoch {epoch}"
+    return f"top-1 {evaluation['acc1']:.2f} %{top5} of {images}"
+
+
+def replay_verdict(images_per_s: float) -> str:
+    """What the speed of a run without input is for."""
+    return (
+        f"data.replay: {images_per_s:.4g} images/s without reading any. Compare images_per_s in metrics.jsonl of the "
+        "same command without data.replay: what is missing there is lost to the input."
+    )
+
+
+def shares_of(config: Config, world: Distributed) -> tuple[str, ...]:
+    """The phases of a run's steps whose share of the time is known and logged.
+
+    Of communication it is what DDP's reduction takes when a process has all gradients of its own. What FSDP2 waits for
+    in the middle of a pass cannot be told from what it computes there.
+    """
+    passes = (PASS_1,) if config.optimizer.name in PLAIN else (PASS_1, PASS_2)
+    reduces = world.world_size > 1 and config.parallel.strategy == "ddp"
+    return (*passes, OPTIMIZER, *([COMMUNICATION] if reduces else []))
 
 
 def _plan(config: Config) -> str:

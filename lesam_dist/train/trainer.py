@@ -24,15 +24,19 @@ from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps, all_finite
 from lesam_dist.train.ema import WeightAverage
+from lesam_dist.train.flops import Flops
 from lesam_dist.train.guard import LossGuard
+from lesam_dist.train.input_bound import InputBound
 from lesam_dist.train.integrity import ReplicaCheck
-from lesam_dist.train.meter import Meter, event_of
+from lesam_dist.train.meter import Meter
 from lesam_dist.train.passes import average_batchnorm
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
+from lesam_dist.train.phases import LOGGING, WAITING, Clock, Phases, event_of
+from lesam_dist.train.profiling import profiling
 from lesam_dist.train.readings import Readings
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
-from lesam_dist.train.summary import describe_run
+from lesam_dist.train.summary import describe_results, describe_run, replay_verdict, shares_of
 from lesam_dist.train.telemetry import RunLog, plot_curves
 from lesam_dist.train.updates import Updates
 from lesam_dist.train.validation import Validation
@@ -50,6 +54,7 @@ class Trainer:
         run_dir: where to write, released by `close`; None writes nothing (a dry run).
         val_samples: number of validation images over all ranks, to check that evaluation counted them all.
         bad_files: the loaders', whose number is logged.
+        flops: of the model, to be logged.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Trainer:
         run_dir: RunDir | None,
         val_samples: int | None = None,
         bad_files: BadFiles | None = None,
+        flops: Flops | None = None,
     ) -> None:
         self.config, self.world, self._claim = config, world, run_dir
         self.run_dir = None if run_dir is None else run_dir.path
@@ -88,9 +94,13 @@ class Trainer:
         self.optimizer.grad_scaler = self.scaler
         self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
+        self.phases = Phases(world, Clock(event_of(world.device)))
+        self.meter = Meter(self.phases.clock, config.data.batch_size, world.world_size, shares_of(config, world), flops)
+        self.input_bound = InputBound(config, world)
         self.updates = Updates(
             config,
-            world,
+            self.phases,
+            self.meter,
             self.wrapped,
             self.optimizer,
             self.scaler,
@@ -164,8 +174,11 @@ class Trainer:
             self._save(self.checkpoints, final=False)  # to go back to
         if self.check:
             self.check.compare(self.step, self.checkpoints)
-        for _ in self.steps():
-            pass
+        with profiling(self.config, self.phases, self.run_dir, self.log, self.total_steps - self.step) as after_step:
+            for _ in self.steps():
+                after_step()
+        if self.log and self.config.data.replay:
+            self.log.print(replay_verdict(self.meter.steady_images_per_s()))
         if self.checkpoints and not (self.checkpoints.wait() and self.saved_step == self.step):
             self._save(self.checkpoints, final=True)  # the disk was full: now or never
         self._require_learning()
@@ -187,10 +200,7 @@ class Trainer:
                     if curves:
                         plot_curves(self.run_dir)
                 if self.last_evaluation:
-                    last = self.last_evaluation
-                    top5 = f", top-5 {last['acc5']:.2f} %" if "acc5" in last else ""
-                    images = f"{last['samples']:.0f} validation images after epoch {self.epoch}"
-                    self.log.print(f"top-1 {last['acc1']:.2f} %{top5} of {images}")
+                    self.log.print(describe_results(self.last_evaluation, self.epoch))
                 self.log.print(f"results: {self.run_dir}  (metrics.jsonl, {curves}checkpoints/, tensorboard/)")
             self.log = None
         if self._claim:
@@ -203,20 +213,20 @@ class Trainer:
 
     def _rest_of_epoch(self) -> Iterator[int]:
         self.wrapped.train()
-        meter = Meter(self.config.data.batch_size, event_of(self.world.device))
+        self.phases.clock.leave_out()  # evaluations, and what ends an epoch
         epoch, start = divmod(self.step, self.steps_per_epoch)
         batches = self.train_loader.epoch(epoch, start)
         for _ in range(start, self.steps_per_epoch):
-            self.world.move("waiting for a batch", self.step + 1)
-            with meter.waiting():
-                images, labels = next(batches)
-            self._train_step(images, labels, meter)
+            self.phases.begin(WAITING, self.step + 1)
+            images, labels = next(batches)
+            self.meter.count_step()
+            self._train_step(images, labels)
             went_back = self._after_step()
             yield self.step
             if went_back:
                 return  # to batches that begin elsewhere
 
-    def _train_step(self, images: Tensor, labels: Tensor, meter: Meter) -> None:
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
         """One update with all that belongs to it; of a batch that is left out, all but the update."""
         seed_step(self.config.seed, self.step, self.world.rank)
         used = self._schedule_values()
@@ -230,14 +240,14 @@ class Trainer:
             self.budget.step()
         self.step += 1
         self.last_evaluation = None
-        self.world.move("logging")
+        self.phases.begin(LOGGING)
         if self.log:
             self.log.advance()
         if loss is not None:
             self.nonfinite.count(self.step, loss, self.optimizer.telemetry)
             self.guard.observe(self.step, loss, self.optimizer.overflow)
             if self._logs(self.step):
-                self._log_step(loss, used, meter)
+                self._log_step(loss, used)
 
     def _after_step(self) -> bool:
         """Save and evaluate where that is due. It is saved first: if the evaluation fails, the epoch is not lost.
@@ -292,14 +302,17 @@ class Trainer:
     def _logs(self, step: int) -> bool:
         return step % self.config.logging.every_steps == 0
 
-    def _log_step(self, loss: Tensor, used: dict[str, float], meter: Meter) -> None:
-        reading = self.readings.read(loss, meter)
+    def _log_step(self, loss: Tensor, used: dict[str, float]) -> None:
+        reading = self.readings.read(loss, self.meter)
         if self.log:
             self.log.write("train", self.step, self.step / self.steps_per_epoch, reading.values | used)
-            rounding = self.readings.rounding(self.step, reading.values)
-            for warning in (rounding, self.nonfinite.warning(self.step, reading.nonfinite, reading.in_a_row)):
-                if warning:
-                    self.log.print(warning)
+            warnings = [
+                self.readings.rounding(self.step, reading.values),
+                self.nonfinite.warning(self.step, reading.nonfinite, reading.in_a_row),
+                self.input_bound.warning(self.step, reading.values["data_wait_max"]),
+            ]
+            for warning in filter(None, warnings):
+                self.log.print(warning)
         self.nonfinite.require_few(self.step, reading.in_a_row, self.checkpoints)
 
     def _require_learning(self) -> None:

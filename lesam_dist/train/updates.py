@@ -9,11 +9,12 @@ from torch.amp import GradScaler
 from lesam_dist.config.schema import Config
 from lesam_dist.optim import SharpnessAware
 from lesam_dist.optim.plain import Plain
-from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.loss import ClassificationLoss
+from lesam_dist.train.meter import Meter
 from lesam_dist.train.mixing import Mixing
 from lesam_dist.train.passes import BatchPasses
+from lesam_dist.train.phases import Phases
 
 
 class Updates:
@@ -21,7 +22,8 @@ class Updates:
 
     Args:
         config: the run.
-        world: this process among all; told of each pass.
+        phases: told of each pass.
+        meter: told how many images it took.
         model: in training mode, wrapped or not.
         optimizer: of that model; knows the scaler.
         scaler, autocast: as `BatchPasses` has them.
@@ -32,7 +34,8 @@ class Updates:
     def __init__(
         self,
         config: Config,
-        world: Distributed,
+        phases: Phases,
+        meter: Meter,
         model: nn.Module,
         optimizer: SharpnessAware,
         scaler: GradScaler | None,
@@ -40,7 +43,8 @@ class Updates:
         steps_per_epoch: int,
         num_classes: int,
     ) -> None:
-        self._config, self._world, self._model, self._optimizer = config, world, model, optimizer
+        self._config, self._model, self._optimizer = config, model, optimizer
+        self._phases, self._meter = phases, meter
         self._scaler, self._autocast, self._steps_per_epoch = scaler, autocast, steps_per_epoch
         self._buffers = ModelBuffers(model)
         self._mixing = Mixing(config, num_classes)
@@ -62,17 +66,20 @@ class Updates:
         rounds = self._config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
         optimizer.measure_rho = rounds and logged
         self._buffers.save()
-        loss: Tensor = optimizer.step(self._closure(*self._mixing(step, images, labels)))
+        closures = self._closures(*self._mixing(step, images, labels))
+        loss: Tensor = optimizer.step(closures if len(closures) > 1 else closures[0])
+        for passes in closures:
+            self._meter.count_images(passes.forwards, passes.backwards)
         self._buffers.undo_if(optimizer.overflow)
         if self._scaler is not None:
             self._scaler.update()
         return loss
 
-    def _closure(self, images: Tensor, targets: Tensor) -> BatchPasses | list[BatchPasses]:
+    def _closures(self, images: Tensor, targets: Tensor) -> list[BatchPasses]:
         """The batch as one closure with one perturbation, or each micro-batch as a closure with its own."""
         data = self._config.data
         if data.accumulation_mode == "batch":
-            return self._passes(images, targets, data.micro_batches)
+            return [self._passes(images, targets, data.micro_batches)]
         parts = zip(images.chunk(data.micro_batches), targets.chunk(data.micro_batches), strict=True)
         return [self._passes(*part) for part in parts]
 
@@ -85,7 +92,7 @@ class Updates:
             self._autocast,
             self._scaler,
             micro_batches,
-            on_pass=self._world.move,
+            on_pass=self._phases.begin,
             may_round=lambda: self._optimizer.descends,
         )
 

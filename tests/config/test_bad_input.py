@@ -50,6 +50,17 @@ FLAGS = [
         "is set but data.dali_decoder is cpu",
     ),
     (["--data.root", "s4://bucket/x"], "data.root 's4://bucket/x/index.safetensors': the scheme 's4' is not known"),
+    (["--logging.peak_tflops", "0"], "logging.peak_tflops is 0.0: it must be above 0."),
+    (["--profile", "0"], "profile is 0: it must be at least 1"),
+    (["--profile", "5", "--dry_run"], "profile is 5 but dry_run is true, which makes two steps and writes nothing"),
+    (
+        ["--precision.cudnn_benchmark", "true", "--precision.deterministic", "true"],
+        "precision.cudnn_benchmark and precision.deterministic are both true",
+    ),
+    (
+        ["--parallel.sync_batchnorm", "true", "--parallel.strategy", "none"],
+        "parallel.sync_batchnorm is true but parallel.strategy is none, which is one process",
+    ),
     (["--resume", "yes"], "resume is 'yes': it is 'auto' or null"),
     (["--schedule.anneal_start_epoch", "15"], "anneal_start_epoch is 15.0 but the run has 15 epochs"),
     (["--loss.label_smoothing", "1.5"], "loss.label_smoothing is 1.5"),

@@ -23,6 +23,7 @@ from lesam_dist.parallel.agreed import Agreed, Wish
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.train import trainer as module
+from lesam_dist.train.meter import TIMED
 from lesam_dist.train.run import build_trainer
 from lesam_dist.train.telemetry import read_metrics
 from lesam_dist.train.trainer import Trainer
@@ -30,7 +31,6 @@ from tests.conftest import CLASSES, TRAIN
 from tests.halves import Halved
 from tests.parallel.processes import run
 
-CLOCK = ("images_per_s", "data_wait", "data_wait_max")
 BATCH, EPOCHS = 12, 3
 STEPS_PER_EPOCH = TRAIN * len(CLASSES) // BATCH
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -96,7 +96,7 @@ def start(config: Config, world: Distributed, stop: int | None, saves: tuple[int
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in read_metrics(run_dir)]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_metrics(run_dir)]
 
 
 def whole_and_cut(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lesam_dist.train import trainer as module
 from lesam_dist.train.checkpoint import payload
+from lesam_dist.train.meter import TIMED
 from lesam_dist.train.telemetry import read_metrics
 from tests.checkpoints import latest, read_checkpoint
 from tests.conftest import CLASSES, VAL, Command
@@ -40,8 +41,7 @@ def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics without what depends on the clock."""
-    clock = ("images_per_s", "data_wait", "data_wait_max")
-    return [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(run_dir)]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run_dir)]
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
@@ -66,6 +66,10 @@ def test_a_run_writes_what_it_promises(command: Command, small: tuple[str, ...],
         "images_per_s",
         "data_wait",
         "data_wait_max",
+        "images_per_s_per_device",
+        "share_pass_1",
+        "share_pass_2",
+        "share_optimizer",
         "skipped",
     } < set(train[0])
     assert all(line["samples"] == VAL * len(CLASSES) for line in val)

@@ -13,12 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lesam_dist.train.meter import TIMED
 from lib.faults.damage import checkpoints
 from lib.faults.images import TRAIN
 from lib.faults.scenarios import BATCH, STEPS
-
-# Read off a clock; all else must be equal to the last digit.
-CLOCK = ("images_per_s", "data_wait", "data_wait_max")
 
 
 class WrongError(Exception):
@@ -173,7 +171,7 @@ def _metrics(log: Path) -> list[dict[str, Any]]:
 
 def _metric(line: bytes, number: int) -> dict[str, Any]:
     try:
-        return {key: value for key, value in json.loads(line).items() if key not in CLOCK}
+        return {key: value for key, value in json.loads(line).items() if key not in TIMED}
     except (ValueError, AttributeError):
         raise WrongError(f"line {number} of metrics.jsonl is torn: {line[:60]!r}") from None
 
