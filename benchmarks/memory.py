@@ -3,7 +3,8 @@
     python benchmarks/memory.py [--models resnet50,vit_b_16] [--world-sizes 1,2] [--strategies none,ddp,fsdp]
 
 Parameters, gradients, saved weights and optimizer state are measured as the storages that exist when the second
-backward is done; "transient" is the peak of the whole step beyond these. `lib/memory_formula.py` has the formula.
+backward is done; "transient" is the peak of the whole step beyond these. The formula is in
+`lesam_dist/planning/memory.py`.
 Activations are in no formula: a batch of two small images keeps them out of the way, and what they take is the
 difference between predicted and measured transient bytes. One process ("none") runs alone; DDP and FSDP2 start as many
 processes as --world-sizes says, on the CPU with gloo, on CUDA one GPU each.
@@ -20,7 +21,6 @@ from collections.abc import Callable, Sequence
 import torch
 from lib.arguments import Parser
 from lib.live_bytes import meter, storage_bytes
-from lib.memory_formula import STRATEGIES, Memory, Network, Strategy, Weight, predict
 from lib.models import NETWORKS
 from lib.problem import Hyper
 from lib.providers import our_optimizer
@@ -32,6 +32,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lesam_dist import LESAM, SAM
 from lesam_dist.parallel.processes import Distributed, process_group
 from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.planning.memory import STRATEGIES, Memory, Network, Strategy, predict
+from lesam_dist.planning.memory import network_of as planned_network
 
 _HYPER = Hyper(sigma=0.3, rho_max=0.2)
 _UNITS = ("Bottleneck", "Block")  # of `models`: what FSDP2 gathers at once
@@ -46,7 +48,7 @@ def measure(
     image: Sequence[int],
     units: Sequence[str],
 ) -> Memory:
-    """Bytes on this process in the second step of a network, and in each of the categories of `memory_formula`.
+    """Bytes on this process in the second step of a network, by the categories of `lesam_dist.planning.memory`.
 
     Args:
         world: the processes, of which this is one.
@@ -86,17 +88,8 @@ def categories(params: Sequence[Tensor], optimizer: LESAM | SAM) -> tuple[int, i
 
 
 def network_of(module: nn.Module, units: Sequence[str]) -> Network:
-    """The weights of a model, by the modules that are gathered as units; in the order in which they were registered."""
-    members = [list(m.parameters()) for m in module.modules() if type(m).__name__ in units]
-    inside = {p for unit in members for p in unit}
-    params = list(module.parameters())
-    first = next((i for i, p in enumerate(params) if p in inside), len(params))
-    stem, head = params[:first], [p for p in params[first:] if p not in inside]
-    return Network(_weights(stem), [_weights(unit) for unit in members], _weights(head))
-
-
-def _weights(params: Sequence[Tensor]) -> list[Weight]:
-    return [Weight(tuple(p.shape)) for p in params]
+    """The weights of a model, of which the modules of these classes are gathered as units."""
+    return planned_network(module, [m for m in module.modules() if type(m).__name__ in units])
 
 
 def run(args: argparse.Namespace) -> list[Result]:

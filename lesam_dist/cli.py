@@ -41,6 +41,12 @@ def _sweep(argv: Sequence[str]) -> None:
     sweep(argv)
 
 
+def _plan(argv: Sequence[str]) -> None:
+    from lesam_dist.planning.command import plan
+
+    plan(argv)
+
+
 def _export(argv: Sequence[str]) -> None:
     from lesam_dist.train.checkpoint.export import export
 
@@ -81,6 +87,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "index": (_index, "list a large data set once, so that runs start at once (lesam-dist index --help)"),
     "pack": (_pack, "pack a data set into tar shards, smaller ones if you like (lesam-dist pack --help)"),
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
+    "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
     "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
 }

@@ -21,6 +21,7 @@ from lesam_dist.config.explain import unknown_key
 from lesam_dist.errors import UserError
 from lesam_dist.experiments.compare import compare
 from lesam_dist.experiments.sweep import sweep
+from lesam_dist.planning.command import plan
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("lesam_dist", "kernels", "tests", "benchmarks", "launch", "docs", "examples")
@@ -144,11 +145,12 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
         assert "--help" not in str(missing.value), "its arguments are wrong"
         return
 
-    def start(_: object) -> None:
+    def start(*_: object) -> None:
         raise StartedError
 
-    run = {"compare": compare, "sweep": sweep}[command]
-    monkeypatch.setattr(f"lesam_dist.experiments.{command}.run_all", start)
+    run = {"compare": compare, "sweep": sweep, "plan": plan}[command]
+    first = "planning.command.predict_and_report" if command == "plan" else f"experiments.{command}.run_all"
+    monkeypatch.setattr(f"lesam_dist.{first}", start)
     with pytest.raises(StartedError):
         run(arguments)
 

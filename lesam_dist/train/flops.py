@@ -52,10 +52,10 @@ def flops_of(config: Config, num_classes: int, device: torch.device) -> Flops | 
     """Of a run's model; None where nobody asks for them, or the model has no form without data.
 
     They take a second to count for a large model, and a CPU has no peak that is known: there they are counted only for
-    ``logging.peak_tflops``.
+    ``logging.peak_tflops``. Where the images' size changes during the run there is no one number.
     """
     peak = config.logging.peak_tflops
-    if peak is None and device.type == "cpu":
+    if config.schedule.image_size is not None or (peak is None and device.type == "cpu"):
         return None
     if peak is None:
         peak = peak_of(torch.cuda.get_device_name(device), config.precision)

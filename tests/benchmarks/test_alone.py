@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # What torch itself imports. Not numpy, which it does without.
 OF_TORCH = ("torch", "torchgen", "functorch", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2")
 OF_TORCH += ("markupsafe", "fsspec", "filelock", "optree", "setuptools", "cuda", "nvidia", "sitecustomize")
-OF_EXTRA = ("cifar_data", "checkpoint", "faults")  # they need more, as their pages say
+OF_EXTRA = ("cifar_data", "checkpoint", "faults", "scaling")  # they need more, as their pages say
 HERE = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in OF_EXTRA]
 LIBRARY = [f"lib.{path.stem}" for path in (ROOT / "benchmarks" / "lib").glob("*.py") if path.stem != "__init__"]
 OWN = ("lib", "lesam_dist", "lesam_kernels", *HERE)

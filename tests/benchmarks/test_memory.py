@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from lib.live_bytes import meter, storage_bytes
-from lib.memory_formula import Memory, Network, Strategy, predict
 from lib.traffic import BASES, Base
 from memory import measure, network_of
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from lesam_dist import LESAM
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.planning.memory import Memory, Network, Strategy, predict
 from tests.parallel.processes import run
 
 ROOT = Path(__file__).parents[2]

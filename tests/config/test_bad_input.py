@@ -443,6 +443,7 @@ LIGHT = [
     (0, "train --help"),
     (0, "compare --help"),
     (0, "sweep --help"),
+    (0, "plan --help"),
     (0, "train --config imagenet_resnet50_lesam --print_config"),
     (2, "trian"),
     (2, "train --epoch 3"),
@@ -452,6 +453,8 @@ LIGHT = [
     (2, "train --optimizer.ascent_interval 0"),
     (2, "compare --config digits_noisy --methods sgd,lesm"),
     (2, "sweep --config digits --field optimizer.sigm --values 1,2"),
+    (2, "plan --config digits --gpus 8 --gpu h10"),
+    (2, "plan --config digits --gpus 7"),
 ]
 
 

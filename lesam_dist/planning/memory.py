@@ -1,7 +1,8 @@
 """What one LE-SAM step keeps in memory on one process, as arithmetic on parameter shapes.
 
-Left out: activations and all else that grows with the batch, buffers such as BatchNorm's statistics, scalars, and the
-kernels' pointer tables (192 bytes per parameter tensor with SGD, 208 with AdamW, and 12 per 16384 elements).
+Left out: activations and all else that grows with the batch (`lesam_dist.planning.profile` has them), buffers such as
+BatchNorm's statistics, scalars, and the kernels' pointer tables (192 bytes per parameter tensor with SGD, 208 with
+AdamW, and 12 per 16384 elements).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from lib.shapes import Shape
-from lib.traffic import Base
+from torch import nn
 
+Shape = tuple[int, ...]
+Base = Literal["sgd", "adamw"]
 Strategy = Literal["none", "ddp", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("none", "ddp", "fsdp")
 
@@ -39,6 +41,20 @@ class Network(NamedTuple):
     def weights(self) -> list[Weight]:
         """All of them."""
         return [*self.stem, *(weight for unit in self.units for weight in unit), *self.head]
+
+
+def network_of(model: nn.Module, blocks: Sequence[nn.Module]) -> Network:
+    """The weights of a model whose blocks are gathered as units; in the order in which they were registered."""
+    members = [list(block.parameters()) for block in blocks]
+    inside = {p for unit in members for p in unit}
+    params = list(model.parameters())
+    first = next((i for i, p in enumerate(params) if p in inside), len(params))
+    stem, head = params[:first], [p for p in params[first:] if p not in inside]
+    return Network(_weights(stem), [_weights(unit) for unit in members], _weights(head))
+
+
+def _weights(params: Sequence[nn.Parameter]) -> list[Weight]:
+    return [Weight(tuple(p.shape)) for p in params]
 
 
 class Memory(NamedTuple):

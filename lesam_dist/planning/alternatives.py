@@ -1,0 +1,73 @@
+"""What other settings of the same run would change, and what to know before one takes them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lesam_dist.config.checks import checked
+from lesam_dist.config.schema import Config
+from lesam_dist.errors import UserError
+from lesam_dist.planning.method import observe
+from lesam_dist.planning.predict import Case
+
+_OWN = "perturbs by its own gradient, which is noisier: LE-SAM's radius gets smaller, and sigma must be tuned anew"
+_CAUTIONS = {
+    "optimizer.scope local": f"each GPU {_OWN}",
+    "optimizer.scope replica": f"each replica {_OWN}",
+    "optimizer.ascent_fraction": "the first gradient is of half of the batch, and noisier, as with scope local",
+    "optimizer.ascent_interval": "four of five steps are the base optimizer's; LookSAM (optimizer.name looksam) "
+    "makes the same passes, and keeps a part of the perturbation",
+    "parallel.strategy": "the same numbers; memory and communication alone change",
+    "data.batch_size": "another run: fewer steps, optimizer.lr to be scaled and warmed up; accuracy is not predicted",
+}
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Fields as a user would give them, e.g. "optimizer.scope local", and a caution."""
+
+    name: str
+    fields: dict[str, object]
+
+    @property
+    def caution(self) -> str:
+        return next(text for start, text in _CAUTIONS.items() if self.name.startswith(start))
+
+
+def alternatives(config: Config) -> list[Alternative]:
+    """What could be tried instead; not all of it goes with every method."""
+    parallel, optimizer = config.parallel, config.optimizer
+    fields: list[dict[str, object]] = []
+    if optimizer.scope == "global":
+        fields += [{"optimizer.scope": "local"}] if parallel.strategy == "ddp" else []
+        fields += [{"optimizer.scope": "replica"}] if parallel.strategy == "hsdp" else []
+        fields += [{"parallel.strategy": s} for s in ("ddp", "hsdp", "fsdp") if s != parallel.strategy]
+    fields += [{"optimizer.ascent_fraction": 0.5}] if optimizer.ascent_fraction == 1 else []
+    fields += [{"optimizer.ascent_interval": 5}] if optimizer.ascent_interval == 1 else []
+    fields += [{"data.batch_size": factor * config.data.batch_size} for factor in (4, 16, 64)]
+    return [Alternative(", ".join(f"{path} {value}" for path, value in own.items()), own) for own in fields]
+
+
+def cases(case: Case) -> Iterator[tuple[Alternative, Case]]:
+    """The alternatives that this run can be made with."""
+    for alternative in alternatives(case.config):
+        try:
+            config = _changed(case.config, alternative)
+            same = config.optimizer == case.config.optimizer
+            method = case.method if same else observe(config.optimizer)
+        except UserError:
+            continue
+        yield alternative, replace(case, config=config, method=method)
+
+
+def _changed(config: Config, alternative: Alternative) -> Config:
+    changed = copy.deepcopy(config)
+    for path, value in alternative.fields.items():
+        section, _, field = path.rpartition(".")
+        setattr(getattr(changed, section), field, value)
+    if changed.parallel.strategy == "ddp":
+        changed.parallel.reshard_after_forward = True
+        changed.precision.gather_dtype = "fp32"
+    return checked(changed)

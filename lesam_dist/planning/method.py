@@ -1,0 +1,99 @@
+"""What a method does in a step, whichever it is: its passes, and its own traffic and memory. Observed, not listed.
+
+The optimizer of the config makes a few steps on a small network in this process, on the reference backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lesam_dist.config.methods import PLAIN, complete
+from lesam_dist.config.schema import OptimizerConfig
+from lesam_dist.parallel.replicas import Sync
+from lesam_dist.planning.profile import Recorder
+from lesam_dist.train.build import build_optimizer
+from lesam_dist.train.passes import BatchPasses
+
+_BATCH = 120
+_LARGE = 256  # elements: what touches fewer is a scalar's arithmetic
+
+
+class Pass(NamedTuple):
+    """A call of the closure: its share of the batch, whether it goes backward, over whom gradients are reduced."""
+
+    share: float
+    backward: bool
+    sync: Sync
+
+
+class Method(NamedTuple):
+    """A method's average step.
+
+    Attributes:
+        steps: the passes of each step of a period.
+        traffic: reads and writes of all parameters, outside of the passes.
+        state: tensors of a parameter's size in the optimizer's state, the base optimizer's included.
+        copies: whether there is a copy of the weights.
+    """
+
+    steps: list[list[Pass]]
+    traffic: float
+    state: float
+    copies: bool
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes over the whole batch in an average step; a forward pass alone is a third."""
+        made = [p.share * (1 if p.backward else 1 / 3) for step in self.steps for p in step]
+        return sum(made) / len(self.steps)
+
+
+def observe(config: OptimizerConfig) -> Method:
+    """The method that a config names, as it works between ``start_epoch`` and ``stop_epoch``.
+
+    Raises:
+        UserError: for hyper-parameters that the method refuses.
+    """
+    config = replace(config, backend="reference")
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(24, 64), nn.LayerNorm(64), nn.Linear(64, 24))
+        optimizer = build_optimizer(model, config)
+        images, labels = torch.randn(_BATCH, 24), torch.randint(24, (_BATCH,))
+        period = int(complete(config).get("interval", 1)) * config.ascent_interval
+        steps = []
+        recorder = Recorder(least=_LARGE)
+        for step in range(2 * period):  # the first period may differ: there is no memory yet
+            closure = _Observed(model, nn.CrossEntropyLoss(), images, labels)
+            closure.recorder = recorder
+            if step == period:
+                recorder.nbytes.clear()
+            with recorder:
+                optimizer.step(closure)
+            steps.append(closure.made)
+        kept = [t for own in optimizer.state_dict()["state"].values() for t in own.values() if isinstance(t, Tensor)]
+        whole = sum(t.numel() for t in kept if t.numel() > 1)
+        total = sum(p.numel() for p in model.parameters())
+        traffic = sum(recorder.nbytes) / (4 * total * period)
+        return Method(steps[period:], round(traffic, 1), round(whole / total, 1), config.name not in PLAIN)
+
+
+class _Observed(BatchPasses):
+    recorder: Recorder
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.made: list[Pass] = []
+
+    def __call__(self, **kwargs: Any) -> Tensor:
+        subset = kwargs.get("subset")
+        share = kwargs.get("fraction", 1.0) if subset is None else len(subset) / len(self.labels)
+        self.made.append(Pass(share, kwargs.get("backward", True), kwargs.pop("sync", True)))
+        self.recorder.paused = True
+        try:
+            return super().__call__(**kwargs)
+        finally:
+            self.recorder.paused = False
