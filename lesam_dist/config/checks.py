@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lesam_dist.config.augmentation import check_augmentation
+from lesam_dist.config.data_checks import check_data, check_loss
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
 from lesam_dist.config.schema import (
@@ -22,6 +23,7 @@ from lesam_dist.config.schema import (
     LossConfig,
     OptimizerConfig,
 )
+from lesam_dist.config.optimizer_checks import check_optimizer
 from lesam_dist.config.values import default_values, flatten
 from lesam_dist.errors import UserError
 from lesam_dist.optim.engine.options import Options
@@ -153,10 +155,10 @@ def _check(config: Config) -> None:
             raise UserError(f"{path} is {values[path]}: it must be at most {high}.")
     if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
         raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
-    _check_loss(config.loss)
-    _check_data(config)
+    check_loss(config.loss)
+    check_data(config)
     check_augmentation(config)
-    _check_optimizer(config)
+    check_optimizer(config)
     _check_parallel(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
         raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
@@ -215,147 +217,6 @@ def folder(field: str, text: str, kind: str = "folder") -> str:
     return expanded
 
 
-def _check_data(config: Config) -> None:
-    """Refuse what would have no effect."""
-    is_cifar = config.data.builtin in ("cifar10", "cifar100")
-    if is_cifar and config.data.skip_list is not None:
-        raise UserError(
-            f"data.skip_list is '{config.data.skip_list}' but data.builtin is {config.data.builtin}: only class "
-            "folders have image files to leave out. Leave it null."
-        )
-    default = type(config.data)()
-    if is_cifar and config.data.order != default.order:
-        raise UserError(
-            f"data.order is {config.data.order} but data.builtin is {config.data.builtin}, which is kept in memory: "
-            "leave it at random."
-        )
-    _check_dali(config.data)
-    if config.data.order == "random" and config.data.shuffle_window != default.shuffle_window:
-        raise UserError(
-            f"data.shuffle_window is {config.data.shuffle_window} but data.order is random, which shuffles all images: "
-            f"choose sequential, or leave it at {default.shuffle_window}."
-        )
-    for name in FOLDERS_ONLY if is_cifar else CIFAR_ONLY:
-        value = getattr(config.data, name)
-        if value != getattr(default, name):
-            kind = "class folders" if is_cifar else "cifar10 and cifar100"
-            raise UserError(
-                f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
-                f"augmented that way. Leave it at {getattr(default, name)}."
-            )
-
-
-def _check_dali(data: DataConfig) -> None:
-    default = DataConfig()
-    for name in DALI_ONLY if data.backend != "dali" else ():
-        if getattr(data, name) != getattr(default, name):
-            raise UserError(
-                f"data.{name} is {getattr(data, name)} but data.backend is {data.backend}: it is for DALI. Choose "
-                f"dali, or leave it at {getattr(default, name)}."
-            )
-    if not 0 <= data.dali_hardware_load <= 1:
-        raise UserError(f"data.dali_hardware_load is {data.dali_hardware_load}: it must be in [0, 1].")
-    if data.dali_preallocate is not None and not all(1 <= side <= 1 << 16 for side in data.dali_preallocate):
-        raise UserError(
-            f"data.dali_preallocate is {list(data.dali_preallocate)}: give width and height, 1 to {1 << 16} pixels."
-        )
-    if data.dali_decoder == "cpu" and (data.dali_hardware_load, data.dali_preallocate) != (0.65, None):
-        raise UserError(
-            "data.dali_hardware_load or data.dali_preallocate is set but data.dali_decoder is cpu: they are for "
-            "decoding on the GPU. Choose gpu, or leave them out."
-        )
-
-
-def _check_loss(loss: LossConfig) -> None:
-    if not 0 <= loss.label_smoothing < 1:
-        raise UserError(f"loss.label_smoothing is {loss.label_smoothing}: it must be in [0, 1).")
-    if loss.binary_threshold is None:
-        return
-    if not 0 <= loss.binary_threshold < 1:
-        raise UserError(f"loss.binary_threshold is {loss.binary_threshold}: it must be in [0, 1), or null.")
-    if loss.name != "binary":
-        raise UserError(
-            f"loss.binary_threshold is {loss.binary_threshold} but loss.name is {loss.name}: only binary has it. "
-            "Choose binary, or leave it at null."
-        )
-
-
-def _check_optimizer(config: Config) -> None:
-    optimizer, strategy = config.optimizer, config.parallel.strategy
-    _check_unread(config)
-    _check_base(config)
-    try:
-        Options(**{name: getattr(optimizer, name) for name in OPTIONS})
-    except ValueError as error:
-        raise UserError(f"optimizer: {error}") from error
-    _check_window(config)
-    if optimizer.scope == "local" and strategy in ("fsdp", "hsdp"):
-        raise UserError(
-            f"optimizer.scope is local but parallel.strategy is {strategy}: the shards of all processes are one "
-            "copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, or global."
-        )
-    if optimizer.scope == "replica" and strategy != "hsdp":
-        raise UserError(
-            f"optimizer.scope is replica but parallel.strategy is {strategy}: only hsdp has replicas of shards. "
-            "Choose hsdp, or global."
-        )
-    if config.data.accumulation_mode == "micro" and optimizer.name in PLAIN:
-        raise UserError(
-            f"data.accumulation_mode is micro but optimizer.name is {optimizer.name}, which perturbs nothing: choose "
-            "batch."
-        )
-
-
-def _check_unread(config: Config) -> None:
-    """Refuse what was set for a method that does not read it: it would have no effect."""
-    optimizer, defaults = config.optimizer, default_values()
-    unread = paths_of_some() - paths_read(optimizer.name, optimizer.base)
-    for path, value in flatten(config).items():
-        if path in unread and value not in (defaults[path], None):
-            on = "" if optimizer.name in PLAIN else f" on {optimizer.base}"
-            raise UserError(
-                f"{path} is {value} but {optimizer.name}{on} has no {path.split('.')[-1]}, so it would have no effect: "
-                "leave it out."
-            )
-    if optimizer.ascent_between != "skip" and optimizer.ascent_interval == 1:
-        raise UserError(
-            f"optimizer.ascent_between is {optimizer.ascent_between} but optimizer.ascent_interval is 1: there is no "
-            "step between. Set ascent_interval above 1, or leave it out."
-        )
-    method, args = method_of(optimizer.name), optimizer.args
-    if method is None or method.name != "lesam":
-        return
-    if args.get("plus_form", "paper") != "paper" and not args.get("alpha"):
-        raise UserError(
-            f"optimizer.args.plus_form is {args['plus_form']} but optimizer.args.alpha is 0: it is a form of LE-SAM+. "
-            "Set alpha above 0, or leave it out."
-        )
-    if args.get("eta") and not args.get("adaptive"):
-        raise UserError(
-            f"optimizer.args.eta is {args['eta']} but optimizer.args.adaptive is false: eta is added to the weights' "
-            "size, which only adaptive looks at. Set adaptive to true, or leave it out."
-        )
-
-
-def _check_base(config: Config) -> None:
-    optimizer = config.optimizer
-    if not optimizer.momentum < 1:
-        raise UserError(f"optimizer.momentum is {optimizer.momentum}: it must be below 1.")
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise UserError(f"optimizer.betas is {list(optimizer.betas)}: both must be in [0, 1).")
-    if optimizer.nesterov and optimizer.momentum == 0:
-        raise UserError("optimizer.nesterov is true but optimizer.momentum is 0: set momentum above 0, e.g. 0.9.")
-    if not optimizer.trust_coefficient > 0:
-        raise UserError(
-            f"optimizer.trust_coefficient is {optimizer.trust_coefficient}: it must be above 0, e.g. 0.001."
-        )
-    if optimizer.lr_scaling == "none" and optimizer.lr_reference_batch != OptimizerConfig().lr_reference_batch:
-        raise UserError(
-            f"optimizer.lr_reference_batch is {optimizer.lr_reference_batch} but optimizer.lr_scaling is none, so it "
-            "would have no effect: set lr_scaling to linear or sqrt, or leave it out."
-        )
-
-
 def _check_parallel(config: Config) -> None:
     """Refuse what this strategy would not look at."""
     parallel, model = config.parallel, config.model
@@ -391,30 +252,6 @@ def _check_parallel(config: Config) -> None:
         raise UserError(
             f"parallel.reduce_dtype is {parallel.reduce_dtype} but precision.weights is {config.precision.weights}, "
             "whose gradients are reduced in that already: leave reduce_dtype at fp32."
-        )
-
-
-def _check_window(config: Config) -> None:
-    """Refuse a late switch or an annealing that would never happen."""
-    start, stop = config.optimizer.start_epoch, config.optimizer.stop_epoch
-    if (start, stop) == (0.0, None):
-        return
-    if config.optimizer.name in PLAIN:
-        raise UserError(
-            f"optimizer.start_epoch and stop_epoch say when a sharpness-aware method works, but optimizer.name is "
-            f"{config.optimizer.name}: leave them at 0 and null."
-        )
-    end = config.epochs if stop is None else min(stop, config.epochs)
-    if start >= end:
-        raise UserError(
-            f"optimizer.start_epoch is {start} but the method stops at epoch {end} of {config.epochs}: it would "
-            "never work. Start earlier, or stop later."
-        )
-    anneal = config.schedule.anneal_start_epoch
-    if anneal is not None and stop is not None and anneal >= stop:
-        raise UserError(
-            f"schedule.anneal_start_epoch is {anneal} but optimizer.stop_epoch is {stop}: the annealing would "
-            "never start. Anneal earlier, or set it to null."
         )
 
 
