@@ -75,13 +75,13 @@ def both_given(first: str, second: str) -> UserError:
     return UserError(f"{first} and {second} are the same argument with different values: leave one of them out.")
 
 
-def flags_for(method: str, others: Sequence[str], words: Sequence[str]) -> list[str]:
+def flags_for(method: str, others: Sequence[str], words: Sequence[str], base: str = "sgd") -> list[str]:
     """Those flags that this method reads, where some method among ``others`` reads the rest.
 
-    Flags that none of them reads stay, to be refused.
+    Flags that none of them reads stay, to be refused. ``base`` is what the methods step with, unless a flag says so.
     """
     flags = read_flags(words)
-    base = _last(flags, "optimizer.base") or "sgd"
+    base = _last(flags, "optimizer.base") or base
     foreign = set().union(*(paths_read(other, base) for other in others)) - paths_read(method, base)
     return words_of([flag for flag in flags if canonical(flag[0]) not in foreign])
 

@@ -10,7 +10,7 @@ import yaml
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.flags import flags_for
 from lesam_dist.config.methods import PLAIN, complete, defaults, method_of
-from lesam_dist.config.recipes import bases, compose_parts, merge, method_part, methods, split
+from lesam_dist.config.recipes import base_optimizer, bases, compose_parts, merge, method_part, methods, split
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.report import NOTE, number, outcome_numbers, plot, plus_minus, report
 from lesam_dist.experiments.runs import ExperimentParser, Outcome, make_setting, paired_difference, run_all
@@ -29,8 +29,9 @@ def compare(argv: Sequence[str]) -> None:
     parser.refuse(flags, ["optimizer.name"])
     names, run_dir = _method_names(arguments.methods), arguments.run_dir
     optimizers = [_optimizer(arguments.config, name) for name in names]
+    step = _step(arguments.config)
     settings = [
-        make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags), run_dir, arguments.seeds)
+        make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags, step), run_dir, arguments.seeds)
         for n, o in zip(names, optimizers, strict=True)
     ]
     outcomes, world = run_all(settings)
@@ -106,6 +107,12 @@ def _base(config: str) -> str | None:
     """The DATA_MODEL of a recipe's name, or of a name without a method; None for a file."""
     found = split(config)
     return found[0] if found else config if config in bases() else None
+
+
+def _step(config: str) -> str:
+    """What the methods of a config step with."""
+    base = _base(config)
+    return parse(["--config", config]).optimizer.base if base is None else base_optimizer(base)
 
 
 def _optimizer(config: str, method: str) -> str:

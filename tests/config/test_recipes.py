@@ -14,6 +14,7 @@ import yaml
 
 from lesam_dist.config import checks
 from lesam_dist.config.command_line import dump, parse, read_command_line
+from lesam_dist.config.flags import flags_for
 from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.recipes import (
@@ -171,6 +172,14 @@ def test_another_plain_optimizer_with_a_recipe() -> None:
     assert compose_parts("imagenet_vit_b16", "sgd")["optimizer"]["name"] == "adamw"
     assert split("imagenet_vit_b16_adamw") == ("imagenet_vit_b16", "adamw")
     assert split("imagenet_resnet50_adamw") is None
+
+
+def test_a_flag_of_the_base_is_for_all_methods_of_a_comparison() -> None:
+    """Of AdamW with a recipe on AdamW: the baseline and SAM are compared on the same terms."""
+    words = ["--optimizer.betas=[0.9,0.95]", "--optimizer.rho=0.1"]
+    base = base_optimizer("imagenet_vit_b16")
+    assert flags_for("adamw", ["adamw", "sam"], words, base) == words[:1]
+    assert flags_for("sam", ["adamw", "sam"], words, base) == words
 
 
 @pytest.mark.parametrize("base", LESAM)
