@@ -12,21 +12,15 @@ from typing import Any
 from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.data_checks import check_data, check_loss
 from lesam_dist.config.explain import expected, is_optional
-from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read, settle
+from lesam_dist.config.methods import settle
+from lesam_dist.config.optimizer_checks import check_optimizer
 from lesam_dist.config.schema import (
-    CIFAR_ONLY,
-    DALI_ONLY,
-    FOLDERS_ONLY,
     Config,
     DataBackend,
     DataConfig,
-    LossConfig,
-    OptimizerConfig,
 )
-from lesam_dist.config.optimizer_checks import check_optimizer
-from lesam_dist.config.values import default_values, flatten
+from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
-from lesam_dist.optim.engine.options import Options
 
 # Larger ones are typing errors that would end in hours of nothing, or in no memory.
 _AT_MOST = {

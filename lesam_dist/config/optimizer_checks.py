@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lesam_dist.config.methods import OPTIONS, PLAIN, method_of, paths_of_some, paths_read
-from lesam_dist.config.schema import Config
+from lesam_dist.config.schema import Config, OptimizerConfig
 from lesam_dist.config.values import default_values, flatten
 from lesam_dist.errors import UserError
 from lesam_dist.optim.engine.options import Options
