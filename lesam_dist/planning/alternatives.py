@@ -26,10 +26,11 @@ _CAUTIONS = {
 
 @dataclass(frozen=True)
 class Alternative:
-    """Fields as a user would give them, e.g. "optimizer.scope local", and a caution."""
+    """Fields as a user would give them, e.g. "optimizer.scope local"; or a batch so many times as large."""
 
     name: str
     fields: dict[str, object]
+    times: int = 1
 
     @property
     def caution(self) -> str:
@@ -46,8 +47,8 @@ def alternatives(config: Config) -> list[Alternative]:
         fields += [{"parallel.strategy": s} for s in ("ddp", "hsdp", "fsdp") if s != parallel.strategy]
     fields += [{"optimizer.ascent_fraction": 0.5}] if optimizer.ascent_fraction == 1 else []
     fields += [{"optimizer.ascent_interval": 5}] if optimizer.ascent_interval == 1 else []
-    fields += [{"data.batch_size": factor * config.data.batch_size} for factor in (4, 16, 64)]
-    return [Alternative(", ".join(f"{path} {value}" for path, value in own.items()), own) for own in fields]
+    larger = [Alternative(f"data.batch_size x {times}", {}, times) for times in (4, 16, 64)]
+    return [*(Alternative(f"{path} {value}", {path: value}) for own in fields for path, value in own.items()), *larger]
 
 
 def cases(case: Case) -> Iterator[tuple[Alternative, Case]]:
@@ -64,6 +65,7 @@ def cases(case: Case) -> Iterator[tuple[Alternative, Case]]:
 
 def _changed(config: Config, alternative: Alternative) -> Config:
     changed = copy.deepcopy(config)
+    changed.data.batch_size *= alternative.times
     for path, value in alternative.fields.items():
         section, _, field = path.rpartition(".")
         setattr(getattr(changed, section), field, value)

@@ -93,7 +93,7 @@ def _report(arguments: argparse.Namespace, config: Config, machine: Machine, cou
     if alone is None:  # cannot be: one process takes any batch
         raise UserError("nothing to predict")
     show(*step_table(found, alone.images_per_second))
-    others = {a.name: (a, {n: _try(c, n, per_gpu) for n in counts}) for a, c in cases(case)}
+    others = {a.name: (a, {n: _try(c, n, per_gpu and per_gpu * a.times) for n in counts}) for a, c in cases(case)}
     show(*change_table(found, {name: own for name, (_, own) in others.items()}, machine.device.memory))
     cautions: dict[str, list[str]] = {}
     for name, (alternative, own) in others.items():
@@ -169,8 +169,7 @@ def _predict(case: Case, count: int, per_gpu: int | None) -> Prediction | None:
 def _try(case: Case, count: int, per_gpu: int | None) -> Prediction | None:
     """An alternative's prediction; None where it does not go with so many GPUs."""
     try:
-        larger = case.config.data.batch_size if per_gpu else None
-        return case.predict(count) if larger is None or count <= larger else None
+        return _predict(case, count, per_gpu)
     except UserError:
         return None
 

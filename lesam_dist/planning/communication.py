@@ -109,7 +109,9 @@ class Layout:
         return Call("all_gather", unit.itemsize * self.padded(unit.members), "shard")
 
     def reduce(self, unit: Unit, sync: Sync) -> list[Call]:
-        """The reductions of a unit's gradients."""
+        """The reductions of a unit's gradients; none where a pass leaves them on each process."""
+        if not sync:
+            return []
         whole = self.itemsize * self.padded(unit.members)
         calls = [Call("reduce_scatter", whole, "shard")]
         if self.strategy == "hsdp" and sync is True:

@@ -29,7 +29,7 @@ def pass_seconds(
 
     def block(unit: Unit, forward: float, behind: float) -> Block:
         gather = machine.seconds(layout.gather(unit), layout)
-        reduce = sum(machine.seconds(call, layout) for call in layout.reduce(unit, sync)) if sync else 0.0
+        reduce = sum(machine.seconds(call, layout) for call in layout.reduce(unit, sync))
         return (
             Block(forward, behind, gather, unit.freed, reduce) if backward else Block(forward, 0.0, gather, False, 0.0)
         )

@@ -11,14 +11,17 @@ from lesam_dist.config.schema import Config
 from lesam_dist.data.cifar import DATASETS
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.blocks import find_blocks
+from lesam_dist.parallel.replicas import Sync
 from lesam_dist.planning import memory
 from lesam_dist.planning.batch import check_batch
-from lesam_dist.planning.communication import Layout
+from lesam_dist.planning.communication import Call, Layout
 from lesam_dist.planning.machine import Machine
 from lesam_dist.planning.method import Method, Pass
 from lesam_dist.planning.passes import pass_seconds
 from lesam_dist.planning.profile import Profile
 from lesam_dist.planning.spread import layout_of
+
+_PLAIN = 7  # reads and writes of all parameters in a step of SGD with momentum, as `observe` finds it
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Case:
         busy = compute + exposed + scalars + optimizer
         decoded = self._decoded()
         waiting = 0.0 if decoded is None else max(share / decoded - busy, 0.0)
-        calls = [layout.of_step([p.sync for p in made if p.backward]) for made in self.method.steps]
+        calls = [self._calls(layout, made) for made in self.method.steps]
         epoch, run = self._times(layout, share, busy + waiting, decoded)
         hourly = self.machine.hourly
         return Prediction(
@@ -119,17 +122,27 @@ class Case:
 
     def _step(self, layout: Layout, share: int, made: Sequence[Pass]) -> tuple[float, float, float, float]:
         """Seconds of arithmetic, of communication, of what of it is exposed, and of the scalars."""
-        config, micro = self.config, self.config.data.micro_batches
-        always = config.data.accumulation_mode == "micro"
         spans = []
         for p in made:
-            kernels = self.profile.at(max(math.ceil(p.share * share) / micro, 1))
-            seconds_of = partial(pass_seconds, layout, kernels, self.machine, config.precision, backward=p.backward)
-            spans += [seconds_of(sync=p.sync if always else False)] * (micro - 1)
-            spans.append(seconds_of(sync=p.sync))
+            kernels = self.profile.at(max(math.ceil(p.share * share) / self.config.data.micro_batches, 1))
+            precision = self.config.precision
+            seconds_of = partial(pass_seconds, layout, kernels, self.machine, precision, backward=p.backward)
+            spans += [seconds_of(sync=sync) for sync in self._syncs(p)]
         scalars = sum(self.machine.seconds(c, layout) for c in layout.of_scalars([p.sync for p in made if p.backward]))
         compute, communication, exposed = (sum(column) for column in zip(*spans, strict=True))
         return compute, communication, exposed, scalars
+
+    def _syncs(self, made: Pass) -> list[Sync]:
+        """Over whom the gradients of each micro-batch of a pass are reduced."""
+        data = self.config.data
+        others = made.sync if data.accumulation_mode == "micro" else False
+        return [*[others] * (data.micro_batches - 1), made.sync]
+
+    def _calls(self, layout: Layout, made: Sequence[Pass]) -> list[Call]:
+        """The collectives of a step."""
+        backward = [p for p in made if p.backward]
+        passes = [call for p in backward for sync in self._syncs(p) for call in layout.of_pass(sync)]
+        return [*passes, *layout.of_scalars([p.sync for p in backward])]
 
     def _memory(self, layout: Layout, share: int) -> dict[str, float]:
         config, model = self.config, self.profile.model
@@ -162,7 +175,7 @@ class Case:
         """Seconds of an epoch with its evaluation, while the method is at work, and of the run."""
         config, (train, val) = self.config, self.images
         plain = self._step(layout, share, [Pass(1.0, True, True)])
-        alone = plain[0] + plain[2] + plain[3] + 7 * layout.own_bytes / self.machine.bandwidth
+        alone = plain[0] + plain[2] + plain[3] + _PLAIN * layout.own_bytes / self.machine.bandwidth
         alone = alone if decoded is None else max(alone, share / decoded)
         steps = train // config.data.batch_size
         images = math.ceil(val / layout.processes)

@@ -13,7 +13,7 @@ from lesam_dist.experiments.report import markdown
 from lesam_dist.planning.predict import Prediction
 
 PARTS = {
-    "compute": "both passes",
+    "compute": "passes",
     "exposed": "gradient reduction, not hidden",
     "scalars": "scalar all-reduces",
     "optimizer": "optimizer",

@@ -56,7 +56,7 @@ def test_the_numbers_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str
     instead = document["instead"]
     assert instead["optimizer.scope local"]["16"]["sent"] == pytest.approx(found["16"]["sent"] / 2, rel=1e-3)
     assert instead["parallel.strategy fsdp"]["16"]["memory"]["state"] < found["16"]["memory"]["state"] / 8
-    assert instead["data.batch_size 1048576"]["524288"] is not None
+    assert instead["data.batch_size x 4"]["524288"] is not None
     out = capsys.readouterr().out
     assert "This is a prediction" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -64,7 +64,10 @@ def test_the_numbers_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_batch_that_grows_with_the_gpus(tmp_path: Path) -> None:
     """The same step for each, but for communication, and a shorter epoch."""
-    found = run(["--gpus", "2,4,8", "--batch_per_gpu", "16"], tmp_path)["gpus"]
+    document = run(["--gpus", "2,4,8", "--batch_per_gpu", "16"], tmp_path)
+    found, instead = document["gpus"], document["instead"]
+    assert {p["compute"] for p in instead["optimizer.scope local"].values()} == {found["2"]["compute"]}
+    assert [p["batch"] for p in instead["data.batch_size x 4"].values()] == [128, 256, 512]
     assert [p["batch"] for p in found.values()] == [32, 64, 128]
     assert len({p["compute"] for p in found.values()}) == 1
     assert found["2"]["epoch"] > found["4"]["epoch"] > found["8"]["epoch"]
