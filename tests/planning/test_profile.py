@@ -60,10 +60,11 @@ def test_half_precision_and_checkpointing_keep_less() -> None:
     plain, half = config_of("cifar_resnet8"), config_of("cifar_resnet8")
     half.precision.compute = "bf16"
     assert 0.4 < kept_by_images(half) / kept_by_images(plain) < 0.7
-    plain, again = config_of("vit_b_16"), config_of("vit_b_16")
+    again = config_of("vit_b_16")
     again.model.activation_checkpointing = True
     tokens, blocks = (32 // 16) ** 2 + 1, 12
-    assert blocks * tokens * 768 * 4 <= kept_by_images(again) < 0.3 * kept_by_images(plain)
+    inputs = blocks * tokens * 768 * 4  # of the blocks; a block itself keeps some ten times as much
+    assert inputs <= kept_by_images(again) < 2 * inputs
 
 
 def test_a_clock_is_the_slower_of_arithmetic_and_memory() -> None:
