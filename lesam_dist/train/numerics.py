@@ -32,8 +32,7 @@ def numerics(precision: PrecisionConfig, device: torch.device) -> Iterator[None]
     mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         _set_precisions(["tf32" if precision.tf32 else "ieee"] * 3)
-        if precision.cudnn_benchmark:
-            cudnn.benchmark = True
+        cudnn.benchmark = precision.cudnn_benchmark
         if precision.deterministic:
             cudnn.deterministic = True
             torch.use_deterministic_algorithms(True)

@@ -44,7 +44,14 @@ def test_what_a_batch_holds_is_read_from_its_pixels(digits: Path, backend: str, 
     """Whatever was cropped, flipped and resized: against the names of the files, in the order of the plan."""
     config = parse(["--config", "digits", "--data.root", str(digits)])
     folder, side = scan_split(digits, "train"), int(torch.randint(8, 20, ()))
-    transform = Transform(side, side, (0.2, 1.0), (0.5, 2.0), True, config.data.mean, config.data.std)
+    transform = Transform(
+        image_size=side,
+        val_resize=side,
+        random_area=(0.2, 1.0),
+        random_aspect_ratio=(0.5, 2.0),
+        mean=config.data.mean,
+        std=config.data.std,
+    )
     common: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
     loader = build_loader(
         folder, backend=backend, train=True, transform=transform, batch_size=BATCH, seed=seed, workers=1, **common

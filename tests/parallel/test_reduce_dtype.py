@@ -22,6 +22,7 @@ from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import gradient_sync
 from lesam_dist.train.updates import Updates
 from tests.parallel.processes import run
+from tests.told import told
 
 U = 2.0**-8  # bfloat16's unit roundoff
 
@@ -68,7 +69,7 @@ def updates(world: Distributed, seed: int, method: str, fields: dict[str, Any]) 
         optimizer: Any = Plain(net.parameters(), SGD, lr=0.1)
     else:
         optimizer = LESAM(net.parameters(), SGD, lr=0.1, scope=fields.get("scope", "global"))
-    made = Updates(config, world, model, optimizer, None, None, 1)
+    made = Updates(config, *told(world), model, optimizer, None, None, 1, 2)
     passes: list[dict[str, int]] = []
     with counted() as found:
         made.make(0, x, y, logged=False)

@@ -16,6 +16,7 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.mixing import Mix, Mixing, draw_mix, mix, require_pairs
 from lesam_dist.train.updates import Updates
 from tests.parallel import processes
+from tests.told import told
 
 BATCH, CLASSES, SIDE = 8, 5, 12
 EPS = 2**-23
@@ -134,7 +135,7 @@ def one_step(
         for p in model.parameters():
             p.copy_(torch.linspace(-0.1, 0.1, p.numel(), dtype=p.dtype).view_as(p))
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
-    updates = Updates(config, world, model, optimizer, None, None, 10, CLASSES)
+    updates = Updates(config, *told(world), model, optimizer, None, None, 10, CLASSES)
     share = BATCH // world.world_size
     part = slice(world.rank * share, (world.rank + 1) * share)
     loss = updates.make(step, images[part], labels[part], logged=False)

@@ -91,7 +91,7 @@ def test_recomputation_reaches_the_model(monkeypatch: pytest.MonkeyPatch, seed: 
 
 
 def test_augmentation_reaches_the_loader(images: Path) -> None:
-    world = Distributed(1, 1, 2, torch.device("cpu"))
+    world = Distributed(0, 0, 1, torch.device("cpu"))
     flags = (
         "--config digits --data.builtin null --data.backend torchvision --data.batch_size 20 --data.repeats 5 "
         "--data.auto_augment randaugment --data.randaugment_ops 3 --data.randaugment_magnitude 4 "
