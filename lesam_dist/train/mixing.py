@@ -99,7 +99,7 @@ class Mixing:
 
     def __call__(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of step number ``step``, from 0; what went in where the step does not mix."""
-        how = draw_mix(self._data, images.shape[2], images.shape[3], seed=self._seed, step=step)
+        how = draw_mix(self._data, images.shape[-2], images.shape[-1], seed=self._seed, step=step)
         return (images, labels) if how is None else mix(images, labels, self._num_classes, how)
 
 

@@ -11,9 +11,14 @@ ROOT = Path(__file__).parents[2]
 # What torch itself imports. Not numpy, which it does without.
 OF_TORCH = ("torch", "torchgen", "functorch", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2")
 OF_TORCH += ("markupsafe", "fsspec", "filelock", "optree", "setuptools", "cuda", "nvidia", "sitecustomize")
-OF_EXTRA = ("cifar_data", "checkpoint", "faults", "scaling")  # they need more, as their pages say
+OF_EXTRA = ("cifar_data", "checkpoint", "faults", "scaling", "input", "start_up")  # they need more, as their pages say
+OF_EXTRA += ("input_peers", "photos")
 HERE = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in OF_EXTRA]
-LIBRARY = [f"lib.{path.stem}" for path in (ROOT / "benchmarks" / "lib").glob("*.py") if path.stem != "__init__"]
+LIBRARY = [
+    f"lib.{path.stem}"
+    for path in (ROOT / "benchmarks" / "lib").glob("*.py")
+    if path.stem not in ("__init__", *OF_EXTRA)
+]
 OWN = ("lib", "lesam_dist", "lesam_kernels", *HERE)
 NEED_TRITON = {"smoke", "ab", "lib.launches"}  # they are of the kernels alone
 HIDE = """
