@@ -75,6 +75,8 @@ def updates(world: Distributed, seed: int, method: str, fields: dict[str, Any]) 
         made.make(0, x, y, logged=False)
 
         def moved(self: Distributed, what: str, *rest: Any) -> None:
+            if not what.startswith("pass"):
+                return  # it goes on within this pass, or after it
             if passes:
                 passes[-1] = dict(found)
             found.clear()
