@@ -122,8 +122,8 @@ def test_command_without_the_extra_names_it(plain: Environment, command: list[st
     assert out == ""
     (line,) = error.splitlines()
     assert line.endswith(
-        "torchvision, jsonargparse, docstring-parser, pyyaml, rich, safetensors, simplejpeg, tensorboard, scikit-learn, "
-        'matplotlib): pip install "lesam-dist[train]"'
+        "torchvision, jsonargparse, docstring-parser, pyyaml, rich, safetensors, simplejpeg, tensorboard, "
+        'scikit-learn, matplotlib): pip install "lesam-dist[train]"'
     )
 
 
