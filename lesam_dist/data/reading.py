@@ -18,6 +18,7 @@ from lesam_dist.data.urls import is_url
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 _PAUSES = (0.1, 0.3, 1.0)  # seconds
 _PATIENCE = 4  # files of a batch that are waited for: of a file system that is gone, not one after the other
+_AT_ONCE = 64  # requests to an object store
 _OPEN_SHARDS = 64  # an open file saves a question to the file system's server for each image
 
 
@@ -45,7 +46,7 @@ def read_file(path: str, part: Part | None = None, *, patient: bool = True) -> b
 def read_each(paths: Sequence[str], parts: Sequence[Part] | None) -> Iterator[bytes | OSError]:
     """The bytes of each image of a batch, or why it cannot be read; those of an object store all at once."""
     if parts and is_url(parts[0].shard):
-        with ThreadPoolExecutor(len(parts)) as pool:  # each of them waits most of the time
+        with ThreadPoolExecutor(min(len(parts), _AT_ONCE)) as pool:  # each of them waits most of the time
             yield from pool.map(_read_or_not, paths, parts, repeat(True))
         return
     failures = 0

@@ -170,7 +170,7 @@ def crop_window(
     A candidate of area s (a fraction) and aspect r has sides ``w = sqrt(s r H W)``, ``h = sqrt(s H W / r)``.
     With a = W / H it fits into the image (w <= W, h <= H) iff ``s r <= a`` and ``s a <= r``. The first that
     fits is taken; if none does, as in a panorama, the largest crop with an aspect within bounds.
-    This is the readable form of the graph in ``dali.py``: same operations in float64, same pixels.
+    This is the readable form of the graph in ``dali_graph.py``: same operations in float64, same pixels.
     """
     a = width / height
     fits = np.flatnonzero((area * ratio <= a) & (area * a <= ratio))

@@ -47,18 +47,10 @@ def report(
     Raises:
         UserError: where they cannot be written.
     """
-    import torch  # here, as in `plot`: a wrong flag is refused without them
-    from rich.console import Console
-    from rich.table import Table
+    import torch  # here, as in `plot`: a wrong flag is refused without it
 
-    console, text = Console(), markdown(header, rows)
-    if console.is_terminal:
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        print(text)
+    show(header, rows)
+    text = markdown(header, rows)
     print(note)
     versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     try:
@@ -67,6 +59,21 @@ def report(
     except OSError as error:
         raise UserError(f"run_dir '{run_dir}' cannot be written: {error.strerror or error}.") from error
     print(f"results: {run_dir}  ({name}.md, {name}.json, {name}.png)")
+
+
+def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, as Markdown where there is no terminal that is wide enough for it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, text = Console(), markdown(header, rows)
+    if console.is_terminal and console.width >= len(text.split("\n", 1)[0]):
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        print(text)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -76,11 +76,12 @@ def _machine(arguments: argparse.Namespace, device: Device, outside: Link, rate:
 
 
 def _report(arguments: argparse.Namespace, config: Config, machine: Machine, counts: Sequence[int]) -> None:
+    from lesam_dist.experiments.report import show
     from lesam_dist.planning.alternatives import cases
     from lesam_dist.planning.method import observe
     from lesam_dist.planning.predict import Case
     from lesam_dist.planning.profile import profile
-    from lesam_dist.planning.report import as_numbers, change_table, plot, show, step_table, write_json
+    from lesam_dist.planning.report import as_numbers, change_table, plot, step_table, write_json
 
     per_gpu = arguments.batch_per_gpu
     train, val = _IMAGES.get(config.data.builtin or "", _IMAGENET)

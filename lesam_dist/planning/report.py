@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lesam_dist.errors import UserError
-from lesam_dist.experiments.report import markdown
 from lesam_dist.planning.predict import Prediction
 
 PARTS = {
@@ -87,21 +86,6 @@ def duration(seconds: float) -> str:
 def _ms(seconds: float) -> str:
     value = 1e3 * seconds
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, as Markdown where there is no terminal that is wide enough for it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, text = Console(), markdown(header, rows)
-    if console.is_terminal and console.width >= len(text.split("\n", 1)[0]):
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        print(text)
 
 
 def as_numbers(p: Prediction | None) -> dict[str, Any] | None:

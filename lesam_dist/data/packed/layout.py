@@ -9,9 +9,8 @@ CLASSES = "classes.txt"
 CHECKSUMS = "SHA256SUMS"
 KIND = "packed shards"
 SPLITS = ("train", "val")
-ARRAYS = ("names", "ends", "labels", "shard", "start", "size", "crc")
-"""Of each split, one value per sample (`names`: per byte): see `lesam_dist.data.listing` and `lesam_dist.data.shards`;
-``crc`` is zlib's CRC-32."""
+# The arrays of each split have one value per sample (`names`: per byte): see `lesam_dist.data.listing` and
+# `lesam_dist.data.shards`; ``crc`` is zlib's CRC-32.
 
 
 class Shard(NamedTuple):
