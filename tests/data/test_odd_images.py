@@ -16,9 +16,10 @@ from lesam_dist.data import ImageFolder, Loader, Transform, scan_split
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, RESIZE = 48, 56
 
-# Pillow rounds to 8 bits after resizing rows and again after columns. So does torch, whose weights have fewer bits;
-# DALI rounds once. So each value may be a grey level off; 0.01 is for float32.
-TOLERANCE = 1.01  # grey levels of 255
+# In grey levels; 0.01 is for float32. Pillow rounds to 8 bits after resizing rows and again after columns. DALI rounds
+# once, which is half a level from Pillow's second rounding: one level after it. torch rounds twice too, but its weights
+# have fewer bits: values next to a half go the other way, a level in the rows, and one more where such rows are mixed.
+TOLERANCE = {"dali": 1.01, "torchvision": 2.01}
 
 
 def encode(image: Image.Image, format: str, **options: object) -> bytes:
@@ -94,7 +95,7 @@ def test_evaluation(folder: ImageFolder, backend: str, load: Callable[..., Loade
     assert [f"class{k}" for k in labels.tolist()] == [Path(path).parent.name for path in folder.paths]
     for path, image in zip(folder.paths, images.numpy(), strict=True):
         grey_levels = 255 * np.abs(image - oracle(path)) * np.reshape(STD, (3, 1, 1))
-        assert grey_levels.max() <= TOLERANCE, path
+        assert grey_levels.max() <= TOLERANCE[backend], path
         assert grey_levels.mean() <= 0.3, path
 
 
