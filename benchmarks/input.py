@@ -113,7 +113,7 @@ def report(results: list[Result], default: str) -> str:
         target = None
         if name == f"lesam_dist {default}, folder":
             name, target = f"{name} (the default here)", TARGETS["default"]
-        elif name == f"lesam_dist {default}, packed and resized":
+        elif name.startswith("lesam_dist") and name.endswith("packed and resized"):
             target = TARGETS["packed and resized"]
         met = "" if target is None else "yes" if r["of_best_peer"] >= target else "**no**"
         rows.append([name, number(r["of_best_peer"], 2, unit="x"), "" if target is None else f">= {target:.0f}x", met])

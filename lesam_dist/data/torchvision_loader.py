@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sized
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as F
 
 from lesam_dist.data.decode import decode_rgb
@@ -68,7 +69,7 @@ class TorchvisionLoader:
             if failures:
                 self._replace(images, labels, failures, batch)
             images, labels = (part.to(self._device, non_blocking=True) for part in (images, labels))
-            images = (images - self._mean).div_(self._std)
+            images = self._normalise(images)
             if batch.draws is not None:
                 erase(images, batch.draws.hole)
             yield images, labels
@@ -81,6 +82,15 @@ class TorchvisionLoader:
 
     def close(self) -> None:
         self._loader = None  # its workers end with it
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """To float32. A CPU does it image by image, as its cache holds one, in a third of the time of a whole batch."""
+        if images.is_cuda:
+            return (images - self._mean).div_(self._std)
+        normalised = torch.from_numpy(np.empty(images.shape, dtype=np.float32))  # NumPy's memory has huge pages
+        for image, out in zip(images, normalised, strict=True):
+            out.copy_(image).sub_(self._mean[0]).div_(self._std[0])
+        return normalised
 
     def _replace(self, images: Tensor, labels: Tensor, failures: list[Failure], batch: Batch) -> None:
         """Fill in other samples, in place, until all can be decoded."""
@@ -132,7 +142,7 @@ class _Decoder(Dataset[Any]):
 
     def __getitem__(self, batch: Batch) -> Decoded:
         size = self.transform.val_side if batch.draws is None else int(batch.draws.side[0])
-        images = torch.empty((len(batch), 3, size, size), dtype=torch.uint8)
+        images = [torch.empty((3, size, size), dtype=torch.uint8)] * len(batch)
         failures: list[Failure] = []
         for i, data in enumerate(read_each(batch.paths, batch.parts)):
             if isinstance(data, OSError):
@@ -144,7 +154,8 @@ class _Decoder(Dataset[Any]):
                 failures.append(Failure(i, batch.paths[i], reason_of(error), len(data)))
                 continue
             images[i] = self._val(image) if batch.draws is None else self._train(image, batch.draws, i)
-        return images, torch.from_numpy(batch.labels), failures
+        # In a worker default_collate writes into the memory that the main process will read.
+        return default_collate(images), torch.from_numpy(batch.labels), failures
 
     def _train(self, image: Tensor, draws: Draws, i: int) -> Tensor:
         area, ratio, position, flip, side = (values[i] for values in draws[:5])

@@ -64,9 +64,11 @@ def remedy(config: Config, world: Distributed, share: float) -> str:
         enough = "" if wanted <= cores else f", which is not enough: it would take {wanted}"
         return f"Set data.workers to {more} (now {data.workers}; {cores} cores for each process{enough})."
     others = ["pack the images once, resized (lesam-dist pack)"]
+    if world.device.type == "cpu":
+        if data.backend == "dali":  # on a CPU the slower of the two, once it has started
+            others.append("choose data.backend torchvision (now dali)")
+        return f"Reading takes cores that the network computes on: {', or '.join(others)}."
     if data.backend == "torchvision":
         others.append("choose data.backend dali (now torchvision)")
-    if world.device.type == "cpu":
-        return f"Reading takes cores that the network computes on: {', or '.join(others)}."
     others.append(f"give each process {wanted} cores and data.workers")
     return f"All {cores} cores of a process are reading (data.workers {data.workers}): {', or '.join(others)}."

@@ -61,6 +61,8 @@ def test_how_many_workers_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_left_where_cores_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     slow = Config(data=DataConfig(workers=8, backend="torchvision"))
-    assert "choose data.backend dali (now torchvision)" in remedy(slow, CPU, 0.5)
+    assert "choose data.backend dali (now torchvision)" in remedy(slow, GPU, 0.5)
+    assert "data.backend" not in remedy(slow, CPU, 0.5)
+    assert "choose data.backend torchvision (now dali)" in remedy(config(8), CPU, 0.5)
     assert "data.workers" not in remedy(config(1), CPU, 0.5), "the network computes on the other cores"
     assert "CIFAR" in remedy(config(builtin="cifar10"), GPU, 0.5)
