@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.arguments import Parser
+from lib.process_memory import memory
 from lib.report import Report, Result, number, table
 
 from lesam_dist.data.index import scan_both, write_index
@@ -40,13 +41,6 @@ def make_files(root: Path, images: int) -> None:
             folder.mkdir(parents=True)
             for i in range(count):
                 (folder / f"n{10_000_000 + k}_{i}.JPEG").touch()
-
-
-def memory() -> dict[str, float]:
-    """Of this process in MiB."""
-    lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
-    kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
-    return {"private": (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024, "pss": kib["Pss"] / 1024}
 
 
 def opened(root: Path, first: bool, pipe: Connection) -> None:
