@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lesam_dist.config.checks import checked
+from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 from lesam_dist.planning.method import observe
@@ -17,8 +18,8 @@ _CAUTIONS = {
     "optimizer.scope local": f"each GPU {_OWN}",
     "optimizer.scope replica": f"each replica {_OWN}",
     "optimizer.ascent_fraction": "the first gradient is of half of the batch, and noisier, as with scope local",
-    "optimizer.ascent_interval": "four of five steps are the base optimizer's; LookSAM (optimizer.name looksam) "
-    "makes the same passes, and keeps a part of the perturbation",
+    "optimizer.ascent_interval": "four of five steps are the base optimizer's",
+    "optimizer.name looksam": "four of five steps reuse a part of the last perturbation; SAM's radius, to be tuned anew",
     "parallel.strategy": "the same numbers; memory and communication alone change",
     "data.batch_size": "another run: fewer steps, optimizer.lr to be scaled and warmed up; accuracy is not predicted",
 }
@@ -46,7 +47,9 @@ def alternatives(config: Config) -> list[Alternative]:
         fields += [{"optimizer.scope": "replica"}] if parallel.strategy == "hsdp" else []
         fields += [{"parallel.strategy": s} for s in ("ddp", "hsdp", "fsdp") if s != parallel.strategy]
     fields += [{"optimizer.ascent_fraction": 0.5}] if optimizer.ascent_fraction == 1 else []
-    fields += [{"optimizer.ascent_interval": 5}] if optimizer.ascent_interval == 1 else []
+    if optimizer.ascent_interval == 1:
+        fields += [{"optimizer.ascent_interval": 5}]
+        fields += [{"optimizer.name": "looksam"}] if optimizer.name not in (*PLAIN, "looksam") else []
     larger = [Alternative(f"data.batch_size x {times}", {}, times) for times in (4, 16, 64)]
     return [*(Alternative(f"{path} {value}", {path: value}) for own in fields for path, value in own.items()), *larger]
 
@@ -69,6 +72,8 @@ def _changed(config: Config, alternative: Alternative) -> Config:
     for path, value in alternative.fields.items():
         section, _, field = path.rpartition(".")
         setattr(getattr(changed, section), field, value)
+        if path == "optimizer.name":
+            changed.optimizer.args, changed.schedule.anneal_start_epoch = {}, None  # of another method
     if changed.parallel.strategy == "ddp":
         changed.parallel.reshard_after_forward = True
         changed.precision.gather_dtype = "fp32"

@@ -56,6 +56,9 @@ def test_the_numbers_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str
     instead = document["instead"]
     assert instead["optimizer.scope local"]["16"]["sent"] == pytest.approx(found["16"]["sent"] / 2, rel=1e-3)
     assert instead["parallel.strategy fsdp"]["16"]["memory"]["state"] < found["16"]["memory"]["state"] / 8
+    looksam = instead["optimizer.name looksam"]["16"]  # six passes in five steps, and g_v beside the momentum
+    assert looksam["compute"] == pytest.approx(6 / 10 * found["16"]["compute"])
+    assert looksam["memory"]["state"] == 2 * found["16"]["memory"]["state"]
     assert instead["data.batch_size x 4"]["524288"] is not None
     out = capsys.readouterr().out
     assert "This is a prediction" in out
