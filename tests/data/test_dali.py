@@ -12,13 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lesam_dist.data import ImageFolder, Loader, Transform, scan_split
+from lesam_dist.data import ImageFolder, Transform, scan_split
 from lesam_dist.data.dali_options import DaliOptions
-from tests.data.test_loaders import read, same, take
+from tests.data.reading import Load, read, same, take
 
 pytest.importorskip("nvidia.dali")
-
-Load = Callable[..., Loader]
 
 
 def test_channels_last_images_are_the_same(digits_train: ImageFolder, load: Load) -> None:

@@ -1,0 +1,74 @@
+"""A run as nested dataclasses: every field with its unit and meaning. All of them are imported from here.
+
+Plain data: `lesam_dist.config.checks.checked` is called where a config is read and where a run begins. `--help` and
+`--print_config` are made from these classes; recipes are YAML files of the same shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
+from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from lesam_dist.config.schema.running import (
+    CheckpointConfig,
+    ChecksConfig,
+    GuardConfig,
+    LoggingConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
+
+__all__ = [
+    "CIFAR_ONLY",
+    "DALI_ONLY",
+    "FOLDERS_ONLY",
+    "CheckpointConfig",
+    "ChecksConfig",
+    "Config",
+    "DataBackend",
+    "DataConfig",
+    "EmaConfig",
+    "GuardConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "ScheduleConfig",
+]
+
+
+@dataclass
+class Config:
+    """Train an image classifier."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    epochs: int = 90
+    """passes over the training images"""
+    seed: int = 0
+    """of weights, order and augmentation"""
+    max_nonfinite_steps: int = 50
+    """the run stops after so many steps in a row in which the loss or a gradient was not finite; noticed when a line is
+    logged and at the end of an epoch. float16's loss scale needs some of them to find its place"""
+    run_dir: str = "runs/default"
+    """folder for everything that the run writes"""
+    resume: str | None = None
+    """"auto": go on from RUN_DIR's latest checkpoint, or start where there is none"""
+    profile: int | None = None
+    """steps of this start to trace, after the first 3: RUN_DIR/profile gets a trace from each process, and the terminal
+    a summary; null for none"""
+    dry_run: bool = False
+    """build everything, run two steps and an evaluation on random images, write nothing"""
