@@ -140,6 +140,8 @@ def _statement(
         lines.append(f"More GPUs than data.batch_size {config.data.batch_size} has images: no prediction.")
     images = f"that takes {config.data.batch_size // first} images alone" if not _grows(config, found) else "alone"
     lines.append(f"Efficiency: images/s of a GPU, of those of one {images}.")
+    if config.schedule.image_size is not None:
+        lines.append(f"All epochs at data.image_size {config.data.image_size}: schedule.image_size is left out.")
     worst = max((p for p in found.values() if p is not None), key=lambda p: p.total_memory)
     if worst.total_memory > device.memory:
         lines.append(
