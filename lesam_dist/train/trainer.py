@@ -22,7 +22,7 @@ from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import build
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
-from lesam_dist.train.divergence import NonFiniteSteps, all_finite
+from lesam_dist.train.divergence import NonFiniteSteps
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.flops import Flops
 from lesam_dist.train.guard import LossGuard
@@ -36,6 +36,7 @@ from lesam_dist.train.profiling import profiling
 from lesam_dist.train.readings import Readings
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
+from lesam_dist.train.saves import Saves
 from lesam_dist.train.summary import describe_results, describe_run, replay_verdict, shares_of
 from lesam_dist.train.telemetry import RunLog, plot_curves
 from lesam_dist.train.updates import Updates
@@ -121,14 +122,13 @@ class Trainer:
         self.step = 0
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
-        self.saved_step: int | None = None  # of the last checkpoint
         self.nonfinite = NonFiniteSteps(config, world)
         self.readings = Readings(world, self.optimizer, self.nonfinite, bad_files)
         self.guard = LossGuard(GuardConfig() if run_dir is None else config.guard, world)
         self.check = None
         if config.checks.every_steps is not None:
             self.check = ReplicaCheck(model, self.optimizer, self.ema, world, config.optimizer.scope)
-        self.state = RunState(
+        state = RunState(
             config,
             world,
             model,
@@ -144,6 +144,7 @@ class Trainer:
             None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", world, config.checkpoint)
         )
         self.cadence = Cadence(config.checkpoint, config.epochs, self.steps_per_epoch, world)
+        self.saves = Saves(self.checkpoints, state, self.guard, self.cadence, self.steps_per_epoch)
         self.log: RunLog | None = None
 
     @property
@@ -170,8 +171,8 @@ class Trainer:
             self._evaluate()
         if self.run_dir and self.step < self.total_steps:
             self.validation.try_out()
-        if self.checkpoints and self.guard.is_on and self.step == 0:
-            self._save(self.checkpoints, final=False)  # to go back to
+        if self.guard.is_on and self.step == 0:
+            self._save(final=False)  # to go back to
         if self.check:
             self.check.compare(self.step, self.checkpoints)
         with profiling(self.config, self.phases, self.run_dir, self.log, self.total_steps - self.step) as after_step:
@@ -179,8 +180,8 @@ class Trainer:
                 after_step()
         if self.log and self.config.data.replay:
             self.log.print(replay_verdict(self.meter.steady_images_per_s()))
-        if self.checkpoints and not (self.checkpoints.wait() and self.saved_step == self.step):
-            self._save(self.checkpoints, final=True)  # the disk was full: now or never
+        if not (self.saves.wait() and self.saves.step == self.step):
+            self._save(final=True)  # the disk was full: now or never
         self._require_learning()
         assert self.last_evaluation is not None
         return self.last_evaluation
@@ -189,9 +190,8 @@ class Trainer:
         """Draw the curves, flush the logs, free the loaders; also after an error."""
         self.train_loader.close()
         self.val_loader.close()
-        if self.checkpoints:
-            with suppress(Exception):  # after an error, which says more than that its last checkpoint failed too
-                self.checkpoints.wait()
+        with suppress(Exception):  # after an error, which says more than that its last checkpoint failed too
+            self.saves.wait()
         if self.log:
             self.log.close()
             if self.run_dir:
@@ -273,8 +273,8 @@ class Trainer:
             every = self.config.checks.every_steps
             if self.check and every and (saves or self.step % every == 0):
                 self.check.compare(self.step, self.checkpoints, buffers=ends_epoch)
-            if self.checkpoints and saves:
-                self._save(self.checkpoints, final=wish == "stop")
+            if saves:
+                self._save(final=wish == "stop")
         if wish == "stop":
             raise self._preempted()
         if not self._is_evaluated():
@@ -289,10 +289,10 @@ class Trainer:
         """Go back to the last checkpoint, and on from there without the batch that the guard leaves out."""
         if self.log:
             self.log.print(self.guard.remark())
-        if self.checkpoints is None or (progress := self._load()) is None:
+        if (progress := self._load()) is None:
             raise SharedError("there is no checkpoint to go back to: look at RUN_DIR/checkpoints, or start anew.")
         self.guard.load(progress["guard"])
-        self.checkpoints.amend(self.step, {"guard": self.guard.state()})  # what a kill must not make it meet again
+        self.saves.amend({"guard": self.guard.state()})  # what a kill must not make it meet again
         if self.log:
             self.log.go_back(self.step, evaluated=self._is_evaluated())
 
@@ -331,31 +331,11 @@ class Trainer:
         if self.last_evaluation and not math.isfinite(self.last_evaluation["loss"]):
             raise self.nonfinite.diverged(self.step, in_a_row, self.checkpoints)
 
-    def _save(self, checkpoints: Checkpointer, *, final: bool) -> None:
-        self.world.move("saving a checkpoint")
-        weights = [*self.model.parameters(), *self.model.buffers()]
-        in_a_row, finite = self.world.mean([self.nonfinite.in_a_row, all_finite(weights)])
-        self.nonfinite.require_few(self.step, in_a_row, checkpoints)
-        progress = {"epoch": self.epoch, "evaluation": self.last_evaluation, **self.state.progress()}
-        progress["guard"] = self.guard.state() if self.guard.is_on else None
-        good = in_a_row == 0 and finite == 1
-        saved = checkpoints.save(
-            self.step,
-            self.model,
-            self.optimizer,
-            progress,
-            self.ema,
-            own=self.state.own(),
-            finite=good,
-            epoch_end=None if self.step % self.steps_per_epoch else self.epoch,
-            final=final,
-        )
-        self.saved_step = self.step if saved else None
-        self.cadence.saved()
+    def _save(self, *, final: bool) -> None:
+        self.saves.save(self.step, self.last_evaluation, final=final)
 
     def _preempted(self) -> PreemptedError:
-        if self.checkpoints:
-            self.checkpoints.wait()
+        self.saves.wait()
         reason = self.world.agreed.reason or "a request"
         return PreemptedError(f"stopped by {reason} after step {self.step}: go on with --resume auto.")
 
@@ -366,12 +346,12 @@ class Trainer:
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)
-        if self.checkpoints and self.saved_step == self.step:
-            self.checkpoints.amend(self.step, {"evaluation": result})
+        if self.saves.step == self.step:
+            self.saves.amend({"evaluation": result})
 
     def _is_in_vain(self) -> bool:
         """Whether an evaluation may be left: the run is to stop, and the checkpoint that it is of has been made."""
-        return self.world.agreed.stopping and self.saved_step == self.step
+        return self.world.agreed.stopping and self.saves.step == self.step
 
     def _schedule_values(self) -> dict[str, float]:
         """The learning rate, the budget and m of the coming step."""
@@ -384,16 +364,7 @@ class Trainer:
 
     def _load(self) -> dict[str, Any] | None:
         """Go to where the newest whole checkpoint is, and return its progress; None where there is none."""
-        assert self.checkpoints is not None
-        self.world.move("loading a checkpoint")
-        loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.ema)
-        if self.world.is_main:
-            for fault in loaded.damaged:
-                print(f"warning: {fault}; going on from an older checkpoint", flush=True)
-        progress = loaded.progress
+        progress = self.saves.load()
         if progress is not None:
-            self.state.check(progress)
-            self.state.restore(progress, loaded.own)
-            self.step = self.saved_step = progress["step"]
-            self.last_evaluation = progress["evaluation"]
+            self.step, self.last_evaluation = progress["step"], progress["evaluation"]
         return progress

@@ -60,6 +60,14 @@ def test_a_dry_run_on_a_cpu_is_small_unless_told(
     assert "bf16, 1 x cpu, batch 6" in out
 
 
+def test_a_dry_run_goes_on_from_nothing(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line of a run that resumes, tried out: it ended in an AssertionError once."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command("--config", "digits", "--data.batch_size", "2", "--dry_run", "--resume", "auto")
+    assert (status, err, out.count("[train]")) == (0, "", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
 # One recipe of each network and size of images.
 NETWORKS = {(str(c["model"]["name"]), c["data"]["image_size"]): b for b in bases() for c in [compose_parts(b, "sgd")]}
 
