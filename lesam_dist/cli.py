@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -110,20 +112,31 @@ _TRAIN_EXTRA = {
 }
 
 
+_TRAINING = ("train", "compare", "sweep")
+_PIPE_CLOSED = 141  # as the shell has it of a program that SIGPIPE ends
+
+
 def main() -> NoReturn:
     """Entry point of `lesam-dist COMMAND ...`."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: lesam-dist COMMAND ...\n\ncommands:")
-        for name, (_, text) in _COMMANDS.items():
-            print(f"  {name:13s}{text}")
-        if missing := _missing():
-            print(f"\nEvery command needs {missing}")
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    if sys.argv[1] == "--version":
-        print(f"lesam-dist {__version__}")
-        sys.exit(0)
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "--version"):
+        try:
+            if sys.argv[1:2] == ["--version"]:
+                print(f"lesam-dist {__version__}")
+            else:
+                _show_usage()
+        except BrokenPipeError:
+            _leave(_PIPE_CLOSED)
+        _leave(0 if len(sys.argv) > 1 else 2)
     command = sys.argv.pop(1)
     run(command)
+
+
+def _show_usage() -> None:
+    print("usage: lesam-dist COMMAND ...\n\ncommands:")
+    for name, (_, text) in _COMMANDS.items():
+        print(f"  {name:13s}{text}")
+    if missing := _missing():
+        print(f"\nEvery command needs {missing}")
 
 
 def run(command: str) -> NoReturn:
@@ -157,11 +170,24 @@ def run(command: str) -> NoReturn:
         if place.rank == 0:
             print("lesam-dist: interrupted", file=sys.stderr)
         _leave(130)
-    except Exception as error:
-        if place.world_size == 1:
+    except SystemExit as left:  # by --help, or with a status of the command's own
+        if isinstance(left.code, str):
             raise
-        report_failure(place, error)
-        _leave(1)
+        _leave(left.code or 0)
+    except BrokenPipeError as error:
+        if not _nobody_reads():  # another pipe
+            _fail(place, error)
+        if command in _TRAINING and place.rank == 0:
+            print("lesam-dist: ended, as what read its output has", file=sys.stderr, flush=True)
+        _leave(_PIPE_CLOSED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _fail(place, error)
+        what = f" for '{error.filename}'" if error.filename else ", perhaps where the output goes"
+        report_failure(place, UserError(f"{error.strerror}{what}: make room, then give the same command again."))
+        _leave(2)
+    except Exception as error:
+        _fail(place, error)
     _leave(0)
 
 
@@ -171,11 +197,45 @@ def _missing() -> str:
     return f'packages that are not installed ({", ".join(missing)}): pip install "lesam-dist[train]"' if missing else ""
 
 
+def _fail(place: Place, error: Exception) -> NoReturn:
+    """With a traceback: a fault of the program."""
+    if place.world_size == 1:
+        raise error
+    report_failure(place, error)
+    _leave(1)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has ended, as of `lesam-dist plan ... | head`."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll, or no file: not a pipe either
+        return False
+
+
+def _flushed(status: int) -> int:
+    """The status to end with when what is printed has arrived, or cannot."""
+    if sys.stdout is None:  # closed from the start
+        return status
+    try:
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"lesam-dist: error: the output cannot be written: {error.strerror or error}.", file=sys.stderr)
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # else the interpreter says at its end that it cannot flush
+        os.dup2(nowhere, sys.stdout.fileno())
+        failed = _PIPE_CLOSED if isinstance(error, BrokenPipeError) else 2
+        return status or failed
+
+
 def _leave(status: int, at_once: bool = False) -> NoReturn:
     """End the process; at once where it is about to be killed, as tearing the interpreter down takes seconds."""
+    status = _flushed(status)
     distributed = sys.modules.get("torch.distributed")
     in_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if at_once or in_group:  # a group with unfinished operations can keep the interpreter from ending
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -6,11 +6,14 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lesam_dist.data.packed.layout import INDEX
+from lesam_dist.data.urls import is_url
 from lesam_dist.errors import UserError
 
 
@@ -24,6 +27,32 @@ class Parser(argparse.ArgumentParser):
 def cores() -> int:
     """Of this machine, as far as this process may use them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_folder(text: str) -> Path:
+    """A folder as the user gave it.
+
+    Raises:
+        UserError: it is an address.
+    """
+    if is_url(text):
+        raise UserError(f"'{text}' is an address, and this command works on folders alone: give a folder.")
+    return Path(text).expanduser()
+
+
+def class_folders(text: str) -> Path:
+    """A data set's folder as the user gave it, for what reads class folders.
+
+    Raises:
+        UserError: it is an address, or a packed data set.
+    """
+    root = local_folder(text)
+    if (root / INDEX).is_file():
+        raise UserError(
+            f"'{root}' is packed already: give the folder that holds train/CLASS/IMAGE. `lesam-dist pack --verify` "
+            "checks packed images."
+        )
+    return root
 
 
 @contextmanager

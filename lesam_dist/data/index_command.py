@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lesam_dist.data.commands import Parser, progress_bar
+from lesam_dist.data.commands import Parser, class_folders, progress_bar
 from lesam_dist.data.folder import below_root, remarks
 from lesam_dist.data.index import Split, find_index, index_files, open_index, scan_both, sizes_of, write_index
 from lesam_dist.errors import UserError
@@ -23,7 +23,7 @@ def index(argv: Sequence[str]) -> int:
         UserError: for bad arguments, a folder that is no data set, or an index that cannot be written.
     """
     arguments = _parser().parse_args(list(argv))
-    root = Path(arguments.root).expanduser()
+    root = class_folders(arguments.root)
     begin = time.monotonic()
     splits = scan_both(root)
     with progress_bar("sizes", sum(map(len, splits))) as done:

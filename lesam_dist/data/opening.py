@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lesam_dist.data.index import LARGE, Split, find_index, open_index, scan_both, write_index
 from lesam_dist.data.packed import holds_shards, open_packed
+from lesam_dist.data.packed.layout import INDEX, shard_name
 from lesam_dist.data.urls import Url, is_url
+from lesam_dist.errors import UserError
 
 
 def data_root(text: str) -> Path | Url:
@@ -27,6 +29,11 @@ def open_splits(root: Path | Url, *, first: bool) -> Split:
     """
     if isinstance(root, Url) or holds_shards(root):
         return open_packed(root, verify=first)
+    if (root / shard_name("train", 0)).exists() and not (root / "train").exists():
+        raise UserError(
+            f"'{root}' has shards but no {INDEX}: if it is being packed, give the same `lesam-dist pack` again to "
+            "finish it; if it is a copy, copy the index too."
+        )
     if listing := find_index(root, verify=first):
         return open_index(root, listing)
     splits = scan_both(root)

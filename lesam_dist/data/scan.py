@@ -13,7 +13,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lesam_dist.data.commands import Parser, cores
+from lesam_dist.data.commands import Parser, class_folders, cores
 from lesam_dist.data.folder import below_root, remarks, scan_split
 from lesam_dist.data.scan_file import Verdict, has_dali
 from lesam_dist.data.scan_pool import examine_all
@@ -33,7 +33,7 @@ def scan(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(list(argv))
     if not 1 <= arguments.workers <= 1024:
         raise UserError(f"--workers is {arguments.workers}: it must be at least 1, and at most 1024.")
-    root, out = Path(arguments.root).expanduser(), Path(arguments.out).expanduser()
+    root, out = class_folders(arguments.root), Path(arguments.out).expanduser()
     if out.is_dir():
         raise UserError(f"--out is '{out}', a folder: give a file.")
     train = scan_split(root, "train")

@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from lesam_dist.data.commands import Parser, cores
+from lesam_dist.data.commands import Parser, class_folders, cores, local_folder
 from lesam_dist.data.folder import remarks
 from lesam_dist.data.index import Split, scan_both
+from lesam_dist.data.packed.layout import SPLITS
 from lesam_dist.data.packed.packing import pack_splits, write_index
-from lesam_dist.data.packed.reading import holds_shards
 from lesam_dist.data.packed.verify import verify
 from lesam_dist.data.packed.writing import Resize
 from lesam_dist.data.skip_list import read_skip_list
@@ -28,14 +28,14 @@ def pack(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(list(argv))
     _check(arguments)
-    root = Path(arguments.root).expanduser()
     if arguments.verify:
-        return verify(root, arguments.workers)
+        return verify(local_folder(arguments.root), arguments.workers)
+    root, out = class_folders(arguments.root), local_folder(arguments.out)
+    _check_out(root, out)
     begin = time.monotonic()
     resize = None if arguments.resize is None else Resize(arguments.resize, arguments.quality or _QUALITY)
     skip = read_skip_list(Path(arguments.skip_list).expanduser()) if arguments.skip_list else frozenset[str]()
     splits = _splits(root, skip)
-    out = Path(arguments.out).expanduser()
     try:
         written, done = pack_splits(splits, out, resize, arguments.images_per_shard, arguments.workers)
         write_index(out, splits, resize, arguments.images_per_shard, written)
@@ -92,9 +92,15 @@ def _check(arguments: Any) -> None:
         raise UserError("OUT is missing: give the folder for the shards (lesam-dist pack ROOT OUT).")
 
 
+def _check_out(root: Path, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"OUT is '{out}', a file: give a folder for the shards.")
+    for split in SPLITS:  # there it would be a class without images
+        if out.resolve().is_relative_to((root / split).resolve()):
+            raise UserError(f"OUT is '{out}', in the images' own folder '{root / split}': choose one outside of it.")
+
+
 def _splits(root: Path, skip: Collection[str]) -> Split:
-    if holds_shards(root):
-        raise UserError(f"'{root}' is packed already: give the folder that holds train/CLASS/IMAGE.")
     train, val = scan_both(root)
     for remark in remarks(train, val):
         print(f"warning: {remark}")

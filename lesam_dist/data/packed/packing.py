@@ -90,7 +90,7 @@ def _write_all(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Writ
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _context() -> BaseContext:

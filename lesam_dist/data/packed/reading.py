@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +40,15 @@ def open_packed(root: Path | Url, *, verify: bool = True) -> tuple[ImageFolder, 
     """
     file = root / INDEX
     listing = _read(_downloaded(file, verify) if isinstance(file, Url) else file, file)
+    damaged = UserError(f"'{file}' is damaged: copy it again, or pack the images again with `lesam-dist pack`.")
     if listing.facts.get("kind") != KIND or (verify and not listing.is_whole()):
-        raise UserError(f"'{file}' is damaged: copy it again, or pack the images again with `lesam-dist pack`.")
-    if verify:
-        _require_shards(root, shards_of(listing))
-    train, val = (_split(root, name, listing) for name in SPLITS)
+        raise damaged
+    try:
+        if verify:
+            _require_shards(root, shards_of(listing))
+        train, val = (_split(root, name, listing) for name in SPLITS)
+    except (KeyError, TypeError) as error:  # written by another program
+        raise damaged from error
     return train, val
 
 
@@ -101,6 +106,8 @@ def _local_size(file: str) -> int | None:
         return os.stat(file).st_size
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read ({error.strerror}): make it readable.") from error
 
 
 def _remote_size(url: str) -> int | None:
@@ -120,10 +127,19 @@ def _downloaded(url: Url, verify: bool) -> Path:
     file = cache / f"packed-{hashlib.blake2b(url.encode(), digest_size=12).hexdigest()}.safetensors"
     if verify:
         data = _asked(url, lambda files, path: files.cat_file(path))
-        cache.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_bytes(data)
-        aside.replace(file)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(data)
+            aside.replace(file)
+        except OSError as error:
+            raise UserError(
+                f"the index of '{url}' cannot be kept in '{cache}' ({error.strerror}): make room there, or set "
+                "XDG_CACHE_HOME to a folder that can be written."
+            ) from error
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
     return file
 
 
@@ -139,11 +155,21 @@ def _asked(url: str, question: Callable[[Any, str], _T]) -> _T:
     except FileNotFoundError as error:
         raise UserError(f"'{url}' is not there: data.root must be the address of packed shards.") from error
     except ValueError as error:
-        raise UserError(f"data.root '{url}': the scheme '{scheme}' is not known ({error}).") from error
+        raise UserError(
+            f"data.root '{url}': the scheme '{scheme}' is not known, or what follows it is wrong ({_words(error)}): "
+            "write an address as s3://BUCKET/FOLDER or https://HOST/FOLDER."
+        ) from error
     except ImportError as error:
-        raise UserError(f"data.root '{url}' needs a package for '{scheme}' that is not installed: {error}.") from error
+        raise UserError(
+            f"data.root '{url}' needs a package for '{scheme}' that is not installed: {_words(error)}."
+        ) from error
     except Exception as error:  # each store's client has its own, for credentials above all
         raise UserError(
-            f"'{url}' cannot be read ({type(error).__name__}: {error}): see that the address is right, and that this "
-            "node has credentials for it and a network."
+            f"'{url}' cannot be read ({type(error).__name__}: {_words(error)}): see that the address is right, and "
+            "that this node has credentials for it and a network."
         ) from error
+
+
+def _words(error: Exception) -> str:
+    """In one line, as some clients say more."""
+    return " ".join(str(error).split())
