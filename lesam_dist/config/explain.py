@@ -126,7 +126,8 @@ def _in_words(kind: Any, path: str) -> str:
         return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if origin is tuple:
         default = default_values()[path]
-        return f"{len(parts)} numbers in brackets, e.g. [{','.join(f'{value:g}' for value in default)}]"
+        example = range(1, len(parts) + 1) if default is None else default
+        return f"{len(parts)} numbers in brackets, e.g. [{','.join(f'{value:g}' for value in example)}]"
     if origin is list and get_origin(parts[0]) is tuple:
         return "pairs in brackets, e.g. [[0,128],[30,224]]"
     if origin is list:

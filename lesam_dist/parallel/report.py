@@ -38,7 +38,7 @@ def report_failure(place: Place, error: BaseException) -> None:
 
     A `UserError` is one line, anything else a traceback.
     """
-    text, message = str(error), str(error)
+    text = message = " ".join(str(error).splitlines())  # a path may have line breaks
     if not isinstance(error, UserError):
         text, message = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
     if place.world_size > 1 and not _first_on_this_node(place, message):

@@ -202,9 +202,14 @@ def _require_possible(config: Config, counts: Sequence[int], per_gpu: int | None
 
 def _counts(text: str) -> list[int]:
     words = text.split(",")
-    if not all(word.strip().isdecimal() and 0 < int(word) <= _MOST for word in words):
+    if not all(_is_count(word.strip(), _MOST) for word in words):
         raise UserError(f"--gpus is '{one_line(text)}': give numbers of GPUs with commas between, e.g. 8,64,512.")
     return sorted({int(word) for word in words})
+
+
+def _is_count(text: str, most: int) -> bool:
+    """A whole number above 0; one of thousands of digits is too long for `int`."""
+    return text.isdecimal() and len(text) < 100 and 0 < int(text) <= most
 
 
 class _Parser(argparse.ArgumentParser):
@@ -228,7 +233,7 @@ def _above_zero(flag: str, at_most: float = math.inf) -> Callable[[str], float]:
 
 def _count(flag: str) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not (text.isdecimal() and 0 < int(text) <= 10**10):
+        if not _is_count(text, 10**10):
             raise UserError(f"{flag} is '{one_line(text)}': it must be a whole number above 0.")
         return int(text)
 

@@ -6,7 +6,7 @@ The optimizer of the config makes a few steps on a small network in this process
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from lesam_dist.planning.profile import Recorder
 from lesam_dist.train.build import build_optimizer
 from lesam_dist.train.passes import BatchPasses
 
+_T = TypeVar("_T")
 _BATCH = 120
+_SHORT = 10  # a longer interval is observed as this, and stretched: its other steps are all alike
+_LONGEST = 1000  # steps of a period: beyond, what is done once in it is a thousandth
 _LARGE = 256  # elements: what touches fewer is a scalar's arithmetic
 
 
@@ -58,27 +61,45 @@ def observe(config: OptimizerConfig) -> Method:
     Raises:
         UserError: for hyper-parameters that the method refuses.
     """
-    config = replace(config, backend="reference")
+    config, period, block, whole = _shortened(replace(config, backend="reference"))
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(24, 64), nn.LayerNorm(64), nn.Linear(64, 24))
         optimizer = build_optimizer(model, config)
         images, labels = torch.randn(_BATCH, 24), torch.randint(24, (_BATCH,))
-        period = int(complete(config).get("interval", 1)) * config.ascent_interval
-        steps = []
+        steps, traffic = [], []
         recorder = Recorder(least=_LARGE)
-        for step in range(2 * period):  # the first period may differ: there is no memory yet
+        for _ in range(2 * period):  # the first period may differ: there is no memory yet
             closure = _Observed(model, nn.CrossEntropyLoss(), images, labels)
             closure.recorder = recorder
-            if step == period:
-                recorder.nbytes.clear()
+            recorder.nbytes.clear()
             with recorder:
                 optimizer.step(closure)
             steps.append(closure.made)
+            traffic.append(sum(recorder.nbytes))
         kept = [t for own in optimizer.state_dict()["state"].values() for t in own.values() if isinstance(t, Tensor)]
-        whole = sum(t.numel() for t in kept if t.numel() > 1)
+        state = sum(t.numel() for t in kept if t.numel() > 1)
         total = sum(p.numel() for p in model.parameters())
-        traffic = sum(recorder.nbytes) / (4 * total * period)
-        return Method(steps[period:], round(traffic, 1), round(whole / total, 1), config.name not in PLAIN)
+        made, nbytes = (_stretched(each[period:], block, whole) for each in (steps, traffic))
+        moved = sum(nbytes) / (4 * total * whole)
+        return Method(made, round(moved, 1), round(state / total, 1), config.name not in PLAIN)
+
+
+def _shortened(config: OptimizerConfig) -> tuple[OptimizerConfig, int, int, int]:
+    """A config with short intervals; its period, the steps at its beginning that differ, and the period meant."""
+    interval, ascent = int(complete(config).get("interval", 1)), min(config.ascent_interval, _LONGEST)
+    whole = max(min(interval * ascent, _LONGEST), ascent)
+    if interval == 1:
+        short = min(ascent, _SHORT)
+        return replace(config, ascent_interval=short), short, 1, whole
+    short = min(interval, _SHORT, max(2, _LONGEST // ascent))
+    config = replace(config, args={**config.args, "interval": short}, ascent_interval=ascent)
+    return config, short * ascent, ascent, max(whole, short * ascent)
+
+
+def _stretched(steps: list[_T], block: int, length: int) -> list[_T]:
+    """A period of that many steps: the first ones as they are, then the others again and again."""
+    others = steps[block:]
+    return steps[:block] + [others[i % len(others)] for i in range(length - block)]
 
 
 class _Observed(BatchPasses):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -93,13 +94,15 @@ class Case:
             )
         layout = layout_of(config, self.profile, self.machine, processes)
         share = data.batch_size // processes
-        steps = [self._step(layout, share, made) for made in self.method.steps]
-        compute, communication, exposed, scalars = (sum(column) / len(steps) for column in zip(*steps, strict=True))
+        kinds = Counter(map(tuple, self.method.steps))  # of hundreds of steps most are the same
+        steps = [[n * part for part in self._step(layout, share, made)] for made, n in kinds.items()]
+        total = kinds.total()
+        compute, communication, exposed, scalars = (sum(column) / total for column in zip(*steps, strict=True))
         optimizer = self.method.traffic * layout.own_bytes / self.machine.bandwidth
         busy = compute + exposed + scalars + optimizer
         decoded = self._decoded()
         waiting = 0.0 if decoded is None else max(share / decoded - busy, 0.0)
-        calls = [self._calls(layout, made) for made in self.method.steps]
+        calls = [(self._calls(layout, made), n) for made, n in kinds.items()]
         epoch, run = self._times(layout, share, busy + waiting, decoded)
         hourly = self.machine.hourly
         return Prediction(
@@ -112,8 +115,8 @@ class Case:
             optimizer,
             waiting,
             self._memory(layout, share),
-            sum(map(len, calls)) / len(calls),
-            sum(map(layout.sent, calls)) / len(calls),
+            sum(n * len(own) for own, n in calls) / total,
+            sum(n * layout.sent(own) for own, n in calls) / total,
             decoded,
             epoch,
             run,

@@ -1,9 +1,10 @@
 """Random command lines and YAML files: each must end with status 0, or with status 2 and one line.
 
-    PYTHONPATH=. python tests/config/fuzz_cli.py --cases 5000 --dry_runs 200 --seed 7
+    PYTHONPATH=. python tests/config/fuzz_cli.py --cases 5000 --dry_runs 200 --plans 50 --seed 7
 
 Everything runs in this process. A case is parsed and checked as a run is before it reads data; a dry run then trains
-two steps of a tiny network. As a script, a case that takes 20 seconds is a fault.
+two steps of a tiny network, and a plan predicts one. `pack` and `index` work on folders of a few tiny images. As a
+script, a case that takes 20 seconds is a fault.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from unittest import mock
 
 import torch
 import yaml
+from PIL import Image
 
 from lesam_dist.cli import main
 from lesam_dist.config.explain import sections
@@ -34,8 +36,13 @@ from lesam_dist.config.methods import PLAIN, argument_paths
 from lesam_dist.config.recipes import bases, compose, methods, recipes
 from lesam_dist.config.schema import Config
 from lesam_dist.config.values import default_values
+from lesam_dist.data.packed import packing
+from lesam_dist.data.packed.command import pack
 from lesam_dist.experiments import compare, sweep
 from lesam_dist.optim.engine.registry import methods as registered
+from lesam_dist.planning import calibrate, command
+from lesam_dist.planning import input as planned_input
+from lesam_dist.planning.hardware import DEVICES, device_of
 from lesam_dist.train import build
 from lesam_dist.train import run as training
 
@@ -96,8 +103,36 @@ _NASTY = (
         "none",
     ),
 )
+_PLAN = {
+    "--gpus": ("1", "8", "1,2", "64,8", "2,,4", "3", "0", "4096", "1000000", "8 , 16"),
+    "--gpu": (*DEVICES, "H100", "h1000"),
+    "--interconnect": ("400gbit", "100gbit/node", "50GB/s", "1mbit", "0gbit", "400", "gbit", "1e300gbit", "-1gbit"),
+    "--gpus_per_node": ("1", "8", "4", "72"),
+    "--batch_per_gpu": ("1", "8", "32", "128"),
+    "--images": ("1", "100", "1281167"),
+    "--hourly": ("2.5", "0.01", "1e308"),
+    "--efficiency": ("0.5", "1", "1e-9", "2"),
+    "--cores_per_gpu": ("1", "16", "0.5", "1e-9"),
+    "--decode_rate": ("300", "1e-9", "1e9"),
+    "--json": ("plan.json", "a_file/plan.json", "empty"),
+    "--plot": ("plan.png", "plan.xyz", "plan", "empty"),
+    "--measure": (),
+    "--calibrate": (),
+}
+_PACK = {
+    "--resize": ("16", "17", "64", "15", "100000"),
+    "--quality": ("1", "50", "100", "101"),
+    "--images_per_shard": ("1", "2", "3", "2000"),
+    "--skip_list": ("skip.json", "a_file", "gone.json", "empty"),
+    "--workers": ("1", "2", "1024"),
+    "--verify": (),
+}
+_INDEX: dict[str, tuple[str, ...]] = {"--verify": ()}
+_ROOTS = ("good", "good", "good", "good/", "./good", "broken", "packed", "empty", "a_file", "gone", "good/train", ".")
+_ROOTS += ("damaged", "s3://bucket/x", "file:good", "foo://x", "~nobody/x")
+_OUTS = ("out", "out/deeper", "good", "good/train", "good/train/x", "packed", "empty", "a_file", "a_file/x", "s3://b/x")
 _SMALL = (
-    *("--dry_run", "--model.name", "cifar_resnet8", "--model.pretrained", "false", "--data.image_size", "16"),
+    *("--model.name", "cifar_resnet8", "--model.pretrained", "false", "--data.image_size", "16"),
     *("--data.val_resize", "16", "--data.batch_size", "4", "--data.eval_batch_size", "4", "--parallel.device", "cpu"),
     *("--optimizer.power_steps", "null", "--model.compile", "false"),
 )
@@ -105,7 +140,7 @@ _SMALL = (
 
 @dataclass
 class Case:
-    """A command line, the files that it names, and whether a dry run follows."""
+    """A command line, the files that it names, and whether a dry run, or what a plan predicts, follows."""
 
     argv: list[str]
     files: dict[str, bytes] = field(default_factory=dict)
@@ -115,7 +150,10 @@ class Case:
 def make_case(rng: random.Random, runs: bool = False) -> Case:
     """A case in which most things are right, so that the checks behind the first are reached too."""
     case = Case([], runs=runs)
-    command = "train" if runs else rng.choice(["train"] * 8 + ["compare", "sweep", "trian", "--version"])
+    others = ["compare", "sweep", "trian", "--version", "plan", "plan", "pack", "pack", "index"]
+    command = "train" if runs else rng.choice(["train"] * 8 + others)
+    if command in ("plan", "pack", "index"):
+        return {"plan": make_plan, "pack": _pack, "index": _index}[command](rng)
     case.argv.append(command)
     if runs:
         case.argv += ["--config", rng.choice(recipes())]
@@ -131,8 +169,76 @@ def make_case(rng: random.Random, runs: bool = False) -> Case:
     for _ in range(rng.choice([0, 1, 1, 2, 3, 6] if not runs else [0, 1, 1, 2])):
         case.argv += _flag(rng)
     if runs:
+        case.argv += ["--dry_run", *_SMALL]
+    return case
+
+
+def make_plan(rng: random.Random, runs: bool = False) -> Case:
+    """A case of `plan`; one that runs is of a tiny network, and predicts something unless a flag is wrong."""
+    case = Case(["plan"], runs=runs)
+    if runs or rng.random() < 0.7:
+        case.argv += ["--config", rng.choice(recipes())]
+    else:
+        case.argv += _config(rng, case)
+    if runs or rng.random() < 0.9:
+        case.argv += ["--gpus", rng.choice(["1", "1,2", "4,2"]) if runs else _one_of(rng, _PLAN["--gpus"])]
+    for _ in range(rng.choice([0, 1, 2, 4])):
+        case.argv += _own_flag(rng, _PLAN)
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        case.argv += _flag(rng)
+    if runs:
         case.argv += _SMALL
     return case
+
+
+def _pack(rng: random.Random) -> Case:
+    words = [_one_of(rng, _ROOTS)]
+    if rng.random() < 0.9:
+        words.append(_one_of(rng, (*_OUTS, *(f"out_{rng.randrange(10**9)}",) * len(_OUTS))))
+    for _ in range(rng.choice([0, 1, 1, 2, 4])):
+        words += _own_flag(rng, _PACK)
+    return Case(["pack", *words])
+
+
+def _index(rng: random.Random) -> Case:
+    words = [_one_of(rng, _ROOTS)] if rng.random() < 0.9 else []
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        words += _own_flag(rng, _INDEX)
+    return Case(["index", *words])
+
+
+def _one_of(rng: random.Random, values: tuple[str, ...]) -> str:
+    return rng.choice(_NASTY if rng.random() < 0.15 else values)
+
+
+def _own_flag(rng: random.Random, flags: dict[str, tuple[str, ...]]) -> list[str]:
+    flag = rng.choice([*flags])
+    values = flags[flag]
+    if rng.random() < 0.04:
+        return [_mangled(rng, flag)]
+    if not values or rng.random() < 0.02:
+        return [flag]
+    value = _one_of(rng, values)
+    return [f"{flag}={value}"] if rng.random() < 0.3 else [flag, value]
+
+
+def make_folders(folder: Path, rng: random.Random) -> None:
+    """Data sets that are right, packed, broken, damaged and empty."""
+    for root in ("good", "broken"):
+        for split, count in (("train", 5), ("val", 2)):
+            for i in range(count):
+                file = folder / root / split / f"class {i % 2}" / f"{i}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.frombytes("RGB", (20, 18), rng.randbytes(20 * 18 * 3)).save(file)
+    file.write_bytes(file.read_bytes()[:99])
+    (folder / "empty").mkdir()
+    (folder / "a_file").touch()
+    (folder / "skip.json").write_text('{"version": 1, "skip": [{"path": "val/class 1/1.jpg"}]}')
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in ("packed", "damaged"):
+            pack([str(folder / "good"), str(folder / name), "--images_per_shard", "2", "--workers", "1"])
+    shard = folder / "damaged" / "train-000000.tar"
+    shard.write_bytes(bytes(len(shard.read_bytes())))
 
 
 def _config(rng: random.Random, case: Case) -> list[str]:
@@ -229,7 +335,8 @@ class StoppedError(Exception):
 
 
 def outcome(case: Case, folder: Path) -> tuple[str, str]:
-    """How a case ends: "0" and "2" are right, anything else is a fault; and what was printed to stderr."""
+    """How a case ends: "0", "2" and of data that is damaged "1" are right, anything else is a fault; and what was
+    printed to stderr."""
     for name, content in case.files.items():
         (folder / name).write_bytes(content)
     out, err = io.StringIO(), io.StringIO()
@@ -248,6 +355,8 @@ def outcome(case: Case, folder: Path) -> tuple[str, str]:
         finally:
             os.chdir(before)
     text = err.getvalue()
+    if code == "1" and case.argv[0] in ("pack", "index") and "--verify" in case.argv and not text:
+        return "0", text  # it has found something, as it should
     if code == "2" and not (text.startswith("lesam-dist: error: ") and text.count("\n") == 1):
         return "2, not one line", text
     return code, text
@@ -261,27 +370,39 @@ def _without_training(case: Case) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise StoppedError
 
+    write_all = packing._write_all
+
+    def in_this_process(tasks: Any, _: int) -> Any:
+        return write_all(tasks, 1)
+
     with contextlib.ExitStack() as stack:
         if not case.runs:
             stack.enter_context(mock.patch.object(training, "train", checked))
+            stack.enter_context(mock.patch.object(command, "predict_and_report", stop))
+        stack.enter_context(mock.patch.object(calibrate, "calibrate", return_value=device_of("cpu")))
+        stack.enter_context(mock.patch.object(planned_input, "measure_decode_rate", return_value=100.0))
+        stack.enter_context(mock.patch.object(packing, "_write_all", in_this_process))
         for module in (compare, sweep):
             stack.enter_context(mock.patch.object(module, "run_all", stop))
         yield
 
 
-def fuzz(cases: int, dry_runs: int, seed: int, guard: Callable[[], Any] = lambda: None) -> Counter[str]:
+def fuzz(cases: int, dry_runs: int, plans: int, seed: int, guard: Callable[[], Any] = lambda: None) -> Counter[str]:
     """Run that many cases; stops at none. Returns how often each outcome came, and prints the faults.
 
     Args:
         cases: that are parsed and checked.
         dry_runs: that train too.
+        plans: that predict too.
         seed: of everything.
         guard: called before each case.
     """
     rng, counts = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
-        for index in range(cases + dry_runs):
-            case = make_case(rng, runs=index >= cases)
+        make_folders(Path(name), rng)
+        for index in range(cases + dry_runs + plans):
+            planned = index >= cases + dry_runs
+            case = make_plan(rng, runs=True) if planned else make_case(rng, runs=index >= cases)
             guard()
             code, text = outcome(case, Path(name))
             counts[code] += 1
@@ -294,6 +415,7 @@ def _script() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the command line.")
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--dry_runs", type=int, default=100)
+    parser.add_argument("--plans", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -301,7 +423,9 @@ def _script() -> int:
         raise TimeoutError(f"more than {_SECONDS} s")
 
     signal.signal(signal.SIGALRM, timeout)
-    counts = fuzz(arguments.cases, arguments.dry_runs, arguments.seed, guard=lambda: signal.alarm(_SECONDS))
+    counts = fuzz(
+        arguments.cases, arguments.dry_runs, arguments.plans, arguments.seed, guard=lambda: signal.alarm(_SECONDS)
+    )
     signal.alarm(0)
     print(", ".join(f"{count} x {code}" for code, count in counts.most_common()))
     return int(bool(counts.keys() - {"0", "2"}))

@@ -1,4 +1,4 @@
-"""What a command prints may find nobody who reads it, or a full disk: no traceback, and a status of its own."""
+"""What a command prints: errors are one line; nobody who reads it, or a full disk, gives no traceback."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from lesam_dist.config.explain import expected
+from lesam_dist.errors import UserError
+from lesam_dist.parallel.place import Place
+from lesam_dist.parallel.report import report_failure
 
 CLOSED = 141
 
@@ -55,3 +60,12 @@ def test_an_output_on_a_full_disk(packed: Path, unbuffered: str) -> None:
     assert said.startswith("lesam-dist: error: ")
     assert said.count("\n") == 1
     assert "No space left on device" in said
+
+
+def test_an_error_is_one_line_whatever_it_names(capsys: pytest.CaptureFixture[str]) -> None:
+    report_failure(Place(), UserError("the folder 'a\nb' does not exist"))
+    assert capsys.readouterr().err == "lesam-dist: error: the folder 'a b' does not exist\n"
+
+
+def test_what_a_field_of_numbers_expects_is_said_without_a_default() -> None:
+    assert expected("data.dali_preallocate") == "2 numbers in brackets, e.g. [1,2], or null"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.errors import UserError
 from lesam_dist.planning.command import plan
+from lesam_dist.planning.method import observe
 
 SMALL = ["--config", "digits_resnet8_lesam", "--data.batch_size", "64"]
 LARGE = ["--data.batch_size", "262144", "--images", "10000000"]  # so that kernels take longer than their launch
@@ -96,6 +99,8 @@ def test_assumptions_move_the_result(tmp_path: Path) -> None:
         (["--gpus", "6"], "--gpus 6 does not divide data.batch_size 64"),
         (["--gpus", "8,six"], "--gpus is '8,six'"),
         (["--gpus", "0"], "--gpus is '0'"),
+        (["--gpus", "9" * 5000], "--gpus is '999"),
+        (["--gpus", "8", "--images", "9" * 5000], "--images is '999"),
         (["--gpus", "128"], "--gpus 128 is more than data.batch_size 64"),
         (["--gpus", "32", "--data.micro_batches", "4"], "data.micro_batches 4 does not divide the 2 images"),
         (["--gpus", "8", "--hourly", "-1"], "--hourly is '-1'"),
@@ -123,3 +128,16 @@ def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     missing = tmp_path / "missing" / "plan"
     with pytest.raises(UserError, match="--json"):
         plan([*SMALL, "--gpus", "2", "--json", f"{missing}.json"])
+
+
+def test_a_long_interval_is_observed_as_a_short_one() -> None:
+    """What is done once in hundreds of steps is in one of them; no step is predicted twice, and none is waited for."""
+    own = OptimizerConfig(name="looksam", args={"interval": 12})
+    method = observe(own)
+    assert [len(made) for made in method.steps] == [2, *[1] * 11]
+    assert method.passes == pytest.approx(13 / 12)
+    long = observe(replace(own, args={"interval": 10**6}))
+    assert 1 < long.passes <= 1.001
+    assert long.traffic < method.traffic < observe(replace(own, args={"interval": 2})).traffic
+    plain = observe(OptimizerConfig(ascent_interval=30))
+    assert [len(made) for made in plain.steps] == [2, *[1] * 29]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,12 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([write_shard.__module__])  # imports once, not once per process
+    if threading.current_thread() is threading.main_thread():  # else no handler can be set
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server has it from here: Ctrl-C is the parent's
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
     return context
 
 
