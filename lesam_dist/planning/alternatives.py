@@ -19,7 +19,7 @@ _CAUTIONS = {
     "optimizer.scope replica": f"each replica {_OWN}",
     "optimizer.ascent_fraction": "the first gradient is of half of the batch, and noisier, as with scope local",
     "optimizer.ascent_interval": "four of five steps are the base optimizer's",
-    "optimizer.name looksam": "four of five steps reuse a part of the last perturbation; SAM's radius, to be tuned anew",
+    "optimizer.name looksam": "four of five steps reuse a part of the last perturbation; its radius is to be tuned",
     "parallel.strategy": "the same numbers; memory and communication alone change",
     "data.batch_size": "another run: fewer steps, optimizer.lr to be scaled and warmed up; accuracy is not predicted",
 }
