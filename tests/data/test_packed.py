@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.opening import open_splits
 from lesam_dist.data.packed import open_packed
 from lesam_dist.data.packed.command import pack
+from lesam_dist.data.packed.packing import _interrupted_afterwards
 from lesam_dist.data.plan import Plan
 from lesam_dist.errors import UserError
 from tests.data.conftest import smooth_image
@@ -331,3 +333,17 @@ def test_the_plan_names_parts(packed: Path, seed: int) -> None:
         index = {path: i for i, path in enumerate(train.paths)}
         assert batch.parts == [train.shards.part(index[path]) for path in batch.paths]
         assert batch.take([2, 0]).parts == [batch.parts[2], batch.parts[0]]
+
+
+def test_an_interrupt_waits_until_the_workers_have_started() -> None:
+    handler, started = signal.getsignal(signal.SIGINT), []
+
+    def start() -> None:
+        with _interrupted_afterwards():
+            signal.raise_signal(signal.SIGINT)
+            started.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert started
+    assert signal.getsignal(signal.SIGINT) is handler

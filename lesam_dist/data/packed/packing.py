@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -88,12 +89,29 @@ def _write_all(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Writ
         yield from ((task, write_shard(task)) for task in tasks)
         return
     with ProcessPoolExecutor(min(workers, max(1, len(tasks))), _context(), ignore_interrupts) as pool:
-        futures: dict[Future[Written], Task] = {pool.submit(write_shard, task): task for task in tasks}
         try:
+            with _interrupted_afterwards():
+                futures: dict[Future[Written], Task] = {pool.submit(write_shard, task): task for task in tasks}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C waits for the end of this: a pool that is left while its processes start leaves them to tracebacks."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set, and none is called
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _context() -> BaseContext:
