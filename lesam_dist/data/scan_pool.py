@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from typing import Any
 
+from lesam_dist.data.fork_server import fork_server, interrupted_afterwards
 from lesam_dist.data.scan_file import Verdict, work
 from lesam_dist.errors import UserError
 
@@ -51,10 +50,10 @@ def examine_all(paths: Iterable[str], workers: int, target: Work = work) -> Iter
     Raises:
         UserError: a process dies before it has read any file.
     """
-    context = _context()
+    context = fork_server(work.__module__)
     todo, again = iter(paths), deque[str]()
     suspects: set[str] = set()
-    team = [_Worker(context, target) for _ in range(workers)]
+    team: list[_Worker] = []
 
     def fill(worker: _Worker) -> None:
         while worker.is_ready and len(worker.files) < _AHEAD and not suspects.intersection(worker.files):
@@ -68,6 +67,8 @@ def examine_all(paths: Iterable[str], workers: int, target: Work = work) -> Iter
             worker.give(path)
 
     try:
+        with interrupted_afterwards():
+            team += (_Worker(context, target) for _ in range(workers))
         while True:
             for worker in team:
                 fill(worker)
@@ -108,11 +109,3 @@ def _mourn(worker: _Worker, suspects: set[str], again: deque[str]) -> tuple[str,
     suspects.remove(path)
     by = signal.Signals(-status).name if status < 0 else f"status {status}"
     return path, Verdict(None, 0, f"the decoder crashed ({by})", "")
-
-
-def _context() -> BaseContext:
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([work.__module__])
-    return context

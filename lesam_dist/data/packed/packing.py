@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ from numpy.typing import NDArray
 
 from lesam_dist.data.commands import progress_bar
 from lesam_dist.data.folder import ImageFolder
+from lesam_dist.data.fork_server import fork_server, interrupted_afterwards
 from lesam_dist.data.index import Split
 from lesam_dist.data.listing import Listing, names_of
 from lesam_dist.data.packed.layout import CHECKSUMS, CLASSES, INDEX, KIND, SPLITS, shard_name
@@ -88,44 +83,15 @@ def _write_all(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Writ
     if workers == 1:
         yield from ((task, write_shard(task)) for task in tasks)
         return
-    with ProcessPoolExecutor(min(workers, max(1, len(tasks))), _context(), ignore_interrupts) as pool:
+    context = fork_server(write_shard.__module__)
+    with ProcessPoolExecutor(min(workers, max(1, len(tasks))), context, ignore_interrupts) as pool:
         try:
-            with _interrupted_afterwards():
+            with interrupted_afterwards():
                 futures: dict[Future[Written], Task] = {pool.submit(write_shard, task): task for task in tasks}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupted_afterwards() -> Iterator[None]:
-    """Ctrl-C waits for the end of this: a pool that is left while its processes start leaves them to tracebacks."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set, and none is called
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
-
-
-def _context() -> BaseContext:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([write_shard.__module__])  # imports once, not once per process
-    if threading.current_thread() is threading.main_thread():  # else no handler can be set
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server has it from here: Ctrl-C is the parent's
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, before)
-    return context
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
