@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.interpreter import language_patched_once
+from tests.seeds import seed_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -32,9 +33,9 @@ TRAIN, VAL = 20, 7  # images per class of the fixture `images`
 
 
 @pytest.fixture
-def seed() -> int:
-    """A fresh seed per test, printed so that a failure can be repeated with SEED=n."""
-    value = int(os.environ.get("SEED", torch.seed() % 2**31))
+def seed(request: pytest.FixtureRequest) -> int:
+    """The test's seed (`tests.seeds`), printed so that a failure can be repeated with SEED=n."""
+    value = seed_of(request.node.nodeid)
     torch.manual_seed(value)
     print(f"SEED={value}")
     return value

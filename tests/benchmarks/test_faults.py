@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from lesam_dist.config.command_line import parse
 from lesam_dist.data import Transform, build_loader, scan_split
+from tests.seeds import seed_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -266,7 +267,7 @@ Found = dict[str, list[int]]  # [injected, survived, lost] by kind
 @pytest.fixture(scope="module")
 def campaigns(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]], int]:
     """What `fault_campaigns.py` printed; the faults of a chain with one that no run survives; a fresh seed."""
-    folder, seed = tmp_path_factory.mktemp("campaigns"), int(os.environ.get("SEED", torch.seed() % 2**31))
+    folder, seed = tmp_path_factory.mktemp("campaigns"), seed_of("campaigns")
     command = [sys.executable, Path(__file__).with_name("fault_campaigns.py"), str(folder), str(seed)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=400)
