@@ -49,6 +49,12 @@ def _plan(argv: Sequence[str]) -> None:
     plan(argv)
 
 
+def _analyze(argv: Sequence[str]) -> None:
+    from lesam_dist.analysis.command import analyze
+
+    analyze(argv)
+
+
 def _export(argv: Sequence[str]) -> None:
     from lesam_dist.train.checkpoint.export import export
 
@@ -90,6 +96,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pack": (_pack, "pack a data set into tar shards, smaller ones if you like (lesam-dist pack --help)"),
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
     "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
+    "analyze": (_analyze, "see how flat the loss is around a checkpoint (lesam-dist analyze --help)"),
     "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
 }
@@ -108,6 +115,7 @@ _TRAIN_EXTRA = {
     "fsspec": "fsspec",
     "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
+    "scipy": "scipy",
     "matplotlib": "matplotlib",
 }
 

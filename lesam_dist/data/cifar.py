@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
@@ -49,6 +49,10 @@ class CifarSplit:
         digest = hashlib.blake2b(self.images.data, digest_size=8)
         digest.update(self.labels.data)
         return digest.hexdigest()
+
+    def take(self, samples: NDArray[np.int64]) -> CifarSplit:
+        """Some of its samples alone."""
+        return replace(self, images=self.images[samples], labels=self.labels[samples])
 
 
 def prepare_cifar(name: str, root: Path) -> None:

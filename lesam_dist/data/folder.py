@@ -85,12 +85,14 @@ class ImageFolder:
             )
         if not len(kept):
             raise UserError(f"data.skip_list leaves out all images in '{self.root / split}': mend some of them.")
-        paths = (
-            self.paths.without(kept) if isinstance(self.paths, Paths) else tuple(self.paths[i] for i in kept.tolist())
-        )
-        shards = None if self.shards is None else self.shards.without(kept)
-        left = replace(self, paths=paths, labels=self.labels[kept], shards=shards, known_digest=None)
-        return replace(left, skipped=len(left_out))
+        return replace(self.take(kept), skipped=len(left_out))
+
+    def take(self, samples: NDArray[np.int64]) -> ImageFolder:
+        """Some of its samples alone."""
+        paths = self.paths
+        paths = paths.take(samples) if isinstance(paths, Paths) else tuple(paths[i] for i in samples.tolist())
+        shards = None if self.shards is None else self.shards.take(samples)
+        return replace(self, paths=paths, labels=self.labels[samples], shards=shards, known_digest=None)
 
 
 def below_root(root: Path | Url, path: str) -> str:

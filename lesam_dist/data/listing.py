@@ -67,9 +67,9 @@ class Paths(Sequence[str]):
         name = os.fsdecode(self._names[begin : int(self._ends[i])].tobytes())
         return f"{self._folder}{self._classes[self._labels[i]]}/{name}"
 
-    def without(self, kept: NDArray[np.int64]) -> Paths:
+    def take(self, samples: NDArray[np.int64]) -> Paths:
         """Those of some samples alone."""
-        chosen = kept if self._chosen is None else self._chosen[kept]
+        chosen = samples if self._chosen is None else self._chosen[samples]
         return Paths(self._folder, self._classes, self._labels, self._names, self._ends, chosen)
 
 

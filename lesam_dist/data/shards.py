@@ -38,9 +38,9 @@ class Shards:
         """Where a sample lies."""
         return Part(self.files[int(self.shard[sample])], int(self.start[sample]), int(self.size[sample]))
 
-    def without(self, kept: NDArray[np.int64]) -> Shards:
+    def take(self, samples: NDArray[np.int64]) -> Shards:
         """Those of some samples alone."""
-        return Shards(self.files, self.shard[kept], self.start[kept], self.size[kept])
+        return Shards(self.files, self.shard[samples], self.start[samples], self.size[samples])
 
     def sequential_order(self, *, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
         """Samples so that a stretch of them lies in few files: see `lesam_dist.data.order.windowed_order`."""

@@ -132,11 +132,8 @@ def build_loaders(
         bad_files: of `build_bad_files`; without it a training image that cannot be decoded is an error.
     """
     data = config.data
-    common: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
-    common["repeats"] = data.repeats
-    loader = partial(_loader(config), **common, device=world.device)
     own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
-    train = loader(folders[0], train=True, batch_size=data.batch_size, **own)
+    train = _loader_here(config, world)(folders[0], train=True, batch_size=data.batch_size, **own)
     share = data.batch_size // world.world_size
     if share % data.micro_batches:
         raise UserError(
@@ -144,7 +141,17 @@ def build_loaders(
             f"batch of {data.batch_size}: choose a divisor."
         )
     require_pairs(config, world)
-    return _replayed(train, data), loader(folders[1], train=False, batch_size=data.eval_batch_size)
+    return _replayed(train, data), build_evaluation_loader(config, folders[1], world)
+
+
+def build_evaluation_loader(config: Config, images: Images, world: Distributed) -> Loader:
+    """A loader of this process's share of any images, each once and as evaluation sees it, without augmentation."""
+    return _loader_here(config, world)(images, train=False, batch_size=config.data.eval_batch_size)
+
+
+def _loader_here(config: Config, world: Distributed) -> Callable[..., Loader]:
+    place: dict[str, Any] = {"seed": config.seed, "rank": world.rank, "world_size": world.world_size}
+    return partial(_loader(config), **place, repeats=config.data.repeats, device=world.device)
 
 
 def _replayed(train: Loader, data: DataConfig) -> Loader:

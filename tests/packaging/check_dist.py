@@ -123,7 +123,7 @@ def test_command_without_the_extra_names_it(plain: Environment, command: list[st
     (line,) = error.splitlines()
     assert line.endswith(
         "torchvision, jsonargparse, docstring-parser, pyyaml, rich, safetensors, simplejpeg, tensorboard, "
-        'scikit-learn, matplotlib): pip install "lesam-dist[train]"'
+        'scikit-learn, scipy, matplotlib): pip install "lesam-dist[train]"'
     )
 
 

@@ -7,15 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-
 from lesam_dist.errors import UserError
 from lesam_dist.train.checkpoint import payload
 from lesam_dist.train.checkpoint.arguments import Parser
-from lesam_dist.train.checkpoint.folder import Folder, folder_in
-from lesam_dist.train.checkpoint.loading import read_whole, reason
-from lesam_dist.train.checkpoint.manifest import NAME, DamagedError
+from lesam_dist.train.checkpoint.weights import checkpoint_in, weights_of
 
 _TEXT = """
 Write the weights and buffers of a checkpoint into one safetensors file, by the names of the model's state_dict():
@@ -40,13 +35,7 @@ def export(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     _require_free(args.output, args.force)
     source = checkpoint_in(args.checkpoint)
-    try:
-        tensors, content = read_whole(source)
-    except DamagedError as error:
-        raise UserError(f"{error}. lesam-dist checkpoints --verify says which are whole.") from error
-    except (OSError, RuntimeError, CheckpointException) as error:  # no memory, and what is forged in format 1
-        raise UserError(f"the checkpoint {source} cannot be read: {reason(error)}.") from error
-    weights = _weights(tensors, source, averaged=args.ema)
+    weights, content = weights_of(source, averaged=args.ema)
     aside = args.output.with_name(f".{args.output.name}.partial")
     try:
         aside.unlink(missing_ok=True)
@@ -61,21 +50,6 @@ def export(argv: Sequence[str]) -> None:
     print(f"{args.output}: {what} of step {content.get('step')}, {len(weights)} tensors with {elements:,} elements")
 
 
-def checkpoint_in(path: Path) -> Path:
-    """The folder of a checkpoint: this one, or the latest of the run in it.
-
-    Raises:
-        UserError: where there is none.
-    """
-    if (path / NAME).is_file():
-        return path
-    found = Folder(folder_in(path))
-    names = found.candidates()
-    if not names:
-        raise UserError(f"'{path}' is no checkpoint (it has no {NAME}), and no run that has one: look at its name.")
-    return found.path / names[0]
-
-
 def _require_free(output: Path, force: bool) -> None:
     if output.is_dir():
         raise UserError(f"'{output}' is a folder: name a file in it, as {output / 'model.safetensors'}.")
@@ -83,20 +57,3 @@ def _require_free(output: Path, force: bool) -> None:
         raise UserError(f"'{output}' exists: choose another name, or overwrite it with --force.")
     if not output.parent.is_dir():
         raise UserError(f"'{output.parent}' is no folder: make it first.")
-
-
-def _weights(tensors: dict[str, Tensor], source: Path, *, averaged: bool) -> dict[str, Tensor]:
-    """The model's tensors, or with their averages in place of those that have one, as the run evaluates both."""
-    weights = _part(tensors, "model.")
-    if averaged:
-        averages = _part(tensors, "ema.")
-        if not averages:
-            raise UserError(f"{source} has no averaged weights: the run was made without ema.decay. Leave out --ema.")
-        weights = {name: averages.get(name, tensor).to(tensor.dtype) for name, tensor in weights.items()}
-    if not weights:
-        raise UserError(f"{source} holds no model.")
-    return weights
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
