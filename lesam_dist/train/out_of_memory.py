@@ -102,7 +102,8 @@ def _for_network(config: Config, evaluates: bool, device: str) -> list[str]:
     if not is_sharded and config.optimizer.scope == "global":
         changes.append(f"parallel.strategy fsdp on several processes (now {parallel.strategy})")
     if is_sharded and precision.gather_dtype == "fp32" and device != "cpu":
-        changes.append("precision.gather_dtype bf16 with precision.compute bf16 (now fp32)")
+        also = "" if precision.compute == "bf16" else ", with precision.compute bf16"
+        changes.append(f"precision.gather_dtype bf16 (now fp32){also}")
     if is_sharded and not parallel.reshard_after_forward:
         changes.append("parallel.reshard_after_forward true (now false)")
     if can_part and not keeps_results:
