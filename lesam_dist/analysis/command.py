@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ANALYSES = {
     "hessian": "largest eigenvalues, trace and spectral density of the loss's Hessian",
+    "radius": "what the radius did in a run, and what the loss made of it, from its log",
 }
 """What there is, each with its one line; `lesam_dist.analysis.commands.NAME` has its `Analysis`."""
 
@@ -52,8 +53,11 @@ def analyze(argv: Sequence[str]) -> None:
     name = argv[0]
     if name not in ANALYSES:
         raise unknown_name("analysis", name, ANALYSES)
-    analysis: Analysis = import_module(f"lesam_dist.analysis.commands.{name}").ANALYSIS
-    run(analysis, argv[1:])
+    module = import_module(f"lesam_dist.analysis.commands.{name}")
+    if hasattr(module, "command"):  # of a run's log, without a checkpoint
+        module.command(argv[1:])
+    else:
+        run(module.ANALYSIS, argv[1:])
 
 
 @dataclass(frozen=True)
