@@ -144,13 +144,12 @@ def expected_products(top: int, trace_vectors: int, density_vectors: int, lanczo
 
 
 def smoothed(density: Sequence[Quadrature], points: int = 2000) -> tuple[list[float], list[float]]:
-    """The density as a curve, each node a Gaussian of variance ``1e-5 * max(1, range)`` as in PyHessian."""
+    """The density as a curve for the eye: each node a Gaussian, whose deviation is a hundredth of the range seen."""
     import numpy as np
 
     nodes = np.concatenate([q.nodes for q in density])
     weights = np.concatenate([q.weights for q in density]) / len(density)
-    variance = 1e-5 * max(1.0, float(np.ptp(nodes)))
-    margin = 6 * math.sqrt(variance)
-    x = np.linspace(nodes.min() - margin, nodes.max() + margin, points)
-    bells = np.exp(-((x[:, None] - nodes) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+    width = 0.01 * float(np.ptp(nodes)) or 1e-3
+    x = np.linspace(nodes.min() - 6 * width, nodes.max() + 6 * width, points)
+    bells = np.exp(-(((x[:, None] - nodes) / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))
     return x.tolist(), (bells @ weights).tolist()

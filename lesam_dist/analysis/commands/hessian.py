@@ -70,11 +70,12 @@ def _draw(document: Document) -> Figure:
     left, right = figure.subplots(1, 2)
     values = results["eigenvalues"]
     left.bar(range(1, len(values) + 1), values, color="tab:blue")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set(title="largest eigenvalues", xlabel="rank", ylabel="eigenvalue")
     if results["density"]:
         x, y = smoothed([Quadrature(**each) for each in results["density"]])
-        right.semilogy(x, y, linewidth=1)
-        right.set_ylim(bottom=1e-6)
+        right.semilogy(x, y, linewidth=1.2)
+        right.set_ylim(1e-7 * max(y), 3 * max(y))
     right.set(title="spectral density", xlabel="eigenvalue", ylabel="density")
     for axes in (left, right):
         axes.grid(alpha=0.3)

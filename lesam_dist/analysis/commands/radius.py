@@ -21,7 +21,7 @@ _TEXT = (
 _PANELS = (
     ("radius", ("rho", "uncapped")),
     ("loss of a step's batch", ("loss", "perturbed_loss")),
-    ("rise beyond", ("beyond_first_order", "over_budget")),
+    ("rise of the loss beyond ...", ("beyond_first_order", "over_budget")),
 )
 _LABELS = {
     "rho": "applied rho",
@@ -84,21 +84,22 @@ def draw(document: dict[str, Any]) -> Figure:
     found = document["results"]
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, 3), _PANELS, strict=True):
-        for name in names:
+        for name, style in zip(names, ("-", "--"), strict=True):  # they may lie on each other
             if name in found:
-                _band(axes, found["epochs"], found[name], _LABELS[name])
+                _band(axes, found["epochs"], found[name], _LABELS[name], style)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-        if title == "rise beyond":
+        if "beyond" in title:
             axes.axhline(0, color="gray", linewidth=0.8)
     figure.suptitle(document["run"], parse_math=False)
     return figure
 
 
-def _band(axes: Axes, epochs: Sequence[int], spread: dict[str, list[float | None]], label: str) -> None:
+def _band(axes: Axes, epochs: Sequence[int], spread: dict[str, list[float | None]], label: str, style: str) -> None:
     low, mean, high = (
         [float("nan") if value is None else value for value in spread[which]] for which in ("min", "mean", "max")
     )
-    (line,) = axes.plot(epochs, mean, label=label, marker="o", markersize=3 if len(epochs) < 50 else 0)
+    (line,) = axes.plot(epochs, mean, label=label, linestyle=style, marker="o", markersize=3 if len(epochs) < 50 else 0)
     axes.fill_between(epochs, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
