@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,19 +65,26 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """``command("--flag", "value")`` runs `lesam-dist train` here; returns exit status, stdout and stderr."""
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``call("export", "runs/a", ...)`` runs a command of `lesam-dist` here; returns exit status, stdout and stderr."""
 
     from lesam_dist.cli import run
 
-    def call(*argv: str) -> tuple[int, str, str]:
+    def call(name: str, *argv: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lesam-dist", *map(str, argv)])
+        capsys.readouterr()  # what was printed before is not the command's
         with pytest.raises(SystemExit) as stopped:
-            run("train")
+            run(name)
         out, err = capsys.readouterr()
         return int(stopped.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def command(call: Command) -> Command:
+    """``command("--flag", "value")`` runs `lesam-dist train`."""
+    return partial(call, "train")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lesam_dist import LESAM
-from lesam_dist.cli import run
 from lesam_dist.config.schema import CheckpointConfig
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.checkpoint import Checkpointer, manifest
@@ -22,21 +20,6 @@ from lesam_dist.train.ema import WeightAverage
 Call = Callable[..., tuple[int, str, str]]
 OLD = Path(__file__).parent / "format1"
 DATA = "rank_00000.safetensors"
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs a command here; returns exit status, stdout and stderr."""
-
-    def call(command: str, *argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lesam-dist", *map(str, argv)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run(command)
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 Saved = tuple[Path, nn.Module, WeightAverage]
