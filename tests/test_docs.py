@@ -133,13 +133,14 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
         return
 
     if command in (
+        "analyze",
         "scan",
         "index",
         "pack",
         "export",
         "checkpoints",
     ):  # what they name is not there
-        absent = r"does not exist|has no checkpoints|is no checkpoint|has no index"
+        absent = r"does not exist|has no checkpoints|is no checkpoint|has no index|has no metrics.jsonl"
         with pytest.raises(UserError, match=absent) as missing:
             cli._COMMANDS[command][0](arguments)
         assert "--help" not in str(missing.value), "its arguments are wrong"
