@@ -96,7 +96,7 @@ def filter_normalised(objective: Objective, seed: int, index: int) -> Tensor:
     Numbers are standard normal, by the seed, the index and the parameter's name: the same for all checkpoints of one
     model, all devices and any number of processes. Each filter ``d_f``, which is the part of a tensor with one first
     index, becomes ``d_f ||w_f|| / (||d_f|| + 1e-10)``. Tensors with fewer than two dims, such as biases and BatchNorm's
-    scales, get zeros. Sections 4 and "ignore bias and BN" of Li et al.'s code.
+    scales, get zeros: Section 4 of Li et al. 2018, and the "biasbn" of their code.
 
     Args:
         objective: whose weights set the lengths.

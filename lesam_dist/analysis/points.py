@@ -27,7 +27,7 @@ def each_once(
         journal: keeps what is done, for the next try, which may be on another number of processes.
         on_point: called with the number of values that are known so far.
     """
-    kept = journal or Journal()
+    kept = Journal() if journal is None else journal  # an empty one is false
     rank, world_size = (world.rank, world.world_size) if world else (0, 1)
     missing = [i for i, name in enumerate(names) if name not in kept]
     step = _AT_ONCE * world_size

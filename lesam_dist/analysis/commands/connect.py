@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lesam_dist.analysis.output import Document
     from lesam_dist.analysis.subject import Subject
 
-_SHOWN = (("loss", "loss", ""), ("error", "error rate (%)", " %"))
+_SHOWN = (("loss", "loss"), ("error", "error rate, %"))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def _draw(document: Document) -> Figure:
     places = results["places"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     first, second = labels(document)
-    for axes, (name, text, _) in zip(figure.subplots(1, 2), _SHOWN, strict=True):
+    for axes, (name, text) in zip(figure.subplots(1, 2), _SHOWN, strict=True):
         curve = results[name]
         values = [float("nan") if value is None else value for value in curve["values"]]
         axes.plot(places, values, marker=".", label="between")
@@ -92,12 +92,8 @@ def _draw(document: Document) -> Figure:
 def _rows(document: Document) -> list[tuple[str, str]]:
     results = document["results"]
     rows = []
-    for name, text, unit in _SHOWN:
-        barrier = results[f"{name}_barrier"]
-        found = (
-            f"{barrier['height']:.4g}{unit} at {barrier['place']:.3g}" if barrier else "unknown: a loss is not finite"
-        )
-        rows.append((f"barrier, {text}", found))
+    for name, text in _SHOWN:
+        rows.append((f"barrier, {text}", _barrier(results[f"{name}_barrier"])))
         values = results[name]["values"]
         rows.append((f"{text} at the ends", f"{_number(values[0])}, {_number(values[-1])}"))
         if results["batchnorm"] == "estimate":
@@ -105,6 +101,14 @@ def _rows(document: Document) -> list[tuple[str, str]]:
     if results["nonfinite"]:
         rows.append(("places not finite", f"{results['nonfinite']} of {len(results['places'])}"))
     return rows
+
+
+def _barrier(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "unknown, as a loss is not finite"
+    if found["height"] == 0:
+        return "0, nowhere above the straight line"
+    return f"{found['height']:.4g} at {found['place']:.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -127,14 +127,14 @@ def _draw_planes(coordinates: list[float], surfaces: list[NDArray[np.float64]], 
     for axes in panels.flat[len(surfaces) :]:
         axes.set_axis_off()
     used = list(panels.flat[: len(surfaces)])
+    ticks = [coordinates[0], coordinates[0] / 2, 0, coordinates[-1] / 2, coordinates[-1]]
     for axes, surface, name in zip(used, surfaces, names, strict=True):
         values = np.ma.masked_invalid(surface.T)  # the first direction is the horizontal one
         drawn = axes.contourf(coordinates, coordinates, values, levels, norm=norm, cmap="viridis", extend="neither")
         axes.contour(coordinates, coordinates, values, levels, norm=norm, colors="white", linewidths=0.4, alpha=0.6)
         axes.plot(0, 0, marker="+", color="red", markersize=9)
         axes.set_facecolor("lightgrey")
-        axes.set_aspect("equal")
-        axes.set_xlabel("first direction")
+        axes.set(aspect="equal", xticks=ticks, yticks=ticks, xlabel="first direction")
         if len(surfaces) > 1:
             axes.set_title(name, parse_math=False)
     for row in panels:
