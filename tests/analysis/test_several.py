@@ -55,7 +55,7 @@ def test_landscapes_lie_side_by_side(
 ) -> None:
     a, b, _ = weights
     on_images("landscape", a, b, "--points", "3")
-    assert "9 points for each of 2 checkpoints: about 18 forward and 0 backward" in capsys.readouterr().out
+    assert "9 points for each of 2 checkpoints: about 20 forward and 0 backward" in capsys.readouterr().out
     on_images("landscape", a, b, "--points", "3", "--dims", "1")
     on_images("landscape", b, a, "--points", "3", "--dims", "1")
     on_images("landscape", a, "--points", "4", "--dims", "1")
@@ -74,6 +74,7 @@ def test_landscapes_lie_side_by_side(
     assert [each["checkpoint"] for each in plane["checkpoints"]] == ["a", "b"]
     results = plane["results"]
     assert (results["coordinates"], results["normalisation"], results["seed"]) == ([-1, 0, 1], "filter", 0)
+    assert results["passes"] == {"forward": 20, "backward": 0}
     for on_plane, on_line in zip(results["surfaces"], line["results"]["surfaces"], strict=True):
         assert on_plane["losses"][1][1] == on_plane["loss"]
         assert [row[1] for row in on_plane["losses"]] == on_line["losses"], "the first direction is the same"

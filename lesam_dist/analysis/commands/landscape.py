@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
+    from lesam_dist.analysis.objective import Objective
     from lesam_dist.analysis.output import Document
     from lesam_dist.analysis.subject import Subject
+    from lesam_dist.parallel.processes import Distributed
 
 _POINTS = {1: 51, 2: 21}  # Li et al. have 51; on a plane 441 passes show what 2,601 do
 _LEVELS = 24
@@ -48,38 +50,46 @@ def _passes(arguments: argparse.Namespace, subjects: Sequence[Subject]) -> tuple
     own = _settings(arguments)
     each: int = own["points"] ** own["dims"]
     what = f"{each} points" + (f" for each of {len(subjects)} checkpoints" if len(subjects) > 1 else "")
-    return each * len(subjects), 0, what
+    return (each + 1) * len(subjects), 0, what  # and the checkpoint itself, as an even grid does not have it
 
 
 def _compute(arguments: argparse.Namespace, subjects: Sequence[Subject], work: Work) -> dict[str, Any]:
-    from lesam_dist.analysis.landscape import filter_normalised, grid, landscape
+    from lesam_dist.analysis.landscape import grid
 
     own = _settings(arguments)
-    coordinates = grid(own["points"], own["range"])
-    surfaces, forwards = [], 0
+    made = 0
+    surfaces = []
     for i, subject in enumerate(subjects):
         objective = subject.objective()
-        directions = [filter_normalised(objective, arguments.seed, k) for k in range(own["dims"])]
-        before = i * own["points"] ** own["dims"]
-        found = landscape(
-            objective,
-            directions,
-            coordinates,
-            world=subject.world,
-            journal=work.journal,
-            name=f"checkpoint {i} point",
-            on_point=lambda known, before=before: work.advance(before + known),  # type: ignore[misc]
-        )
-        loss = objective.loss()
-        surfaces.append({"loss": loss, "losses": found.losses.tolist(), "nonfinite": found.nonfinite})
-        forwards += sum(subject.world.gather(objective.passes["forward"]))
+        surfaces.append(_surface(i, objective, subject.world, own, arguments.seed, work))
+        made += sum(subject.world.gather(objective.passes["forward"]))
     return {
-        "coordinates": coordinates,
+        "coordinates": grid(own["points"], own["range"]),
         "normalisation": "filter",
         "seed": arguments.seed,
         "surfaces": surfaces,
-        "passes": {"forward": forwards, "backward": 0},
+        "passes": {"forward": made, "backward": 0},
     }
+
+
+def _surface(
+    i: int, objective: Objective, world: Distributed, own: dict[str, Any], seed: int, work: Work
+) -> dict[str, Any]:
+    """Of the i-th checkpoint."""
+    from lesam_dist.analysis.landscape import filter_normalised, grid, landscape
+
+    before = i * (own["points"] ** own["dims"] + 1)
+    found = landscape(
+        objective,
+        [filter_normalised(objective, seed, k) for k in range(own["dims"])],
+        grid(own["points"], own["range"]),
+        world=world,
+        journal=work.journal,
+        name=f"checkpoint {i} point",
+        on_point=lambda known: work.advance(before + known),
+    )
+    loss = work.journal.get(f"checkpoint {i}", lambda: world.share(objective.loss() if world.is_main else None))
+    return {"loss": loss, "losses": found.losses.tolist(), "nonfinite": found.nonfinite}
 
 
 def _draw(document: Document) -> Figure:
