@@ -42,7 +42,10 @@ class Curve:
         known = [value for value in self.values if value is not None]
         if len(known) < len(self.values):
             return None
-        above = [v - ((1 - a) * known[0] + a * known[-1]) for a, v in zip(places, known, strict=True)]
+        rise = known[-1] - known[0]
+        # From the nearer end, so that rounding raises neither the ends nor a level line.
+        line = [known[0] + a * rise if a < 0.5 else known[-1] - (1 - a) * rise for a in places]
+        above = [value - on_line for value, on_line in zip(known, line, strict=True)]
         highest = max(above)
         return highest, places[above.index(highest)]
 

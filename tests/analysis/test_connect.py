@@ -97,6 +97,13 @@ def test_permuted_hidden_units_have_a_barrier_between_equal_ends(seed: int) -> N
     assert found.loss.barrier(found.places) == (pytest.approx(highest), 0.5)
 
 
+def test_a_checkpoint_and_itself_have_no_barrier_at_all(seed: int) -> None:
+    net, batches = conv_net(), images(8, 5)
+    found = connect(Objective(net, batches), net.state_dict(), state(net), points=21)
+    assert len(set(found.loss.values)) == 1
+    assert found.loss.barrier(found.places) == found.error.barrier(found.places) == (0, 0)
+
+
 def test_error_rates_are_counted(seed: int) -> None:
     """From W to -W, where all predictions turn over in the middle, at which all outputs are equal: the first class."""
     model, x, y = nn.Linear(3, 2, bias=False).double(), torch.randn(41, 3, dtype=F64), torch.randint(2, (41,))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lesam_dist.parallel.processes import Distributed
 
 _POINTS = {1: 51, 2: 21}  # Li et al. have 51; on a plane 441 passes show what 2,601 do
-_LEVELS = 24
+_LEVELS = 26
 _STEEP = 30.0  # highest over lowest loss from which a logarithm shows more
 
 
@@ -145,12 +145,13 @@ def _draw_planes(coordinates: list[float], surfaces: list[NDArray[np.float64]], 
         axes.plot(0, 0, marker="+", color="red", markersize=9)
         axes.set_facecolor("lightgrey")
         axes.set(aspect="equal", xticks=ticks, yticks=ticks, xlabel="first direction")
+        axes.tick_params(labelbottom=True)  # shared, but the panel below may be empty
         if len(surfaces) > 1:
             axes.set_title(name, parse_math=False)
     for row in panels:
         row[0].set_ylabel("second direction")
     bar = figure.colorbar(drawn, ax=used, label="loss", format="%.3g")
-    bar.set_ticks(levels[:: _LEVELS // 6].tolist())
+    bar.set_ticks(levels[::5].tolist())
     return figure
 
 
