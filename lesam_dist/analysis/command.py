@@ -1,42 +1,35 @@
-"""`lesam-dist analyze NAME CHECKPOINT`: what all analyses have in common, from the arguments to the files."""
+"""`lesam-dist analyze NAME CHECKPOINT ...`: what all analyses have in common, from the arguments to the files."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.analysis.arguments import Parser
+from lesam_dist.errors import unknown_name
 
 if TYPE_CHECKING:
     from lesam_dist.analysis.output import Document, Output
     from lesam_dist.analysis.subject import Subject
 
+Of = TypeVar("Of")
+
 ANALYSES = {
     "hessian": "largest eigenvalues, trace and spectral density of the loss's Hessian",
+    "landscape": "the loss on a line or a plane through the weights, along filter-normalised directions",
+    "connect": "the loss on the straight line between two checkpoints, and its barrier",
     "radius": "what the radius did in a run, and what the loss made of it, from its log",
 }
-"""What there is, each with its one line; `lesam_dist.analysis.commands.NAME` has its `Analysis`."""
-
-_SPLITS = ("train", "val")
-_EPILOG = """example:
-  lesam-dist analyze {name} runs/digits
-
-on several GPUs:
-  torchrun --nproc-per-node 8 -m lesam_dist analyze {name} runs/digits
-
-Other flags are those of `lesam-dist train`, over the run's own config: --data.root DIR, --data.eval_batch_size N,
---parallel.device cpu. The same command again goes on where it was interrupted."""
+"""What there is, each with its one line; `lesam_dist.analysis.commands.NAME` has its `Analysis` or `Comparison`."""
 
 
 def analyze(argv: Sequence[str]) -> None:
@@ -61,7 +54,19 @@ def analyze(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class _Parts(Generic[Of]):
+    name: str
+    text: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    settings: Callable[[argparse.Namespace], dict[str, Any]]
+    passes: Callable[[argparse.Namespace, Of], tuple[int, int, str]]
+    compute: Callable[[argparse.Namespace, Of, Work], dict[str, Any]]
+    draw: Callable[[Document], Any]
+    rows: Callable[[Document], list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Analysis(_Parts["Subject"]):
     """One analysis of a checkpoint.
 
     Attributes:
@@ -75,14 +80,26 @@ class Analysis:
         rows: of a document, what the terminal shows: name and value.
     """
 
-    name: str
-    text: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    settings: Callable[[argparse.Namespace], dict[str, Any]]
-    passes: Callable[[argparse.Namespace, Subject], tuple[int, int, str]]
-    compute: Callable[[argparse.Namespace, Subject, Work], dict[str, Any]]
-    draw: Callable[[Document], Any]
-    rows: Callable[[Document], list[tuple[str, str]]]
+
+@dataclass(frozen=True)
+class Comparison(_Parts["Sequence[Subject]"]):
+    """One analysis of several checkpoints of one model, on the same images.
+
+    Its functions are those of an `Analysis`, with all subjects in the order of the command line. The document has a
+    list ``checkpoints`` of what each is.
+
+    Attributes:
+        least: number of checkpoints.
+        most: the same; None for any.
+        whole: whether each process needs all the images, instead of a share of them.
+        variant: of its arguments, what the files' names begin with, where results of several kinds lie side by side;
+            None takes the name.
+    """
+
+    least: int = 1
+    most: int | None = None
+    whole: bool = False
+    variant: Callable[[argparse.Namespace], str] | None = None
 
 
 class Work:
@@ -97,90 +114,86 @@ class Work:
         self.journal, self.advance = output.journal(), advance
 
 
-class Parser(argparse.ArgumentParser):
-    """An analysis's arguments; what is wrong with them is a `UserError`."""
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(
-            prog=f"lesam-dist analyze {name}",
-            description=textwrap.fill(text, 100),
-            epilog=_EPILOG.format(name=name),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_argument(
-            "checkpoint",
-            type=Path,
-            help="folder of a checkpoint; of a run, for its latest one; or a file of a state_dict, with --config",
-        )
-        self.add_argument("--config", help="recipe or YAML file that a file of weights is of")
-        self.add_argument("--ema", action="store_true", help="the averaged weights, of a run with ema.decay")
-        self.add_argument("--split", choices=_SPLITS, default="train", help="whose images (default: train)")
-        self.add_argument("--samples", type=_samples, default=1024, help="number of images, or all (default: 1024)")
-        self.add_argument("--seed", type=int, default=0, help="of the choice of images and of directions (default: 0)")
-        self.add_argument("--output", type=Path, help="folder for the results (default: RUN_DIR/analysis)")
-        self.add_argument("--force", action="store_true", help="replace results that were made with other settings")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help)")
-
-
-def run(analysis: Analysis, argv: Sequence[str]) -> None:
+def run(analysis: Analysis | Comparison, argv: Sequence[str]) -> None:
     """Make an analysis, unless it has been made, and show what it found."""
-    parser = Parser(analysis.name, analysis.text)
+    if isinstance(analysis, Analysis):
+        analysis = _of_one(analysis)
+    parser = Parser(analysis.name, analysis.text, analysis.least, analysis.most)
     analysis.add_arguments(parser)
     arguments, flags = parser.parse_known_args(list(argv))
-    if arguments.seed < 0:
-        raise UserError(f"--seed is {arguments.seed}: it must be at least 0.")
+    parser.check(arguments)
     own = analysis.settings(arguments)  # refuses what is out of range, before anything is read
 
     from lesam_dist.analysis.output import Output  # here: --help and what is refused need no torch
-    from lesam_dist.analysis.subject import load, read_source
+    from lesam_dist.analysis.several import load_all, read_sources, stem_of
     from lesam_dist.parallel.processes import process_group
 
-    source = read_source(arguments.checkpoint, arguments.config, flags, averaged=arguments.ema)
-    parallel = source.config.parallel
+    sources = read_sources(arguments.checkpoints, arguments.config, flags, averaged=arguments.ema)
+    first, parallel = sources[0], sources[0].config.parallel
     with process_group(parallel.device, parallel.timeout_s) as world:
-        subject = load(source, world, samples=arguments.samples, split=arguments.split, seed=arguments.seed)
-        images = {"samples": subject.samples, "split": arguments.split, "seed": arguments.seed}
-        facts = {"images": subject.images, "weights": source.digest}
-        folder = arguments.output or source.folder / "analysis"
-        stem = f"{analysis.name}-{source.name}"
-        output = Output(folder, stem, {**own, **images, **facts}, world, force=arguments.force)
+        images = {"samples": arguments.samples, "split": arguments.split, "seed": arguments.seed}
+        subjects = load_all(sources, world, whole=analysis.whole, **images)
+        images["samples"] = subjects[0].samples
+        digests = [source.digest for source in sources]
+        facts = {"images": subjects[0].images, "weights": digests[0] if analysis.most == 1 else digests}
+        folder = arguments.output or first.folder / "analysis"
+        kind = analysis.variant(arguments) if analysis.variant else analysis.name
+        output = Output(folder, f"{kind}-{stem_of(sources)}", {**own, **images, **facts}, world, force=arguments.force)
         document = output.finished()
         if world.is_main and document is not None:
             print(f"{output.path('json')}: finished before")
         if document is None:
-            document = _compute(analysis, arguments, subject, output)
+            document = _compute(analysis, arguments, subjects, output)
         if world.is_main:
             output.draw(analysis.draw(document))
             _show(analysis, document, output)
 
 
-def _compute(analysis: Analysis, arguments: argparse.Namespace, subject: Subject, output: Output) -> Document:
-    forwards, backwards, what = analysis.passes(arguments, subject)
-    world = subject.world
+def _of_one(analysis: Analysis) -> Comparison:
+    return Comparison(
+        analysis.name,
+        analysis.text,
+        analysis.add_arguments,
+        analysis.settings,
+        lambda arguments, subjects: analysis.passes(arguments, subjects[0]),
+        lambda arguments, subjects, work: analysis.compute(arguments, subjects[0], work),
+        analysis.draw,
+        analysis.rows,
+        most=1,
+    )
+
+
+def _compute(
+    analysis: Comparison, arguments: argparse.Namespace, subjects: Sequence[Subject], output: Output
+) -> Document:
+    forwards, backwards, what = analysis.passes(arguments, subjects)
+    world = output.world
     if world.is_main:
         several = f" on {world.world_size} processes" if world.world_size > 1 else ""
+        images = subjects[0].samples
         print(
-            f"{what}: about {forwards} forward and {backwards} backward passes over {subject.samples} images{several}",
+            f"{what}: about {forwards} forward and {backwards} backward passes over {images} images{several}",
             flush=True,
         )
     begin = time.monotonic()
     with _bar(analysis.name, forwards + backwards, shown=world.is_main) as advance:
         work = Work(output, advance)
-        results = analysis.compute(arguments, subject, work)
-    about = {"analysis": analysis.name, "checkpoint": subject.source.name, "run": subject.source.folder.name}
-    about |= subject.source.about | {"seconds": round(time.monotonic() - begin, 1)}
-    document = output.write(results, about)
+        results = analysis.compute(arguments, subjects, work)
+    each = [
+        {"checkpoint": subject.source.name, "run": subject.source.folder.name} | subject.source.about
+        for subject in subjects
+    ]
+    about = {"analysis": analysis.name} | (each[0] if analysis.most == 1 else {"checkpoints": each})
+    document = output.write(results, about | {"seconds": round(time.monotonic() - begin, 1)})
     work.journal.remove()
     return document
 
 
-def _show(analysis: Analysis, document: Document, output: Output) -> None:
+def _show(analysis: Comparison, document: Document, output: Output) -> None:
     from lesam_dist.experiments.report import show
 
-    show((analysis.name, document["checkpoint"]), analysis.rows(document))
+    names = [each["checkpoint"] for each in document.get("checkpoints", [document])]
+    show((analysis.name, ", ".join(names)), analysis.rows(document))
     print(f"results: {output.path('json')}  (.png, .svg)")
 
 
@@ -192,16 +205,3 @@ def _bar(text: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(text, total=total)
         yield lambda done: progress.update(task, completed=done)
-
-
-def _samples(text: str) -> int | None:
-    """A number of images, at least 1; None for "all"."""
-    if text == "all":
-        return None
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_samples.__name__ = "number of images, which is at least 1 or all,"  # in argparse's message

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lesam_dist.config.schema import PrecisionConfig
 from lesam_dist.errors import UserError
@@ -97,6 +98,63 @@ class Objective:
                 total += self._criterion(self.model(images), labels).double()
         self._count(forward=1)
         return float(self._summed(total)) / self.samples
+
+    @torch.no_grad()
+    def loss_and_error(self) -> tuple[float, float]:
+        """L(w), and the share of images whose largest output is not their label's, in per cent; one forward."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with self._computing():
+            for images, labels in self.batches:
+                out = self.model(images)
+                sums[0] += self._criterion(out, labels).double()
+                sums[1] += (out.argmax(dim=1) != labels).sum()
+        self._count(forward=1)
+        loss, wrong = self._summed(sums).tolist()
+        return loss / self.samples, 100 * wrong / self.samples
+
+    @torch.no_grad()
+    def estimate_batchnorm(self) -> None:
+        """Give each BatchNorm layer the statistics that its inputs have under these weights; one forward.
+
+        Running statistics become the mean of those of the batches, each weighted by its images, as torch averages
+        them with ``momentum=None`` where all batches are equally large: they depend on how the images are divided into
+        batches, and in nothing else on the number of processes. Batches of a single image, which may have no variance,
+        are left out. Dropout is off, and so is all else that differs in training. A model without any is not computed.
+
+        Raises:
+            UserError: all batches are of a single image.
+        """
+        layers = self.batchnorms()
+        if not layers:
+            return
+        momenta = [layer.momentum for layer in layers]
+        seen = 0
+        try:
+            with self._computing():
+                for layer in layers:
+                    layer.reset_running_stats()  # a number that is not finite would stay with any momentum
+                    layer.train()
+                for images, _ in self.batches:
+                    if len(images) > 1:
+                        seen += len(images)
+                        for layer in layers:
+                            layer.momentum = len(images) / seen
+                        self.model(images)
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+        total = sum(self.world.gather(seen))
+        if not total:
+            raise UserError(
+                "BatchNorm's statistics cannot be estimated from batches of one image: raise data.eval_batch_size."
+            )
+        for buffer in (b for layer in layers for b in (layer.running_mean, layer.running_var) if b is not None):
+            buffer.copy_(self._summed(buffer.double() * seen) / total)
+        self._count(forward=1)
+
+    def batchnorms(self) -> list[_BatchNorm]:
+        """The model's BatchNorm layers that have running statistics."""
+        return [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
     def gradient(self) -> tuple[float, Tensor]:
         """L(w), and its gradient (size,); one forward and one backward."""

@@ -55,15 +55,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model on this process's device, unwrapped, and this process's share of some images.
+    """A model on this process's device, unwrapped, and this process's share of some images, or all of them.
 
     Attributes:
         source: of the weights.
         model: with these weights in float32, in eval mode.
         batches: images and labels of this process.
         images: a text that differs for other images.
-        samples: number of images over all processes.
+        samples: number of images over all processes; where each has all of them, of each.
         world: this process among all.
+        whole: whether each process has all the images.
+        num_classes: outputs of the model.
     """
 
     source: Source
@@ -72,10 +74,12 @@ class Subject:
     images: str
     samples: int
     world: Distributed
+    whole: bool
+    num_classes: int
 
     def objective(self) -> Objective:
-        """The mean cross entropy of all the images."""
-        return Objective(self.model, self.batches, self.world)
+        """The mean cross entropy of all the images; where each process has all of them, each computes it alone."""
+        return Objective(self.model, self.batches, self.world.alone() if self.whole else self.world)
 
 
 def read_source(path: Path, config: str | None = None, flags: Sequence[str] = (), *, averaged: bool = False) -> Source:
@@ -114,7 +118,13 @@ def read_source(path: Path, config: str | None = None, flags: Sequence[str] = ()
 
 
 def load(
-    source: Source, world: Distributed, *, samples: int | None = 1024, split: str = "train", seed: int = 0
+    source: Source,
+    world: Distributed,
+    *,
+    samples: int | None = 1024,
+    split: str = "train",
+    seed: int = 0,
+    whole: bool = False,
 ) -> Subject:
     """The model of a checkpoint, and images as evaluation sees them: without augmentation.
 
@@ -126,11 +136,12 @@ def load(
         samples: number of images over all processes; None takes all, which must fit into memory.
         split: "train" or "val".
         seed: of the choice.
+        whole: give each process all of them, instead of a share: for what processes compute without each other.
 
     Raises:
         UserError: images are missing, or too few; the weights are of another model or number of classes.
     """
-    if samples is not None and samples < world.world_size:
+    if not whole and samples is not None and samples < world.world_size:
         raise UserError(f"samples is {samples}: each of {world.world_size} processes needs an image.")
     config = plain(source.config)
     train, val = build.build_folders(config, world)
@@ -138,15 +149,16 @@ def load(
     if samples is not None and samples < len(images):
         chosen = np.random.default_rng([seed, split == "train"]).permutation(len(images))[:samples]
         images = images.take(np.sort(chosen))
-    if len(images) < world.world_size:
+    if not whole and len(images) < world.world_size:
         raise UserError(f"there are {len(images)} {split} images for {world.world_size} processes: start fewer.")
-    model = build_with(source, build.resolve_num_classes(config, train.classes), world)
-    loader = build.build_evaluation_loader(config, images, world)
+    num_classes = build.resolve_num_classes(config, train.classes)
+    model = build_with(source, num_classes, world)
+    loader = build.build_evaluation_loader(config, images, world.alone() if whole else world)
     try:
         batches = list(loader.epoch(0))
     finally:
         loader.close()
-    return Subject(source, model, batches, images.digest, len(images), world)
+    return Subject(source, model, batches, images.digest, len(images), world, whole, num_classes)
 
 
 def build_with(source: Source, num_classes: int, world: Distributed) -> nn.Module:
@@ -157,7 +169,7 @@ def build_with(source: Source, num_classes: int, world: Distributed) -> nn.Modul
     """
     config = plain(source.config)
     model = build.build_network(config, num_classes, world)
-    if wrong := _misfit(model.state_dict(), source.weights):
+    if wrong := misfit(model.state_dict(), source.weights):
         raise UserError(
             f"{source.name} in '{source.folder}' is not of model.name {config.model.name} with {num_classes} classes: "
             f"{wrong}. Give the config, and the data, that it was trained with."
@@ -204,7 +216,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """The first thing in which weights differ from what a model has; "" where they do not."""
     for name, tensor in wanted.items():
         if name not in found:

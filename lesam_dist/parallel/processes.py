@@ -45,6 +45,13 @@ class Distributed:
         """At each part of a step: see `Progress.move`."""
         self.progress.move(what, step)
 
+    def alone(self) -> Distributed:
+        """This process as rank 0 of 1, on the same device, for what it does without the others.
+
+        They are still told of its progress.
+        """
+        return replace(self, rank=0, local_rank=0, world_size=1, local_world_size=1, agreed=Agreed())
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.world_size > 1:

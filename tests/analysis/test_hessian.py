@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.func import hessian as dense_hessian
 from torch.nn import functional as F
 
 from lesam_dist.analysis.hessian import hessian, smoothed
+from lesam_dist.analysis.journal import Journal
 from lesam_dist.analysis.lanczos import Quadrature, quadrature
 from lesam_dist.analysis.objective import Objective
 from lesam_dist.errors import UserError
@@ -168,6 +170,22 @@ def test_a_visit_of_other_weights_leaves_no_trace(seed: int) -> None:
     with objective.at(other):
         torch.testing.assert_close(objective.weights(), other, rtol=0, atol=0)
     torch.testing.assert_close(objective.weights(), before, rtol=0, atol=0)
+
+
+def test_a_killed_try_goes_on(seed: int, tmp_path: Path) -> None:
+    model, batches, _ = quadratic(40, 12)
+    objective = Objective(model, batches, criterion=squared)
+    wanted: dict[str, Any] = {"top": 0, "trace_vectors": 6, "density_vectors": 0, "seed": seed}
+
+    def killed_at_the_fourth(made: int) -> None:
+        if made == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hessian(objective, **wanted, journal=Journal(tmp_path / "journal", {}), on_product=killed_at_the_fourth)
+    found = hessian(objective, **wanted, journal=Journal(tmp_path / "journal", {}))
+    assert found.products == 3
+    assert found.trace == hessian(objective, **wanted).trace
 
 
 def test_a_linear_loss_has_no_curvature() -> None:
