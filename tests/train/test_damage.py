@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,21 @@ def test_any_flipped_bytes_are_named(seed: int, saved: Saved, tmp_path: Path) ->
             content[place] ^= draw.randint(1, 255)
         victim.write_bytes(content)
         step, damaged, weights = load(tmp_path / "checkpoints")
+        if victim.name == MANIFEST and says_the_same(content, whole):
+            assert (step, damaged) == (2, []), "another kind of space between the words is no damage"
+            victim.write_bytes(whole)
+            continue
         assert (step, len(damaged)) == (1, 1), f"{victim.name} is not missed"
         assert str(victim) in damaged[0]
         torch.testing.assert_close(weights, states[0], rtol=0, atol=0)
         victim.write_bytes(whole)
     assert load(tmp_path / "checkpoints")[:2] == (2, []), "and now it is whole again"
+
+
+def says_the_same(text: bytes | bytearray, other: bytes) -> bool:
+    with suppress(ValueError):
+        return bool(json.loads(bytes(text)) == json.loads(other))
+    return False
 
 
 def zeros(path: Path) -> None:
