@@ -14,8 +14,8 @@ its running statistics), and k counts all steps (there: those of an epoch, so th
 
 With ReLU the differences are far from exact products (`benchmarks/hessian_probe.py`, ResNet-18 on 64 digits, r = 0.01).
 Along the first eigenvector they are off by 140 % of ``H v`` before training and by 38 and 43 % after one and three
-epochs, and then by more with r = 0.1 or 0.001; along the gradient by 68 to 340 %. Five steps of power iteration end at a
-cosine of 0.34, 0.81 and 0.68 to that vector, where exact products end at 0.99, 0.998 and 0.96.
+epochs, and then by more with r = 0.1 or 0.001; along the gradient by 68 to 340 %. Five steps of power iteration end at
+a cosine of 0.34, 0.81 and 0.68 to that vector, where exact products end at 0.99, 0.998 and 0.96.
 
 Cost: two forward and backward passes a step, and 2 * power_steps more every k steps; v, one tensor per parameter, is in
 the `state_dict`. Each is a call of the closure with perturbed weights, between the two that every method makes: let all
