@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.func import hessian as dense_hessian
 from torch.nn import functional as F
 
 from lesam_dist.analysis.hessian import hessian, smoothed
+from lesam_dist.analysis.journal import Journal
 from lesam_dist.analysis.lanczos import Quadrature, quadrature
 from lesam_dist.analysis.objective import Objective
 from lesam_dist.errors import UserError
@@ -158,6 +160,16 @@ def test_any_number_of_processes_finds_the_same(seed: int, count: int) -> None:
         assert found["loss"] == pytest.approx(alone["loss"], rel=1e-12)
         np.testing.assert_allclose(found["gradient"], alone["gradient"], rtol=1e-9, atol=1e-12)
         assert found["eigenvalues"] == together[0]["eigenvalues"], f"rank {rank} has rank 0's, to the bit"
+
+
+def test_what_was_interrupted_makes_the_missing_products_alone(seed: int, tmp_path: Path) -> None:
+    model, batches, _ = quadratic(20, 8)
+    objective = Objective(model, batches, criterion=squared)
+    settings: dict[str, Any] = {"top": 0, "density_vectors": 0, "seed": seed}
+    hessian(objective, trace_vectors=2, journal=Journal(tmp_path / "journal", {}), **settings)
+    found = hessian(objective, trace_vectors=5, journal=Journal(tmp_path / "journal", {}), **settings)
+    assert found.products == 3
+    assert found.trace == hessian(objective, trace_vectors=5, **settings).trace
 
 
 def test_a_visit_of_other_weights_leaves_no_trace(seed: int) -> None:
