@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ANALYSES = {
     "hessian": "largest eigenvalues, trace and spectral density of the loss's Hessian",
+    "sharpness": "rise of the loss near the weights: worst case, average, per size of batch, and radius of a budget",
     "lpf": "low-pass filtered loss: its mean under Gaussian noise on the weights",
 }
 """What there is, each with its one line; `lesam_dist.analysis.commands.NAME` has its `Analysis`."""

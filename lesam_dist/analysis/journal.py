@@ -41,6 +41,9 @@ class Journal:
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
+    def __getitem__(self, name: str) -> Any:
+        return self._found[name]
+
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of this name, which ``compute`` makes where there is none; all ranks call it alike.
 
