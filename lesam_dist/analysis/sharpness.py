@@ -171,7 +171,7 @@ def _units(plan: Plan, seed: int) -> Iterator[tuple[int, list[_Unit]]]:
     if len(units) > 1:
         yield plan.batch_size, units
     if "m_sharpness" in plan.parts:
-        for m in plan.m:
+        for m in plan.m_sizes:
             yield m, [_Unit("m_sharpness", _labels("m_sharpness", plan.rho, m=m), partial(_one_step, plan.rho, False))]
 
 

@@ -30,7 +30,7 @@ class Plan:
         adaptive_linf_rho: of the box ``|d_i| <= rho |w_i|``.
         std: standard deviation of noise on each weight.
         adaptive_std: as a multiple of each weight.
-        m: images of a batch, of m-sharpness.
+        m_sizes: each m, images of a batch, of m-sharpness; torchrun takes ``--m`` for its own.
         sigma: budgets of the loss.
         steps: of Auto-PGD.
         draws: of noise, for each batch.
@@ -46,7 +46,7 @@ class Plan:
     adaptive_linf_rho: Sequence[float] = (0.001, 0.002, 0.004)
     std: Sequence[float] = (0.005, 0.01, 0.02)
     adaptive_std: Sequence[float] = (0.05, 0.1, 0.2)
-    m: Sequence[int] = (16, 64, 256)
+    m_sizes: Sequence[int] = (16, 64, 256)
     sigma: Sequence[float] = (0.1, 0.3, 1.0)
     steps: int = 20
     draws: int = 10
@@ -71,7 +71,7 @@ class Plan:
         if samples is None:
             return
         sizes = [("batch_size", self.batch_size)] if set(self.parts) - {"m_sharpness"} else []
-        sizes += [("m", m) for m in self.m] if "m_sharpness" in self.parts else []
+        sizes += [("m_sizes", m) for m in self.m_sizes] if "m_sharpness" in self.parts else []
         for name, size in sizes:
             if size > samples:
                 raise UserError(
@@ -87,8 +87,9 @@ class Plan:
             "one_step": (2 + balls[0] + balls[1], 2),
             "auto_pgd": (sum(balls) * (self.steps + 1), sum(balls) * self.steps),
             "average": (sum(1 + self.draws * each for each in noises), 0),
-            "m_sharpness": (len(self.m) * (1 + len(self.rho)), len(self.m)),
+            "m_sharpness": (len(self.m_sizes) * (1 + len(self.rho)), len(self.m_sizes)),
             "radius": (2 + len(self.sigma) + 14 * rays, 2),
         }
         chosen = [of[part] for part in PARTS if part in self.parts]
-        return 1 + sum(forward for forward, _ in chosen), 1 + sum(backward for _, backward in chosen)
+        beside = 1 if set(self.parts) - {"m_sharpness"} else 0  # the loss and its gradient
+        return beside + sum(forward for forward, _ in chosen), beside + sum(backward for _, backward in chosen)

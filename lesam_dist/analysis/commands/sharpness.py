@@ -26,7 +26,7 @@ _HELP: dict[str, tuple[type, str]] = {
     "adaptive_linf_rho": (float, "of the box |d_i| <= rho |w_i|"),
     "std": (float, "standard deviations of noise on each weight"),
     "adaptive_std": (float, "the same as multiples of each weight"),
-    "m": (int, "images of a batch, for m-sharpness"),
+    "m_sizes": (int, "images of a batch, for m-sharpness"),
     "sigma": (float, "budgets of the loss, for the radius"),
     "steps": (int, "of Auto-PGD"),
     "draws": (int, "of noise, for each batch"),
