@@ -168,9 +168,10 @@ def _units(plan: Plan, seed: int) -> Iterator[tuple[int, list[_Unit]]]:
         kinds = ("first_order", "rise", "gradient", *(["random"] if plan.directions else []))
         named = [("radius", {"kind": kind, "sigma": sigma}) for kind in kinds for sigma in sorted(plan.sigma)]
         units.append(_Unit("radius", named, partial(_radius, plan, seed)))
+    units = [unit for unit in units if unit.labels]
     if len(units) > 1:
         yield plan.batch_size, units
-    if "m_sharpness" in plan.parts:
+    if "m_sharpness" in plan.parts and plan.rho:
         for m in plan.m_sizes:
             yield m, [_Unit("m_sharpness", _labels("m_sharpness", plan.rho, m=m), partial(_one_step, plan.rho, False))]
 
@@ -185,7 +186,7 @@ def _loss(alone: Objective, _: int) -> list[Value]:
 
 
 def _one_step(rhos: Sequence[float], adaptive: bool, alone: Objective, _: int) -> list[Value]:
-    return [[rise] for rise in one_step(alone, rhos, adaptive=adaptive)] if rhos else []
+    return [[rise] for rise in one_step(alone, rhos, adaptive=adaptive)]
 
 
 def _auto_pgd(rho: float, norm: str, adaptive: bool, steps: int, alone: Objective, _: int) -> list[Value]:
@@ -193,8 +194,6 @@ def _auto_pgd(rho: float, norm: str, adaptive: bool, steps: int, alone: Objectiv
 
 
 def _average(stds: Sequence[float], adaptive: bool, draws: int, seed: int, alone: Objective, index: int) -> list[Value]:
-    if not stds:
-        return []
     found = average_rise(alone, stds, draws=draws, seed=seed, first=index * draws, adaptive=adaptive)
     return [[rise] for rise in found]
 

@@ -21,6 +21,8 @@ PARTS = {
 class Plan:
     """What `lesam_dist.analysis.sharpness.sharpness` measures; radii and deviations are in units of the weights.
 
+    Of what has no values nothing is measured.
+
     Attributes:
         parts: some of `PARTS`.
         batch_size: images of a batch.
@@ -80,15 +82,17 @@ class Plan:
 
     def passes(self) -> tuple[int, int]:
         """About how many forwards and backwards it takes; of rays the number depends on the loss."""
-        balls = len(self.rho), len(self.adaptive_rho), len(self.linf_rho), len(self.adaptive_linf_rho)
+        steps = [len(each) for each in (self.rho, self.adaptive_rho) if each]
+        balls = sum(map(len, (self.rho, self.adaptive_rho, self.linf_rho, self.adaptive_linf_rho)))
         noises = [len(each) for each in (self.std, self.adaptive_std) if each]
-        rays = (1 + self.directions) * len(self.sigma)
+        m_sizes = len(self.m_sizes) if self.rho else 0
+        budgets = len(self.sigma)
         of = {
-            "one_step": (2 + balls[0] + balls[1], 2),
-            "auto_pgd": (sum(balls) * (self.steps + 1), sum(balls) * self.steps),
+            "one_step": (sum(1 + each for each in steps), len(steps)),
+            "auto_pgd": (balls * (self.steps + 1), balls * self.steps),
             "average": (sum(1 + self.draws * each for each in noises), 0),
-            "m_sharpness": (len(self.m_sizes) * (1 + len(self.rho)), len(self.m_sizes)),
-            "radius": (2 + len(self.sigma) + 14 * rays, 2),
+            "m_sharpness": (m_sizes * (1 + len(self.rho)), m_sizes),
+            "radius": (2 + budgets + 14 * (1 + self.directions) * budgets, 2) if budgets else (0, 0),
         }
         chosen = [of[part] for part in PARTS if part in self.parts]
         beside = 1 if set(self.parts) - {"m_sharpness"} else 0  # the loss and its gradient

@@ -100,12 +100,14 @@ def test_each_number_is_the_mean_over_batches(seed: int) -> None:
 def test_passes_are_as_announced_and_batches_may_be_computed_in_parts(seed: int) -> None:
     objective, _ = problem(seed)
     told: list[int] = []
+    made = ("forward", "backward")
     for parts in (("one_step",), ("auto_pgd",), ("average",), ("m_sharpness",), SMALL.parts[:4]):
         plan = replace(SMALL, parts=parts)
         whole = sharpness(objective, plan, seed=seed, on_passes=told.append)
-        forward, backward = plan.passes()
-        assert whole.passes == pytest.approx({"forward": forward, "backward": backward})
-        assert told[-1] == forward + backward
+        assert whole.passes == pytest.approx(dict(zip(made, plan.passes(), strict=True)))
+        assert told[-1] == sum(plan.passes())
+    few = replace(plan, adaptive_rho=(), linf_rho=(), std=(), m_sizes=())
+    assert sharpness(objective, few, seed=seed).passes == pytest.approx(dict(zip(made, few.passes(), strict=True)))
     pieces = sharpness(objective, plan, seed=seed, at_once=2)
     for one, other in zip(whole.measures, pieces.measures, strict=True):
         assert one.estimate is not None
@@ -194,6 +196,14 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, Any], message: str) -
     with pytest.raises(UserError, match=message):
         sharpness(objective, replace(SMALL, **wrong))
     assert not any(objective.passes.values()), "refused before anything is computed"
+
+
+def test_of_what_has_no_values_nothing_is_measured() -> None:
+    model, x, y = regression(23, 3)
+    objective = Objective(model, [(x, y)], criterion=squared)
+    plan = replace(SMALL, parts=("one_step", "radius", "m_sharpness"), rho=(), adaptive_rho=(), sigma=())
+    assert sharpness(objective, plan).measures == []
+    assert not any(objective.passes.values())
 
 
 def test_the_size_of_batches_that_are_not_asked_for_does_not_matter() -> None:
