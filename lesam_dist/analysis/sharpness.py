@@ -31,7 +31,8 @@ class Measure:
         about: what else it is of, as {"rho": 0.1, "adaptive": False}.
         estimate: mean over the batches, each of which is the mean of what it says, with its standard error; None where
             no batch says anything.
-        missing: how often there was no such radius, or a loss was not finite; these are not in the mean.
+        missing: how often there was no such radius, or a loss was not finite. These are not in the mean: that of radii
+            is too low where some are missing.
     """
 
     part: str

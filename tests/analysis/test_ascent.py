@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lesam_dist.analysis.ascent import auto_pgd, average_rise, checkpoints, one_step
 from lesam_dist.analysis.objective import Objective
 from tests.analysis.quadratics import F64, Quadratic, in_batches, plain_sum, quadratic_of, regression, squared
+
+Vector = NDArray[np.float64]
 
 
 def highest_in_ball(loss: Quadratic, rho: float) -> float:
@@ -109,6 +114,65 @@ def test_at_a_maximum_nothing_is_below_the_clean_loss() -> None:
     objective = Objective(model, [(x, torch.zeros(2, dtype=F64))], criterion=lambda out, y: -squared(out, y))
     assert auto_pgd(objective, 0.1) == 0
     assert auto_pgd(objective, 0.1, norm="linf") == 0
+
+
+def history(
+    f: Callable[[Vector], tuple[float, Vector]], rho: float, norm: str, scale: Vector, steps: int
+) -> tuple[list[float], float]:
+    """Auto-PGD as it is published, from lists of all points and losses: every loss, and the last step's length."""
+
+    def projected(u: Vector) -> Vector:
+        return np.clip(u, -rho, rho) if norm == "linf" else u * min(1.0, rho / max(float(np.linalg.norm(u)), 1e-300))
+
+    def ascent(u: Vector) -> Vector:
+        g = scale * f(scale * u)[1]
+        return np.sign(g) if norm == "linf" else g / np.linalg.norm(g)
+
+    step, ends = 2 * rho, [0, *sorted(checkpoints(steps))]
+    points = [np.zeros_like(scale), projected(step * ascent(np.zeros_like(scale)))]
+    before = points[0]
+    losses = [f(scale * u)[0] for u in points]
+    rose, steps_at, best_at = [losses[1] > losses[0]], [step], [losses[0]]
+    now = points[1]
+    for k in range(1, steps + 1):
+        if k in ends:
+            j = ends.index(k)
+            few = sum(rose[ends[j - 1] : k]) < 0.75 * (k - ends[j - 1])
+            stuck = (j == 1 or steps_at[-1] == steps_at[-2]) and best_at[-1] == max(losses)
+            best_at.append(max(losses))
+            if few or stuck:
+                step, now = step / 2, points[int(np.argmax(losses))]
+            steps_at.append(step)
+        if k == steps:
+            break
+        z = projected(now + step * ascent(now))
+        new = projected(now + 0.75 * (z - now) + 0.25 * (now - before))
+        rose.append(f(scale * new)[0] > f(scale * now)[0])
+        losses.append(f(scale * new)[0])
+        points.append(new)
+        now, before = new, now
+    return losses, step
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_auto_pgd_is_the_published_algorithm(seed: int, norm: str, adaptive: bool) -> None:
+    """On a loss with a maximum inside the ball, where steps must shrink: -(w - c)'A(w - c) / 2."""
+    model, x, y = regression(8, 3)
+    objective = Objective(model, [(x, y)], criterion=lambda out, targets: -squared(out, targets))
+    loss, w = quadratic_of(model, x, y), objective.weights()
+    scale = (w.abs() if adaptive else torch.ones_like(w)).numpy()
+    g, matrix = -loss.gradient.numpy(), -loss.matrix.numpy()
+
+    def f(d: Vector) -> tuple[float, Vector]:
+        return float(g @ d + d @ matrix @ d / 2), g + matrix @ d
+
+    for rho in (0.3, 3.0):
+        losses, _ = history(f, rho, norm, scale, 20)
+        found = auto_pgd(objective, rho, norm=norm, adaptive=adaptive)
+        assert found == pytest.approx(max(losses), rel=1e-6, abs=1e-9)
+    losses, step = history(f, 1e3, norm, scale, 20)
+    assert step < 2e3, "it has been halved"
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
