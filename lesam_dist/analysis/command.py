@@ -25,6 +25,8 @@ Of = TypeVar("Of")
 
 ANALYSES = {
     "hessian": "largest eigenvalues, trace and spectral density of the loss's Hessian",
+    "sharpness": "rise of the loss near the weights: worst case, average, per size of batch, and radius of a budget",
+    "lpf": "low-pass filtered loss: its mean under Gaussian noise on the weights",
     "landscape": "the loss on a line or a plane through the weights, along filter-normalised directions",
     "connect": "the loss on the straight line between two checkpoints, and its barrier",
     "radius": "what the radius did in a run, and what the loss made of it, from its log",

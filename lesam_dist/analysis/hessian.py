@@ -78,7 +78,7 @@ def hessian(
         UserError: for a number out of range.
     """
     check(objective.size, top, trace_vectors, density_vectors, lanczos_steps, tolerance)
-    kept = Journal() if journal is None else journal
+    kept = Journal() if journal is None else journal  # an empty one is false
     made = 0
     like = objective.parameters[0]
 

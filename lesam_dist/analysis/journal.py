@@ -41,8 +41,7 @@ class Journal:
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
-    def read(self, name: str) -> Any:
-        """The result of this name; KeyError where there is none."""
+    def __getitem__(self, name: str) -> Any:
         return self._found[name]
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:

@@ -79,6 +79,10 @@ class Objective:
         """A copy of the parameters, flat, (size,)."""
         return torch.cat([p.detach().flatten() for p in self.parameters])
 
+    def on(self, batches: Sequence[Batch]) -> Objective:
+        """The loss of some images alone, of the same model, on this process alone: its methods make no collective."""
+        return Objective(self.model, batches, criterion=self._criterion)
+
     @contextmanager
     def at(self, weights: Tensor) -> Iterator[None]:
         """Other weights, (size,), for a while; then the former ones, bit for bit."""

@@ -39,4 +39,4 @@ def each_once(
             kept.put(names[i], shares[now.index(i) % world_size][i])
         if on_point:
             on_point(len(names) - len(missing) + begin + len(now))
-    return [kept.read(name) for name in names]
+    return [kept[name] for name in names]

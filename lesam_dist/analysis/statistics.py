@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of some draws and its standard error, None for a single draw."""
+    """The mean of some draws and its standard error; None for a single draw, or where a draw is not finite."""
 
     mean: float
     standard_error: float | None
@@ -19,5 +19,6 @@ class Estimate:
 
 def mean_with_error(draws: Sequence[float]) -> Estimate:
     """Of independent draws, at least one."""
-    error = statistics.stdev(draws) / math.sqrt(len(draws)) if len(draws) > 1 else None
+    several = len(draws) > 1 and all(map(math.isfinite, draws))
+    error = statistics.stdev(draws) / math.sqrt(len(draws)) if several else None
     return Estimate(statistics.fmean(draws), error, len(draws))

@@ -162,6 +162,16 @@ def test_any_number_of_processes_finds_the_same(seed: int, count: int) -> None:
         assert found["eigenvalues"] == together[0]["eigenvalues"], f"rank {rank} has rank 0's, to the bit"
 
 
+def test_what_was_interrupted_makes_the_missing_products_alone(seed: int, tmp_path: Path) -> None:
+    model, batches, _ = quadratic(20, 8)
+    objective = Objective(model, batches, criterion=squared)
+    settings: dict[str, Any] = {"top": 0, "density_vectors": 0, "seed": seed}
+    hessian(objective, trace_vectors=2, journal=Journal(tmp_path / "journal", {}), **settings)
+    found = hessian(objective, trace_vectors=5, journal=Journal(tmp_path / "journal", {}), **settings)
+    assert found.products == 3
+    assert found.trace == hessian(objective, trace_vectors=5, **settings).trace
+
+
 def test_a_visit_of_other_weights_leaves_no_trace(seed: int) -> None:
     net = small_net()
     x, y = torch.randn(9, 5, dtype=F64), torch.randint(3, (9,))
