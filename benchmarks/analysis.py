@@ -22,8 +22,8 @@ import torch.multiprocessing as mp
 from lib.arguments import Parser
 from lib.report import Report, Result, number, table
 
-from lesam_dist.analysis.hessian import hessian
-from lesam_dist.analysis.objective import Objective
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.measures.hessian import hessian
 from lesam_dist.models import build_model
 from lesam_dist.parallel.processes import Distributed
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lesam_dist.analysis.arguments import Parser
+from lesam_dist.analysis.engine.arguments import Parser
 from lesam_dist.errors import unknown_name
 
 if TYPE_CHECKING:
-    from lesam_dist.analysis.output import Document, Output
-    from lesam_dist.analysis.subject import Subject
+    from lesam_dist.analysis.engine.output import Document, Output
+    from lesam_dist.analysis.engine.subject import Subject
 
 Of = TypeVar("Of")
 
@@ -126,8 +126,8 @@ def run(analysis: Analysis | Comparison, argv: Sequence[str]) -> None:
     parser.check(arguments)
     own = analysis.settings(arguments)  # refuses what is out of range, before anything is read
 
-    from lesam_dist.analysis.output import Output  # here: --help and what is refused need no torch
-    from lesam_dist.analysis.several import load_all, read_sources, stem_of
+    from lesam_dist.analysis.engine.output import Output  # here: --help and what is refused need no torch
+    from lesam_dist.analysis.engine.several import load_all, read_sources, stem_of
     from lesam_dist.parallel.processes import process_group
 
     sources = read_sources(arguments.checkpoints, arguments.config, flags, averaged=arguments.ema)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lesam_dist.analysis.objective import Batch, Objective
+from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.parallel.processes import Distributed
 
 F64 = torch.float64

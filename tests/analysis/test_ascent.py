@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lesam_dist.analysis.ascent import auto_pgd, average_rise, checkpoints, one_step
-from lesam_dist.analysis.objective import Objective
+from lesam_dist.analysis.engine.ascent import auto_pgd, average_rise, checkpoints, one_step
+from lesam_dist.analysis.engine.objective import Objective
 from tests.analysis.quadratics import F64, Quadratic, in_batches, plain_sum, quadratic_of, regression, squared
 
 Vector = NDArray[np.float64]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lesam_dist.analysis.hessian import hessian
-from lesam_dist.analysis.subject import load, read_source
+from lesam_dist.analysis.engine.subject import load, read_source
+from lesam_dist.analysis.measures.hessian import hessian
 from lesam_dist.config.command_line import parse
 from lesam_dist.data import Transform, build_loader, scan_split
 from lesam_dist.models import build_model
@@ -149,7 +151,7 @@ def test_an_interrupted_analysis_goes_on(call: Call, run: Path, monkeypatch: pyt
         return hessian(*args, **{**kwargs, "on_product": stop})
 
     with monkeypatch.context() as patch:
-        patch.setattr("lesam_dist.analysis.hessian.hessian", interrupted)
+        patch.setattr("lesam_dist.analysis.measures.hessian.hessian", interrupted)
         assert call("analyze", "hessian", run, *CHEAP)[0] == 130
     assert [path.name for path in (run / "analysis").iterdir()] == [f".hessian-{CHECKPOINT}.partial.jsonl"]
     assert call("analyze", "hessian", run, *CHEAP)[0] == 0
@@ -240,3 +242,18 @@ def too_many(world: Distributed, run: Path) -> str:
     with pytest.raises(UserError) as raised:
         load(read_source(run), world, samples=1)
     return str(raised.value)
+
+
+def test_functions_for_notebooks(trained: Path) -> None:
+    """Each name is what its command is of, and importing the package alone imports no torch."""
+    from lesam_dist import analysis
+
+    for name in analysis.__all__:
+        assert getattr(analysis, name).__name__ == name
+    found = analysis.hessian(analysis.load_run(trained, samples=20).objective(), top=1, trace_vectors=0)
+    subject = analysis.load(analysis.read_source(trained), ALONE, samples=20)
+    again = hessian(subject.objective(), top=1, trace_vectors=0)
+    assert found.eigenvalues == pytest.approx(again.eigenvalues, rel=1e-4)
+    code = "import sys, lesam_dist.analysis; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

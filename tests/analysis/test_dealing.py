@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lesam_dist.analysis.dealing import deal
-from lesam_dist.analysis.objective import Objective
+from lesam_dist.analysis.engine.dealing import deal
+from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from tests.analysis.quadratics import regression, shared

@@ -13,10 +13,10 @@ from torch.func import functional_call
 from torch.func import hessian as dense_hessian
 from torch.nn import functional as F
 
-from lesam_dist.analysis.hessian import hessian, smoothed
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.lanczos import Quadrature, quadrature
-from lesam_dist.analysis.objective import Objective
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.lanczos import Quadrature, quadrature
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.measures.hessian import hessian, smoothed
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from tests.parallel import processes

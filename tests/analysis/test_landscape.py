@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.landscape import filter_normalised, grid, landscape
-from lesam_dist.analysis.objective import Batch, Objective, summed_cross_entropy
-from lesam_dist.analysis.output import Output
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Batch, Objective, summed_cross_entropy
+from lesam_dist.analysis.engine.output import Output
+from lesam_dist.analysis.measures.landscape import filter_normalised, grid, landscape
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from tests.parallel import processes

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.lpf import lpf, lpf_one_pass
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.randomness import normal
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.randomness import normal
+from lesam_dist.analysis.measures.lpf import lpf, lpf_one_pass
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from tests.analysis.quadratics import F64, in_batches, quadratic_of, regression, shared, squared

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lesam_dist import cli
-from lesam_dist.analysis.radius import radius
+from lesam_dist.analysis.measures.radius import radius
 from lesam_dist.errors import UserError
 from lesam_dist.train.telemetry import METRICS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.rays import radii
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.rays import radii
 from tests.analysis.quadratics import F64, plain_sum, quadratic_of, regression, squared
 
 

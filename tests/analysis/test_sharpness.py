@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lesam_dist.analysis.dealing import deal
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.randomness import normal
-from lesam_dist.analysis.sharpness import Measure, Sharpness, sharpness
-from lesam_dist.analysis.sharpness_plan import Plan
+from lesam_dist.analysis.engine.dealing import deal
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.randomness import normal
+from lesam_dist.analysis.measures.sharpness import Measure, Sharpness, sharpness
+from lesam_dist.analysis.measures.sharpness_plan import Plan
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from tests.analysis.quadratics import Quadratic, in_batches, plain_sum, quadratic_of, regression, squared

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lesam_dist.analysis.command import analyze
-from lesam_dist.analysis.sharpness_plan import Plan
+from lesam_dist.analysis.measures.sharpness_plan import Plan
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model
 
@@ -100,7 +100,10 @@ def test_no_flag_is_the_beginning_of_one_of_torchruns() -> None:
 
     theirs = [flag for action in get_args_parser()._actions for flag in action.option_strings]
     for name in ANALYSES:
-        analysis = import_module(f"lesam_dist.analysis.commands.{name}").ANALYSIS
+        module = import_module(f"lesam_dist.analysis.commands.{name}")
+        if name == "radius":  # which reads a log, in one process
+            continue
+        analysis = module.ANALYSIS
         parser = Parser(name, analysis.text)
         analysis.add_arguments(parser)
         ours = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]

@@ -12,8 +12,8 @@ from lesam_dist.analysis.commands.labels import labels, title
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lesam_dist.analysis.output import Document
-    from lesam_dist.analysis.subject import Subject
+    from lesam_dist.analysis.engine.output import Document
+    from lesam_dist.analysis.engine.subject import Subject
 
 _SHOWN = (("loss", "loss"), ("error", "error rate, %"))
 
@@ -31,7 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lesam_dist.analysis.connect import check
+    from lesam_dist.analysis.measures.connect import check
 
     own = {"points": arguments.points, "batchnorm": arguments.batchnorm}
     check(**own)
@@ -46,7 +46,7 @@ def _passes(arguments: argparse.Namespace, subjects: Sequence[Subject]) -> tuple
 
 
 def _compute(arguments: argparse.Namespace, subjects: Sequence[Subject], work: Work) -> dict[str, Any]:
-    from lesam_dist.analysis.connect import connect
+    from lesam_dist.analysis.measures.connect import connect
 
     objective, world = subjects[0].objective(), subjects[0].world
     first, second = (subject.model.state_dict() for subject in subjects)

@@ -10,8 +10,8 @@ from lesam_dist.analysis.command import Analysis, Work
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lesam_dist.analysis.output import Document
-    from lesam_dist.analysis.subject import Subject
+    from lesam_dist.analysis.engine.output import Document
+    from lesam_dist.analysis.engine.subject import Subject
 
 _OWN = ("top", "trace_vectors", "density_vectors", "lanczos_steps", "tolerance")
 
@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lesam_dist.analysis.hessian import check
+    from lesam_dist.analysis.measures.hessian import check
 
     own = {name: getattr(arguments, name) for name in _OWN}
     check(None, **own)
@@ -34,7 +34,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, str]:
-    from lesam_dist.analysis.hessian import check, expected_products
+    from lesam_dist.analysis.measures.hessian import check, expected_products
 
     own = {name: getattr(arguments, name) for name in _OWN}
     check(sum(p.numel() for p in subject.model.parameters()), **own)
@@ -43,7 +43,7 @@ def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, 
 
 
 def _compute(arguments: argparse.Namespace, subject: Subject, work: Work) -> dict[str, Any]:
-    from lesam_dist.analysis.hessian import hessian
+    from lesam_dist.analysis.measures.hessian import hessian
 
     objective = subject.objective()
     own = {name: getattr(arguments, name) for name in _OWN}
@@ -62,8 +62,8 @@ def _compute(arguments: argparse.Namespace, subject: Subject, work: Work) -> dic
 def _draw(document: Document) -> Figure:
     from matplotlib.figure import Figure
 
-    from lesam_dist.analysis.hessian import smoothed
-    from lesam_dist.analysis.lanczos import Quadrature
+    from lesam_dist.analysis.engine.lanczos import Quadrature
+    from lesam_dist.analysis.measures.hessian import smoothed
 
     results = document["results"]
     figure = Figure(figsize=(10, 4), layout="constrained")

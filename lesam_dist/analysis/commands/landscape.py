@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from lesam_dist.analysis.objective import Objective
-    from lesam_dist.analysis.output import Document
-    from lesam_dist.analysis.subject import Subject
+    from lesam_dist.analysis.engine.objective import Objective
+    from lesam_dist.analysis.engine.output import Document
+    from lesam_dist.analysis.engine.subject import Subject
     from lesam_dist.parallel.processes import Distributed
 
 _POINTS = {1: 51, 2: 21}  # Li et al. have 51; on a plane 441 passes show what 2,601 do
@@ -39,7 +39,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lesam_dist.analysis.landscape import grid
+    from lesam_dist.analysis.measures.landscape import grid
 
     points = _POINTS[arguments.dims] if arguments.points is None else arguments.points
     grid(points, arguments.range)
@@ -54,7 +54,7 @@ def _passes(arguments: argparse.Namespace, subjects: Sequence[Subject]) -> tuple
 
 
 def _compute(arguments: argparse.Namespace, subjects: Sequence[Subject], work: Work) -> dict[str, Any]:
-    from lesam_dist.analysis.landscape import grid
+    from lesam_dist.analysis.measures.landscape import grid
 
     own = _settings(arguments)
     made = 0
@@ -76,7 +76,7 @@ def _surface(
     i: int, objective: Objective, world: Distributed, own: dict[str, Any], seed: int, work: Work
 ) -> dict[str, Any]:
     """Of the i-th checkpoint."""
-    from lesam_dist.analysis.landscape import filter_normalised, grid, landscape
+    from lesam_dist.analysis.measures.landscape import filter_normalised, grid, landscape
 
     before = i * (own["points"] ** own["dims"] + 1)
     found = landscape(

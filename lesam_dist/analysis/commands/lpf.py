@@ -10,8 +10,8 @@ from lesam_dist.analysis.command import Analysis, Work
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lesam_dist.analysis.output import Document
-    from lesam_dist.analysis.subject import Subject
+    from lesam_dist.analysis.engine.output import Document
+    from lesam_dist.analysis.engine.subject import Subject
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lesam_dist.analysis.lpf import check
+    from lesam_dist.analysis.measures.lpf import check
 
     check(arguments.sigma, arguments.draws)
     return {"sigma": arguments.sigma, "draws": arguments.draws}
@@ -32,7 +32,7 @@ def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, 
 
 
 def _compute(arguments: argparse.Namespace, subject: Subject, work: Work) -> dict[str, Any]:
-    from lesam_dist.analysis.lpf import lpf
+    from lesam_dist.analysis.measures.lpf import lpf
 
     objective = subject.objective()
     found = lpf(

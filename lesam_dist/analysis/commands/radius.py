@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lesam_dist.parallel.place import find_place
 from lesam_dist.train.checkpoint.arguments import Parser
 
 if TYPE_CHECKING:
@@ -39,11 +41,13 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--output", type=Path, help="folder for the results (default: RUN_DIR/analysis)")
     arguments = parser.parse_args(list(argv))
+    if find_place(os.environ).rank:  # it reads a file, which several processes do no faster
+        return
 
     import torch  # here: --help and what is refused need no torch
 
-    from lesam_dist.analysis.output import Output
-    from lesam_dist.analysis.radius import radius
+    from lesam_dist.analysis.engine.output import Output
+    from lesam_dist.analysis.measures.radius import radius
     from lesam_dist.experiments.report import show
     from lesam_dist.parallel.processes import Distributed
 
@@ -61,7 +65,7 @@ def command(argv: Sequence[str]) -> None:
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, first and last epoch of what `radius` found."""
-    from lesam_dist.analysis.radius import QUANTITIES
+    from lesam_dist.analysis.measures.radius import QUANTITIES
 
     table = []
     for name, text in QUANTITIES.items():

@@ -8,14 +8,14 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Analysis, Work
-from lesam_dist.analysis.sharpness_plan import PARTS, Plan
+from lesam_dist.analysis.measures.sharpness_plan import PARTS, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lesam_dist.analysis.output import Document
-    from lesam_dist.analysis.subject import Subject
+    from lesam_dist.analysis.engine.output import Document
+    from lesam_dist.analysis.engine.subject import Subject
 
 _HELP: dict[str, tuple[type, str]] = {
     "parts": (str, "what to measure: " + "; ".join(f"{name}: {text}" for name, text in PARTS.items())),
@@ -67,7 +67,7 @@ def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, 
 
 
 def _compute(arguments: argparse.Namespace, subject: Subject, work: Work) -> dict[str, Any]:
-    from lesam_dist.analysis.sharpness import sharpness
+    from lesam_dist.analysis.measures.sharpness import sharpness
 
     objective = subject.objective()
     found = sharpness(

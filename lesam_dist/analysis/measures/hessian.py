@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.lanczos import Product, Quadrature, largest_eigenvalues, quadrature
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.randomness import normal, signs
-from lesam_dist.analysis.solving import solve
-from lesam_dist.analysis.statistics import Estimate, mean_with_error
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.lanczos import Product, Quadrature, largest_eigenvalues, quadrature
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.randomness import normal, signs
+from lesam_dist.analysis.engine.solving import solve
+from lesam_dist.analysis.engine.statistics import Estimate, mean_with_error
 from lesam_dist.errors import UserError
 
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.points import each_once
-from lesam_dist.analysis.randomness import normal
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.points import each_once
+from lesam_dist.analysis.engine.randomness import normal
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 

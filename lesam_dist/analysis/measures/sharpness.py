@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lesam_dist.analysis.ascent import auto_pgd, average_rise, one_step
-from lesam_dist.analysis.dealing import Dealt, deal
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.randomness import normal
-from lesam_dist.analysis.rays import radii
-from lesam_dist.analysis.sharpness_plan import Plan
-from lesam_dist.analysis.statistics import Estimate, mean_with_error
+from lesam_dist.analysis.engine.ascent import auto_pgd, average_rise, one_step
+from lesam_dist.analysis.engine.dealing import Dealt, deal
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.randomness import normal
+from lesam_dist.analysis.engine.rays import radii
+from lesam_dist.analysis.engine.statistics import Estimate, mean_with_error
+from lesam_dist.analysis.measures.sharpness_plan import Plan
 
 Value = list[float | None]
 """What one batch says of one number, several times for random directions; None where there is no such radius."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.randomness import normal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.randomness import normal
 
 Norm = str
 """l2 or linf."""

@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lesam_dist.analysis.subject import Source, Subject, build_with, load, read_source
+from lesam_dist.analysis.engine.subject import Source, Subject, build_with, load, read_source
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lesam_dist.analysis.journal import Journal
+from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.parallel.processes import Distributed
 
 _AT_ONCE = 8  # points of a process between two meetings: what a killed run has lost

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.randomness import normal
-from lesam_dist.analysis.statistics import Estimate, mean_with_error
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.randomness import normal
+from lesam_dist.analysis.engine.statistics import Estimate, mean_with_error
 from lesam_dist.errors import UserError
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lesam_dist.analysis.lanczos import Product
-from lesam_dist.analysis.objective import Objective
+from lesam_dist.analysis.engine.lanczos import Product
+from lesam_dist.analysis.engine.objective import Objective
 
 Result = TypeVar("Result")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lesam_dist.analysis.objective import Objective
+from lesam_dist.analysis.engine.objective import Objective
 
 
 def radii(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lesam_dist import __version__
-from lesam_dist.analysis.journal import Journal
+from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.errors import SharedError, UserError
 from lesam_dist.parallel.processes import Distributed
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lesam_dist.analysis.objective import Batch, Objective
+from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.errors import UserError
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lesam_dist.analysis.objective import Batch, Objective
+from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
@@ -159,6 +159,20 @@ def load(
     finally:
         loader.close()
     return Subject(source, model, batches, images.digest, len(images), world, whole, num_classes)
+
+
+def load_run(path: Path | str, config: str | None = None, *, averaged: bool = False, **images: Any) -> Subject:
+    """`load` of `read_source`, for a notebook: in this process alone, on a GPU where there is one.
+
+    Args:
+        path, config, averaged: see `read_source`.
+        images: ``samples``, ``split`` and ``seed`` of `load`.
+
+    Raises:
+        UserError: as these.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load(read_source(Path(path), config, averaged=averaged), Distributed(0, 0, 1, device), **images)
 
 
 def build_with(source: Source, num_classes: int, world: Distributed) -> nn.Module:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesam_dist.analysis.journal import Journal
-from lesam_dist.analysis.objective import Objective
-from lesam_dist.analysis.points import each_once
-from lesam_dist.analysis.subject import misfit
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.points import each_once
+from lesam_dist.analysis.engine.subject import misfit
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 

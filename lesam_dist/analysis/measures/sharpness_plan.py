@@ -19,7 +19,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What `lesam_dist.analysis.sharpness.sharpness` measures; radii and deviations are in units of the weights.
+    """What `sharpness` measures; radii and deviations are in units of the weights.
 
     Of what has no values nothing is measured.
 
