@@ -104,11 +104,11 @@ def _draw(document: Document) -> Figure:
         ticks = sorted({x for points in lines.values() for x, _, _ in points})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=30 if len(ticks) > 4 else 0)
         axes.minorticks_off()
-        axes.margins(y=0.2)  # room for the legend
+        axes.margins(y=0.35)  # room for the legend
         if all(y > 0 for points in lines.values() for _, y, _ in points):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", framealpha=0.5)
     figure.suptitle(f"{document['run']}, {document['checkpoint']}", parse_math=False)
     return figure
 
