@@ -1,4 +1,4 @@
-"""The path between two checkpoints against closed forms, and BatchNorm's statistics against torch's own."""
+"""The path between two checkpoints against closed forms, and on other processes and in other tries."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lesam_dist.analysis.engine.journal import Journal
-from lesam_dist.analysis.engine.objective import Batch, Objective, summed_cross_entropy
+from lesam_dist.analysis.engine.objective import Objective, summed_cross_entropy
 from lesam_dist.analysis.measures.connect import Connection, connect
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
+from tests.analysis.nets import conv_net, images, state
 from tests.parallel import processes
 
 F64 = torch.float64
@@ -24,26 +25,6 @@ F64 = torch.float64
 
 def squared(out: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * ((out[:, 0] - targets) ** 2).sum()
-
-
-def conv_net() -> nn.Sequential:
-    """Two BatchNorm layers, of which the second sees what the first gives, and dropout between them."""
-    net = nn.Sequential(
-        *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()),
-        *(nn.Linear(16, 5), nn.BatchNorm1d(5, momentum=0.3), nn.ReLU(), nn.Linear(5, 3)),
-    ).double()
-    for i in (1, 6):
-        nn.init.uniform_(net[i].running_mean)  # type: ignore[arg-type]
-        nn.init.uniform_(net[i].running_var, 0.5, 2.0)  # type: ignore[arg-type]
-    return net
-
-
-def images(*sizes: int) -> list[Batch]:
-    return [(torch.randn(n, 2, 4, 4, dtype=F64), torch.randint(3, (n,))) for n in sizes]
-
-
-def state(net: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
 
 def weight(values: Tensor) -> dict[str, Tensor]:
@@ -117,37 +98,6 @@ def test_error_rates_are_counted(seed: int) -> None:
     assert barrier is not None
     lines = np.linspace(before, 100 - before, 5)
     assert barrier[0] == pytest.approx(max(np.array(found.error.values, dtype=float) - lines), abs=1e-12)
-
-
-def test_estimated_statistics_are_torchs_cumulative_average(seed: int) -> None:
-    net, batches = conv_net(), images(6, 6, 6)
-    other = deepcopy(net).eval()
-    for module in other:
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-    with torch.no_grad():
-        for x, _ in batches:
-            other(x)
-    net[1].running_var.fill_(torch.nan)  # type: ignore[operator,union-attr]
-    objective = Objective(net.train(), batches)
-    objective.estimate_batchnorm()
-    torch.testing.assert_close(state(net), state(other), rtol=1e-12, atol=1e-14)
-    assert all(module.training for module in net.modules())
-    assert (net[1].momentum, net[6].momentum) == (0.1, 0.3)
-    assert objective.passes == {"forward": 1, "backward": 0}
-
-
-def test_uneven_batches_count_by_their_images(seed: int) -> None:
-    """So the mean of a layer's inputs is that of all images; one of a single image is left out."""
-    net, batches = conv_net(), images(9, 1, 4, 2)
-    Objective(net, batches).estimate_batchnorm()
-    with torch.no_grad():
-        inputs = torch.cat([net[0](x) for x, _ in batches if len(x) > 1])
-    torch.testing.assert_close(net[1].running_mean, inputs.mean(dim=(0, 2, 3)), rtol=1e-12, atol=1e-14)
-    with pytest.raises(UserError, match="batches of one image"):
-        Objective(net, images(1, 1)).estimate_batchnorm()
 
 
 def path(
