@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lesam_dist.analysis.measures.lpf import lpf, lpf_one_pass
     from lesam_dist.analysis.measures.radius import radius
     from lesam_dist.analysis.measures.sharpness import sharpness
-    from lesam_dist.analysis.measures.sharpness_plan import Plan
+    from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
 
 _WHERE = {
     "engine.objective": ("Objective",),
@@ -36,11 +36,11 @@ _WHERE = {
     "measures.lpf": ("lpf", "lpf_one_pass"),
     "measures.radius": ("radius",),
     "measures.sharpness": ("sharpness",),
-    "measures.sharpness_plan": ("Plan",),
+    "measures.sharpness_plan": ("SharpnessPlan",),
 }
 __all__ = [
     "Objective",
-    "Plan",
+    "SharpnessPlan",
     "connect",
     "filter_normalised",
     "grid",

@@ -16,13 +16,13 @@ from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.analysis.engine.randomness import normal
 from lesam_dist.analysis.measures.sharpness import Measure, Sharpness, sharpness
-from lesam_dist.analysis.measures.sharpness_plan import Plan
+from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from tests.analysis.quadratics import Quadratic, in_batches, plain_sum, quadratic_of, regression, squared
 from tests.parallel import processes
 
-SMALL = Plan(
+SMALL = SharpnessPlan(
     batch_size=7,
     rho=(0.1, 0.3),
     adaptive_rho=(0.5,),
@@ -135,7 +135,7 @@ def test_radii_that_are_not_reached_are_counted(seed: int) -> None:
     assert along.numbers()["mean"] is None
 
 
-def network(world: Distributed, seed: int, plan: Plan) -> tuple[list[dict[str, Any]], dict[str, float], bool]:
+def network(world: Distributed, seed: int, plan: SharpnessPlan) -> tuple[list[dict[str, Any]], dict[str, float], bool]:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
     x, y = torch.randn(31, 4), torch.randint(3, (31,))

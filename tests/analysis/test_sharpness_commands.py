@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lesam_dist.analysis.command import analyze
-from lesam_dist.analysis.measures.sharpness_plan import Plan
+from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model
 
@@ -55,7 +55,7 @@ def test_sharpness(seed: int, weights: tuple[str, ...], tmp_path: Path, capsys: 
     analyze(["sharpness", *weights, *flags])
     told = capsys.readouterr().out
     found = document(tmp_path, "sharpness")
-    plan = Plan(
+    plan = SharpnessPlan(
         batch_size=12,
         rho=(0.1,),
         adaptive_rho=(),

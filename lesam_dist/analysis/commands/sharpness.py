@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Analysis, Work
-from lesam_dist.analysis.measures.sharpness_plan import PARTS, Plan
+from lesam_dist.analysis.measures.sharpness_plan import PARTS, SharpnessPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ _HELP: dict[str, tuple[type, str]] = {
     "directions": (int, "random ones to go along, for each batch"),
     "max_radius": (float, "to go along a ray"),
 }
-_DEFAULT = Plan()
+_DEFAULT = SharpnessPlan()
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +45,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})", **how)
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
+def _plan(arguments: argparse.Namespace) -> SharpnessPlan:
     given: dict[str, Any] = {}
-    for field in fields(Plan):
+    for field in fields(SharpnessPlan):
         value = getattr(arguments, field.name)
         given[field.name] = tuple(value) if isinstance(value, list) else value
-    return Plan(**given)
+    return SharpnessPlan(**given)
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

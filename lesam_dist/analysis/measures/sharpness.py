@@ -16,7 +16,7 @@ from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.analysis.engine.randomness import normal
 from lesam_dist.analysis.engine.rays import radii
 from lesam_dist.analysis.engine.statistics import Estimate, mean_with_error
-from lesam_dist.analysis.measures.sharpness_plan import Plan
+from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
 
 Value = list[float | None]
 """What one batch says of one number, several times for random directions; None where there is no such radius."""
@@ -79,7 +79,7 @@ class _Unit:
 
 def sharpness(
     objective: Objective,
-    plan: Plan | None = None,
+    plan: SharpnessPlan | None = None,
     *,
     seed: int = 0,
     at_once: int | None = None,
@@ -107,7 +107,7 @@ def sharpness(
     Raises:
         UserError: for a number out of range.
     """
-    plan = plan or Plan()
+    plan = plan or SharpnessPlan()
     plan.check(objective.samples)
     kept = Journal() if journal is None else journal
     made = {"forward": 0.0, "backward": 0.0}
@@ -146,7 +146,7 @@ def _rows(
     return [kept[f"{name} {i}"] for i in range(dealt.count)]
 
 
-def _units(plan: Plan, seed: int) -> Iterator[tuple[int, list[_Unit]]]:
+def _units(plan: SharpnessPlan, seed: int) -> Iterator[tuple[int, list[_Unit]]]:
     """What to measure, by the size of the batches."""
     units = [_Unit("loss", [("loss", {}), ("grad_norm", {})], _loss)]
     if "one_step" in plan.parts:
@@ -199,7 +199,7 @@ def _average(stds: Sequence[float], adaptive: bool, draws: int, seed: int, alone
     return [[rise] for rise in found]
 
 
-def _radius(plan: Plan, seed: int, alone: Objective, index: int) -> list[Value]:
+def _radius(plan: SharpnessPlan, seed: int, alone: Objective, index: int) -> list[Value]:
     budgets = sorted(plan.sigma)
     loss, gradient = alone.gradient()
     length = float(gradient.norm())

@@ -18,7 +18,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class SharpnessPlan:
     """What `sharpness` measures; radii and deviations are in units of the weights.
 
     Of what has no values nothing is measured.
