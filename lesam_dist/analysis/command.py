@@ -123,7 +123,7 @@ def run(analysis: Analysis | Comparison, argv: Sequence[str]) -> None:
     parser = Parser(analysis.name, analysis.text, analysis.least, analysis.most)
     analysis.add_arguments(parser)
     arguments, flags = parser.parse_known_args(list(argv))
-    parser.check(arguments)
+    parser.check(arguments, flags)
     own = analysis.settings(arguments)  # refuses what is out of range, before anything is read
 
     from lesam_dist.analysis.engine.output import Output  # here: --help and what is refused need no torch

@@ -208,6 +208,9 @@ WRONG = [
     (lambda run: (run, "--seed", -1), "--seed is -1"),
     (lambda run: (run, "--config", "digits"), "leave it out, as a checkpoint has its own"),
     (lambda run: (run, "--optimizer.lrr", 1), "optimizer.lrr"),
+    (lambda run: (run, "--tpo", 1), "unknown option --tpo: did you mean --top?"),
+    (lambda run: (run, "--data.rot", "x"), "did you mean 'data.root'?"),
+    (lambda run: (run.parent / "gone", "--lanczos_step", 1), "unknown option --lanczos_step: did you mean --lanczos"),
 ]
 
 

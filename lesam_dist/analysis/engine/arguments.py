@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from lesam_dist.config.explain import unknown_key
+from lesam_dist.config.flags import read_flags
 from lesam_dist.errors import UserError
 
 _SPLITS = ("train", "val")
@@ -54,12 +58,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--output", type=Path, help="folder for the results (default: RUN_DIR/analysis)")
         self.add_argument("--force", action="store_true", help="replace results that were made with other settings")
 
-    def check(self, arguments: argparse.Namespace) -> None:
-        """Refuse what each argument's own type lets pass.
+    def check(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
+        """Refuse what each argument's own type lets pass, and flags that `lesam-dist train` does not have.
 
         Raises:
-            UserError: for another number of checkpoints, or a negative seed.
+            UserError: for another number of checkpoints, a negative seed, an unknown flag.
         """
+        own = [option for action in self._actions for option in action.option_strings]
+        for path, _ in read_flags(flags):
+            if wrong := unknown_key([path]):
+                near = difflib.get_close_matches(f"--{path}", own, n=1, cutoff=0.7)
+                raise UserError(f"unknown option --{path}: did you mean {near[0]}?" if near else wrong)
         given = len(arguments.checkpoints)
         if given < self._least or (self._most is not None and given > self._most):
             wanted = f"at least {self._least}" if self._most is None else str(self._most)
