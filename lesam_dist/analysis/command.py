@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lesam_dist.analysis.engine.arguments import Parser
 from lesam_dist.errors import unknown_name
@@ -168,6 +165,8 @@ def _of_one(analysis: Analysis) -> Comparison:
 def _compute(
     analysis: Comparison, arguments: argparse.Namespace, subjects: Sequence[Subject], output: Output
 ) -> Document:
+    from lesam_dist.data.commands import progress_bar
+
     forwards, backwards, what = analysis.passes(arguments, subjects)
     world = output.world
     if world.is_main:
@@ -178,7 +177,8 @@ def _compute(
             flush=True,
         )
     begin = time.monotonic()
-    with _bar(analysis.name, forwards + backwards, shown=world.is_main) as advance:
+    bar = progress_bar(analysis.name, forwards + backwards) if world.is_main else nullcontext(_not_shown)
+    with bar as advance:
         work = Work(output, advance)
         results = analysis.compute(arguments, subjects, work)
     each = [
@@ -199,11 +199,5 @@ def _show(analysis: Comparison, document: Document, output: Output) -> None:
     print(f"results: {output.path('json')}  (.png, .svg)")
 
 
-@contextmanager
-def _bar(text: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, and nothing elsewhere; call what is yielded with the passes made so far."""
-    console = Console()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda done: progress.update(task, completed=done)
+def _not_shown(done: int) -> None:
+    """On all processes but one."""

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from lesam_dist.analysis.command import ANALYSES
 from lesam_dist.analysis.engine.subject import load, read_source
 from lesam_dist.analysis.measures.hessian import hessian
 from lesam_dist.config.command_line import parse
@@ -260,3 +261,15 @@ def test_functions_for_notebooks(trained: Path) -> None:
     code = "import sys, lesam_dist.analysis; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", [*ANALYSES, ""])
+def test_a_help_imports_no_torch(name: str) -> None:
+    code = (
+        "import sys; from lesam_dist.analysis.command import analyze\n"
+        f"try: analyze({[name, '--help'] if name else ['--help']})\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
