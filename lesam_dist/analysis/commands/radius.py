@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lesam_dist.analysis.engine.arguments import BareParser
 from lesam_dist.parallel.place import find_place
-from lesam_dist.train.checkpoint.arguments import Parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +36,7 @@ _LABELS = {
 
 def command(argv: Sequence[str]) -> None:
     """Write RUN_DIR/analysis/radius.json, .png and .svg, in place of what an earlier call wrote."""
-    parser = Parser("analyze radius", textwrap.fill(_TEXT, 100), "lesam-dist analyze radius runs/digits")
+    parser = BareParser("radius", _TEXT, "example:\n  lesam-dist analyze radius runs/digits")
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--output", type=Path, help="folder for the results (default: RUN_DIR/analysis)")
     arguments = parser.parse_args(list(argv))

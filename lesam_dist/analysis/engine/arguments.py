@@ -24,8 +24,30 @@ Other flags are those of `lesam-dist train`, over the run's own config: --data.r
 --parallel.device cpu. The same command again goes on where it was interrupted."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An analysis's arguments; what is wrong with them is a `UserError`.
+class BareParser(argparse.ArgumentParser):
+    """Arguments whose errors are `UserError`.
+
+    Args:
+        name: of the analysis.
+        text: what it does.
+        epilog: what stands at the end of its help.
+    """
+
+    def __init__(self, name: str, text: str, epilog: str) -> None:
+        super().__init__(
+            prog=f"lesam-dist analyze {name}",
+            description=textwrap.fill(text, 100),
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help)")
+
+
+class Parser(BareParser):
+    """The arguments of an analysis of checkpoints.
 
     Args:
         name: of the analysis.
@@ -35,13 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, text: str, least: int = 1, most: int | None = 1) -> None:
         example = " ".join(["runs/digits", "runs/other"][: 1 if most == 1 else 2])
-        super().__init__(
-            prog=f"lesam-dist analyze {name}",
-            description=textwrap.fill(text, 100),
-            epilog=_EPILOG.format(name=name, checkpoints=example),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(name, text, _EPILOG.format(name=name, checkpoints=example))
         self._least, self._most = least, most
         self.add_argument(
             "checkpoints",
@@ -75,9 +91,6 @@ class Parser(argparse.ArgumentParser):
             self.error(f"this is an analysis of {wanted} checkpoint{'s' * (wanted != '1')}, and there are {given}")
         if arguments.seed < 0:
             raise UserError(f"--seed is {arguments.seed}: it must be at least 0.")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help)")
 
 
 def _samples(text: str) -> int | None:
