@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lesam_dist.analysis.measures.landscape import filter_normalised, grid, landscape
     from lesam_dist.analysis.measures.lpf import lpf, lpf_one_pass
     from lesam_dist.analysis.measures.radius import radius
+    from lesam_dist.analysis.measures.robustness import robustness
     from lesam_dist.analysis.measures.sharpness import sharpness
     from lesam_dist.analysis.measures.sharpness_plan import Plan
 
@@ -35,6 +36,7 @@ _WHERE = {
     "measures.landscape": ("filter_normalised", "grid", "landscape"),
     "measures.lpf": ("lpf", "lpf_one_pass"),
     "measures.radius": ("radius",),
+    "measures.robustness": ("robustness",),
     "measures.sharpness": ("sharpness",),
     "measures.sharpness_plan": ("Plan",),
 }
@@ -52,6 +54,7 @@ __all__ = [
     "lpf_one_pass",
     "radius",
     "read_source",
+    "robustness",
     "sharpness",
 ]
 
