@@ -1,5 +1,7 @@
 """What the loss looks like around the weights of a checkpoint: how sharp it is, in which sense, and how we know.
 
+Beside it, what attacks on the pixels do to the accuracy, and how far the confidence is to be trusted.
+
 Each analysis is a command, `lesam-dist analyze NAME`, and a function here, of an `Objective`: the loss of any model on
 any images, or what `load` makes of a checkpoint::
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from lesam_dist.analysis.measures.landscape import filter_normalised, grid, landscape
     from lesam_dist.analysis.measures.lpf import lpf, lpf_one_pass
     from lesam_dist.analysis.measures.radius import radius
+    from lesam_dist.analysis.measures.robustness import robustness
     from lesam_dist.analysis.measures.sharpness import sharpness
     from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
 
@@ -35,6 +38,7 @@ _WHERE = {
     "measures.landscape": ("filter_normalised", "grid", "landscape"),
     "measures.lpf": ("lpf", "lpf_one_pass"),
     "measures.radius": ("radius",),
+    "measures.robustness": ("robustness",),
     "measures.sharpness": ("sharpness",),
     "measures.sharpness_plan": ("SharpnessPlan",),
 }
@@ -52,6 +56,7 @@ __all__ = [
     "lpf_one_pass",
     "radius",
     "read_source",
+    "robustness",
     "sharpness",
 ]
 

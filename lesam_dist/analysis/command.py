@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -26,6 +26,7 @@ ANALYSES = {
     "lpf": "low-pass filtered loss: its mean under Gaussian noise on the weights",
     "landscape": "the loss on a line or a plane through the weights, along filter-normalised directions",
     "connect": "the loss on the straight line between two checkpoints, and its barrier",
+    "robustness": "accuracy under attacks on the pixels (PGD), and calibration",
     "radius": "what the radius did in a run, and what the loss made of it, from its log",
 }
 """What there is, each with its one line; `lesam_dist.analysis.commands.NAME` has its `Analysis` or `Comparison`."""
@@ -62,6 +63,7 @@ class _Parts(Generic[Of]):
     compute: Callable[[argparse.Namespace, Of, Work], dict[str, Any]]
     draw: Callable[[Document], Any]
     rows: Callable[[Document], list[tuple[str, str]]]
+    split: str = field(default="train", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Analysis(_Parts["Subject"]):
         compute: its results, for JSON; with a `Work` that keeps what is done and moves the bar. On all ranks.
         draw: a matplotlib figure of a document.
         rows: of a document, what the terminal shows: name and value.
+        split: whose images it is of, unless --split says otherwise.
     """
 
 
@@ -117,7 +120,7 @@ def run(analysis: Analysis | Comparison, argv: Sequence[str]) -> None:
     """Make an analysis, unless it has been made, and show what it found."""
     if isinstance(analysis, Analysis):
         analysis = _of_one(analysis)
-    parser = Parser(analysis.name, analysis.text, analysis.least, analysis.most)
+    parser = Parser(analysis.name, analysis.text, analysis.least, analysis.most, analysis.split)
     analysis.add_arguments(parser)
     arguments, flags = parser.parse_known_args(list(argv))
     parser.check(arguments, flags)
@@ -159,6 +162,7 @@ def _of_one(analysis: Analysis) -> Comparison:
         analysis.draw,
         analysis.rows,
         most=1,
+        split=analysis.split,
     )
 
 

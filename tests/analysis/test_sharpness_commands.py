@@ -1,4 +1,4 @@
-"""`lesam-dist analyze lpf` and `sharpness` of a file of weights, from the arguments to the files."""
+"""`lesam-dist analyze lpf`, `sharpness` and `robustness` of a file of weights, from the arguments to the files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from lesam_dist.analysis.command import analyze
+from lesam_dist.analysis.engine.subject import load, read_source
 from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model
+from lesam_dist.parallel.processes import Distributed
 
 
 @pytest.fixture
@@ -90,6 +92,35 @@ def test_sharpness_refuses_batches_that_are_not_there(weights: tuple[str, ...], 
     with pytest.raises(UserError, match=r"^rho is 0: it must be above 0\.$"):
         analyze(["sharpness", *weights, "--rho", "0"])
     assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_robustness(seed: int, weights: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--steps", "2", "--linf", "0", "8/255", "--l2", "0.5"]
+    analyze(["robustness", *weights, *flags])
+    told = capsys.readouterr().out
+    assert "3 attacks of 2 steps, and the images as they are: about 10 forward and 6 backward passes over 21 " in told
+    found = document(tmp_path, "robustness")
+    assert found["settings"]["split"] == "val", "of which there are 21, unless one says otherwise"
+    results = found["results"]
+    assert results["passes"] == {"forward": 10, "backward": 6}
+    still, box, ball = results["attacked"]
+    assert [(each["norm"], each["eps"]) for each in (still, box, ball)] == [("linf", 0), ("linf", 8 / 255), ("l2", 0.5)]
+    assert {name: still[name] for name in results["clean"]} == results["clean"]
+    alone = Distributed(0, 0, 1, torch.device("cpu"))
+    subject = load(read_source(Path(weights[0]), "digits", weights[3:-4]), alone, samples=None, split="val")
+    loss, error = subject.objective().loss_and_error()
+    assert results["calibration"]["nll"] == pytest.approx(loss, rel=1e-5)
+    assert results["clean"]["accuracy"] == pytest.approx(100 - error)
+    assert f"{box['accuracy']:.2f} ± {box['standard_error']:.2f} %" in told
+    for wrong, message in (
+        (("--linf", "8"), r"^linf is 8: it must be from 0 to 1, as pixels are; eight grey levels are 8/255\.$"),
+        (("--l2", "-1"), r"^l2 is -1: it must be from 0 to 1"),
+        (("--steps", "0"), r"^steps is 0: it must be at least 1\.$"),
+        (("--linf", "1/0"), r"^argument --linf: invalid radius, as 8/255 or 0\.03, value: '1/0'"),
+        (("--split", "train", *flags), r"has other settings: samples 21 there, 24 now, split 'val' there, 'train' now"),
+    ):
+        with pytest.raises(UserError, match=message):
+            analyze(["robustness", *weights, *wrong])
 
 
 def test_no_flag_is_the_beginning_of_one_of_torchruns() -> None:

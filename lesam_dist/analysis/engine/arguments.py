@@ -53,9 +53,10 @@ class Parser(BareParser):
         name: of the analysis.
         text: what it does.
         least, most: how many checkpoints it takes; None: any number.
+        split: whose images, by default.
     """
 
-    def __init__(self, name: str, text: str, least: int = 1, most: int | None = 1) -> None:
+    def __init__(self, name: str, text: str, least: int = 1, most: int | None = 1, split: str = "train") -> None:
         example = " ".join(["runs/digits", "runs/other"][: 1 if most == 1 else 2])
         super().__init__(name, text, _EPILOG.format(name=name, checkpoints=example))
         self._least, self._most = least, most
@@ -68,7 +69,7 @@ class Parser(BareParser):
         )
         self.add_argument("--config", help="recipe or YAML file that a file of weights is of")
         self.add_argument("--ema", action="store_true", help="the averaged weights, of a run with ema.decay")
-        self.add_argument("--split", choices=_SPLITS, default="train", help="whose images (default: train)")
+        self.add_argument("--split", choices=_SPLITS, default=split, help=f"whose images (default: {split})")
         self.add_argument("--samples", type=_samples, default=1024, help="number of images, or all (default: 1024)")
         self.add_argument("--seed", type=int, default=0, help="of the choice of images and of directions (default: 0)")
         self.add_argument("--output", type=Path, help="folder for the results (default: RUN_DIR/analysis)")

@@ -97,7 +97,7 @@ class Objective:
     def loss(self) -> float:
         """L(w); one forward."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self._computing():
+        with self.computing():
             for images, labels in self.batches:
                 total += self._criterion(self.model(images), labels).double()
         self._count(forward=1)
@@ -107,7 +107,7 @@ class Objective:
     def loss_and_error(self) -> tuple[float, float]:
         """L(w), and the share of images whose largest output is not their label's, in per cent; one forward."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with self._computing():
+        with self.computing():
             for images, labels in self.batches:
                 out = self.model(images)
                 sums[0] += self._criterion(out, labels).double()
@@ -134,7 +134,7 @@ class Objective:
         momenta = [layer.momentum for layer in layers]
         seen = 0
         try:
-            with self._computing():
+            with self.computing():
                 for layer in layers:
                     layer.reset_running_stats()  # a number that is not finite would stay with any momentum
                     layer.train()
@@ -164,7 +164,7 @@ class Objective:
         """L(w), and its gradient (size,); one forward and one backward."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        with self._computing():
+        with self.computing():
             for images, labels in self.batches:
                 loss = self._criterion(self.model(images), labels)
                 total += loss.detach().double()
@@ -179,7 +179,7 @@ class Objective:
         """
         parts = self.unflatten(vector)
         sums = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        with self._computing():
+        with self.computing():
             for images, labels in self.batches:
                 loss = self._criterion(self.model(images), labels)
                 gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
@@ -194,6 +194,20 @@ class Objective:
         parts = vector.split(self._sizes)
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The model as all methods compute it, in eval mode and float32, for what one computes with it oneself."""
+        self.world.move("computing on its images")
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            # Attention's fused kernels cannot be differentiated twice.
+            with numerics(PrecisionConfig(tf32=False), self.device), sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
     @torch.no_grad()
     def _write(self, weights: Tensor) -> None:
         for p, part in zip(self.parameters, self.unflatten(weights), strict=True):
@@ -207,19 +221,6 @@ class Objective:
     def _count(self, forward: int = 0, backward: int = 0) -> None:
         self.passes["forward"] += forward
         self.passes["backward"] += backward
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        self.world.move("computing on its images")
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            # Attention's fused kernels cannot be differentiated twice.
-            with numerics(PrecisionConfig(tf32=False), self.device), sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,200 @@
+"""Accuracy under attacks on the pixels (Table 5 of the paper), and whether confidence is to be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lesam_dist.analysis.engine.calibration import (
+    Calibration,
+    calibration_of,
+    calibration_sums,
+    over_processes,
+    right,
+)
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.pgd import Norm, Scale, pgd, random_starts
+from lesam_dist.errors import UserError
+
+_HALF_A_GREY_LEVEL = 0.5 / 255
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of images that are classified rightly.
+
+    Attributes:
+        right: images.
+        images: of all.
+    """
+
+    right: int
+    images: int
+
+    @property
+    def percent(self) -> float:
+        """The share, in per cent."""
+        return 100 * self.right / self.images
+
+    @property
+    def standard_error(self) -> float:
+        """Of the share as an estimate for all images that there might be, binomial, in per cent; 0 at 0 and 100 %."""
+        share = self.right / self.images
+        return 100 * math.sqrt(share * (1 - share) / self.images)
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"accuracy": self.percent, "standard_error": self.standard_error}
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What `robustness` has found.
+
+    Attributes:
+        clean: of the images as they are.
+        attacked: by norm and eps.
+        calibration: of the predictions for the images as they are.
+    """
+
+    clean: Accuracy
+    attacked: dict[tuple[Norm, float], Accuracy]
+    calibration: Calibration
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        attacked = [{"norm": norm, "eps": eps} | found.numbers() for (norm, eps), found in self.attacked.items()]
+        return {"clean": self.clean.numbers(), "attacked": attacked, "calibration": asdict(self.calibration)}
+
+
+def robustness(
+    objective: Objective,
+    *,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    linf: Sequence[float] = (1 / 255,),
+    l2: Sequence[float] = (32 / 255,),
+    steps: int = 10,
+    seed: int = 0,
+    journal: Journal | None = None,
+    on_passes: Callable[[float], None] | None = None,
+) -> Robustness:
+    """Accuracy under PGD (`lesam_dist.analysis.engine.pgd.pgd`), and NLL and ECE of the clean predictions.
+
+    The defaults are the attacks of the paper's Table 5. Each image has one random start in each norm, which depends on
+    ``seed`` and on the image's index among those of all processes, rank 0's first: neither the number of processes nor
+    the size of batches changes an attack, beyond rounding. An eps of 0 changes nothing. The weights stay, and so do
+    the images. One forward for the clean images; ``steps`` + 1 forwards and ``steps`` backwards for each eps.
+
+    This accuracy is no lower than the one under the worst perturbation, which no attack is sure to find, least of all
+    where the loss is so near to 0 that its gradient vanishes.
+
+    Args:
+        objective: has the model, which gives logits, and the images, (B, ...) with channels in dimension 1, normalised
+            as ``(pixels - mean) / std`` for pixels from 0 to 1. Its criterion is not used.
+        mean, std: by channel, or one for all; of a run: ``source.config.data.mean`` and ``std`` of its `Subject`.
+        linf, l2: radii eps in that norm, in pixels from 0 to 1: 8/255 is eight grey levels.
+        steps: of PGD, each of eps/4 (l_inf) or eps/8 (l_2).
+        seed: of the starts.
+        journal: keeps what each eps has found, for the next try; None keeps nothing.
+        on_passes: called with the number of passes so far.
+
+    Raises:
+        UserError: for a number out of range; for images whose pixels are not from 0 to 1, as with another mean.
+    """
+    check(linf, l2, steps)
+    scale = Scale(mean, std)
+    _require_pixels(objective, scale)
+    kept = Journal() if journal is None else journal  # an empty one is false
+    made = 1.0
+    sums = torch.tensor(kept.get("clean", lambda: _clean(objective)), dtype=torch.float64)
+    attacked: dict[tuple[Norm, float], Accuracy] = {}
+
+    def advance(share: float) -> None:
+        if on_passes:
+            on_passes(made + share * (2 * steps + 1))
+
+    advance(0)
+    radii: list[tuple[Norm, float]] = [*(("linf", eps) for eps in linf), *(("l2", eps) for eps in l2)]
+    for norm, eps in radii:
+        found = kept.get(f"{norm} {eps!r}", lambda: _attacked(objective, scale, norm, eps, steps, seed, advance))  # noqa: B023 (called at once)
+        attacked[norm, eps] = Accuracy(found, objective.samples)
+        made += 2 * steps + 1
+        advance(0)
+    return Robustness(Accuracy(round(float(sums[2].sum())), objective.samples), attacked, calibration_of(sums))
+
+
+def check(linf: Sequence[float], l2: Sequence[float], steps: int) -> None:
+    """Raise a `UserError` for a number that `robustness` cannot use."""
+    for name, radii in (("linf", linf), ("l2", l2)):
+        for eps in radii:
+            if not 0 <= eps <= 1:
+                raise UserError(
+                    f"{name} is {eps:g}: it must be from 0 to 1, as pixels are; eight grey levels are 8/255."
+                )
+    if steps < 1:
+        raise UserError(f"steps is {steps}: it must be at least 1.")
+
+
+def passes(linf: Sequence[float], l2: Sequence[float], steps: int) -> tuple[int, int]:
+    """Forwards and backwards that `robustness` makes."""
+    radii = len(linf) + len(l2)
+    return 1 + radii * (steps + 1), radii * steps
+
+
+@torch.no_grad()
+def _clean(objective: Objective) -> list[list[float]]:
+    """`calibration_sums` of all images; one forward."""
+    total = torch.zeros((), dtype=torch.float64, device=objective.device)
+    for images, labels in objective.batches:
+        with objective.computing():
+            total = total + calibration_sums(objective.model(images), labels)
+    objective.passes["forward"] += 1
+    sums: list[list[float]] = over_processes(total, objective.world).tolist()
+    return sums
+
+
+def _attacked(
+    objective: Objective,
+    scale: Scale,
+    norm: Norm,
+    eps: float,
+    steps: int,
+    seed: int,
+    advance: Callable[[float], None],
+) -> int:
+    """How many images are still classified rightly."""
+    world = objective.world
+    shares = world.gather(sum(len(labels) for _, labels in objective.batches))
+    begin = first = sum(shares[: world.rank])
+    count = torch.zeros((), dtype=torch.long, device=objective.device)
+    for images, labels in objective.batches:
+        starts = random_starts(norm, images, seed, first)
+        with objective.computing():
+            delta = pgd(objective.model, images, labels, starts, norm=norm, eps=eps, steps=steps, scale=scale)
+            with torch.no_grad():
+                count += right(objective.model(images + scale.normalised(delta)), labels).sum()
+        first += len(labels)
+        advance((first - begin) / shares[world.rank])
+    objective.passes["forward"] += steps + 1
+    objective.passes["backward"] += steps
+    return int(over_processes(count, world))
+
+
+def _require_pixels(objective: Objective, scale: Scale) -> None:
+    """On all processes alike: images that were not normalised so would be attacked on a scale that nobody knows."""
+    ends = [scale.pixels(images).aminmax() for images, _ in objective.batches if images.numel()]
+    here = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
+    lowest, highest = (
+        pick(each) for pick, each in zip((min, max), zip(*objective.world.gather(here), strict=True), strict=True)
+    )
+    if not (lowest >= -_HALF_A_GREY_LEVEL and highest <= 1 + _HALF_A_GREY_LEVEL):
+        raise UserError(
+            f"pixels are from {lowest:.3g} to {highest:.3g} once mean and std are undone, and should be from 0 to 1: "
+            "give the mean and std that the images were normalised with."
+        )
