@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import is_sharded
+from lesam_dist.train.calibration import BINS, calibration_of, calibration_sums
 
 _TOP = 5
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -43,7 +44,9 @@ def evaluate(
 
     Returns:
         None where a process has left, else
-        ``acc1`` and, for more than 5 classes, ``acc5`` in per cent, ``loss`` per sample, and the ``samples`` counted.
+        ``acc1`` and, for more than 5 classes, ``acc5`` in per cent, ``loss`` per sample (which is the negative
+        log-likelihood), ``ece``, the expected calibration error from 0 to 1 (`lesam_dist.train.calibration`), and the
+        ``samples`` counted.
 
     Raises:
         ValueError: for a sharded model without ``count``.
@@ -55,6 +58,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    bins = torch.zeros(4, BINS + 1, dtype=torch.float64, device=world.device)
     counts = [0, 0, 0]  # samples; those with more than 5 classes: the same, but on a rank without any; who has left
     for images, labels in batches:
         if leave is not None and leave():
@@ -70,16 +74,21 @@ def evaluate(
             counts[1] += len(labels)
         counts[0] += len(labels)
         sums += torch.stack([loss.double(), correct.sum().double(), among_five.sum().double()])
+        bins += calibration_sums(logits, labels)
     model.train(was_training)
-    sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype).to(sums.device)])
+    sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype).to(sums.device), bins.flatten()])
     world.move("at the end of an evaluation")
     if world.world_size > 1:
         dist.all_reduce(sums)
-    loss_sum, correct_sum, among_five_sum, samples, of_many, left = sums.tolist()
+    total = sums.cpu()
+    loss_sum, correct_sum, among_five_sum, samples, of_many, left = total[:6].tolist()
     if left:
         return None
-    top5 = {"acc5": 100 * among_five_sum / samples} if of_many else {}
-    return {"acc1": 100 * correct_sum / samples, **top5, "loss": loss_sum / samples, "samples": samples}
+    result = {"acc1": 100 * correct_sum / samples}
+    if of_many:
+        result["acc5"] = 100 * among_five_sum / samples
+    ece = calibration_of(total[6:].view_as(bins)).ece
+    return result | {"loss": loss_sum / samples, "ece": ece, "samples": samples}
 
 
 def _in_step(batches: Batches, count: int, world: Distributed) -> Iterator[tuple[Tensor, Tensor]]:

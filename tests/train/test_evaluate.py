@@ -54,7 +54,11 @@ def expected(seed: int, classes: int) -> dict[str, float]:
     better = (logits > of_label[:, None]).sum(axis=1)  # classes before the right one
     top5 = {"acc5": 100 * float((better < 5).mean())} if classes > 5 else {}
     loss = -float(log_p[np.arange(SAMPLES), y.numpy()].mean())
-    return {"acc1": 100 * float((better == 0).mean()), **top5, "loss": loss, "samples": SAMPLES}
+    confidence = np.exp(log_p.max(axis=1))
+    bins = np.floor(15 * confidence)
+    gaps = [abs(float(((better == 0) - confidence)[bins == k].sum())) for k in range(16)]
+    found = {"acc1": 100 * float((better == 0).mean()), **top5, "loss": loss, "ece": sum(gaps) / SAMPLES}
+    return found | {"samples": SAMPLES}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -68,7 +72,7 @@ def test_every_sample_counts_once(seed: int, world_size: int) -> None:
     for rank, runs in enumerate(results):
         mine = -(-owners.count(rank) // 3)
         for (strategy, classes), (evaluation, forwards, gathers) in zip(RUNS, runs, strict=True):
-            assert evaluation == pytest.approx(expected(seed, classes), rel=1e-5)
+            assert evaluation == pytest.approx(expected(seed, classes), rel=1e-5, abs=1e-6)
             # Sharded, all ranks run as often as the one with the most, and agree on that once, not in every batch.
             together = strategy == "fsdp" and world_size > 1
             assert (forwards, gathers) == ((3, 1) if together else (mine, 0))

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from lesam_dist.analysis.engine.calibration import (
+from lesam_dist.analysis.engine.journal import Journal
+from lesam_dist.analysis.engine.objective import Objective
+from lesam_dist.analysis.engine.pgd import Norm, Scale, pgd, random_starts
+from lesam_dist.errors import UserError
+from lesam_dist.train.calibration import (
     Calibration,
     calibration_of,
     calibration_sums,
     over_processes,
     right,
 )
-from lesam_dist.analysis.engine.journal import Journal
-from lesam_dist.analysis.engine.objective import Objective
-from lesam_dist.analysis.engine.pgd import Norm, Scale, pgd, random_starts
-from lesam_dist.errors import UserError
 
 _HALF_A_GREY_LEVEL = 0.5 / 255
 
