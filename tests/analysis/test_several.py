@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from lesam_dist.analysis import several
 from lesam_dist.analysis.command import analyze
 from lesam_dist.analysis.commands.connect import ANALYSIS as CONNECT
 from lesam_dist.analysis.commands.landscape import ANALYSIS as LANDSCAPE
+from lesam_dist.analysis.engine import several
 from lesam_dist.analysis.engine.subject import Source, load, read_source
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
