@@ -231,9 +231,12 @@ def test_what_was_interrupted_makes_the_missing_passes_alone(seed: int, tmp_path
     ("wrong", "message"),
     [
         ({"linf": (0.1, -0.1)}, r"^linf is -0\.1: it must be from 0 to 1"),
-        ({"linf": (8.0,)}, r"^linf is 8: it must be from 0 to 1, as pixels are; eight grey levels are 8/255\.$"),
-        ({"l2": (1.5,)}, r"^l2 is 1\.5: it must be from 0 to 1"),
-        ({"l2": (float("nan"),)}, r"^l2 is nan: it must be from 0 to 1"),
+        (
+            {"linf": (8.0,)},
+            r"^linf is 8: it must be from 0 to 1, for pixels from 0 to 1; eight grey levels are 8/255\.$",
+        ),
+        ({"l2": (-0.5,)}, r"^l2 is -0\.5: it must be finite and at least 0"),
+        ({"l2": (float("nan"),)}, r"^l2 is nan: it must be finite and at least 0"),
         ({"steps": 0}, r"^steps is 0: it must be at least 1\.$"),
         ({}, r"^pixels are from -.* to .* once mean and std are undone, and should be from 0 to 1: give the mean"),
     ],

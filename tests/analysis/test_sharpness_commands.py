@@ -113,8 +113,11 @@ def test_robustness(seed: int, weights: tuple[str, ...], tmp_path: Path, capsys:
     assert results["clean"]["accuracy"] == pytest.approx(100 - error)
     assert f"{box['accuracy']:.2f} ± {box['standard_error']:.2f} %" in told
     for wrong, message in (
-        (("--linf", "8"), r"^linf is 8: it must be from 0 to 1, as pixels are; eight grey levels are 8/255\.$"),
-        (("--l2", "-1"), r"^l2 is -1: it must be from 0 to 1"),
+        (
+            ("--linf", "8"),
+            r"^linf is 8: it must be from 0 to 1, for pixels from 0 to 1; eight grey levels are 8/255\.$",
+        ),
+        (("--l2", "-1"), r"^l2 is -1: it must be finite and at least 0"),
         (("--steps", "0"), r"^steps is 0: it must be at least 1\.$"),
         (("--linf", "1/0"), r"^argument --linf: invalid radius, as 8/255 or 0\.03, value: '1/0'"),
         (("--split", "train", *flags), r"has other settings: samples 21 there, 24 now, split 'val' there, 'train' now"),

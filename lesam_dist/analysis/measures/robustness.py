@@ -131,11 +131,12 @@ def robustness(
 
 def check(linf: Sequence[float], l2: Sequence[float], steps: int) -> None:
     """Raise a `UserError` for a number that `robustness` cannot use."""
-    for name, radii in (("linf", linf), ("l2", l2)):
+    for name, radii, largest in (("linf", linf, 1.0), ("l2", l2, math.inf)):
         for eps in radii:
-            if not 0 <= eps <= 1:
+            if not (0 <= eps <= largest and math.isfinite(eps)):
+                limit = "from 0 to 1" if largest == 1 else "finite and at least 0"
                 raise UserError(
-                    f"{name} is {eps:g}: it must be from 0 to 1, as pixels are; eight grey levels are 8/255."
+                    f"{name} is {eps:g}: it must be {limit}, for pixels from 0 to 1; eight grey levels are 8/255."
                 )
     if steps < 1:
         raise UserError(f"steps is {steps}: it must be at least 1.")
