@@ -39,7 +39,7 @@ def test_the_average_is_evaluated_beside_the_weights(
     assert command(*small, "--run_dir", plain)[0] == 0
     assert command(*small, "--run_dir", averaged, "--ema.decay", str(decay))[0] == 0
     for line, expected in zip(val_lines(averaged), val_lines(plain), strict=True):
-        average = {name: line.pop(f"ema_{name}") for name in ("acc1", "loss")}
+        average = {name: line.pop(f"ema_{name}") for name in ("acc1", "loss", "ece")}
         assert line == expected, "averaging must not change the run"
         assert (average["loss"] == line["loss"]) == (decay == 0), "decay 0 is the weights themselves"
     assert (averaged / "curves.png").exists()
