@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Comparison, Work
-from lesam_dist.analysis.commands.labels import labels, title
+from lesam_dist.analysis.commands.labels import labels, number, reals, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,11 +75,11 @@ def _draw(document: Document) -> Figure:
     first, second = labels(document)
     for axes, (name, text) in zip(figure.subplots(1, 2), _SHOWN, strict=True):
         curve = results[name]
-        values = [float("nan") if value is None else value for value in curve["values"]]
+        values = reals(curve["values"])
         axes.plot(places, values, marker=".", label="between")
         axes.plot([0, 1], [values[0], values[-1]], linestyle=":", color="grey", label="straight line")
         if results["batchnorm"] == "estimate":
-            ends = [float("nan") if value is None else value for value in curve["ends"]]
+            ends = reals(curve["ends"])
             axes.plot([0, 1], ends, linestyle="none", marker="D", color="tab:orange", label="own BatchNorm statistics")
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [f"0\n{first}", "0.25", "0.5", "0.75", f"1\n{second}"])
         axes.set(ylabel=text)
@@ -95,9 +95,9 @@ def _rows(document: Document) -> list[tuple[str, str]]:
     for name, text in _SHOWN:
         rows.append((f"barrier, {text}", _barrier(results[f"{name}_barrier"])))
         values = results[name]["values"]
-        rows.append((f"{text} at the ends", f"{_number(values[0])}, {_number(values[-1])}"))
+        rows.append((f"{text} at the ends", f"{number(values[0])}, {number(values[-1])}"))
         if results["batchnorm"] == "estimate":
-            rows.append((f"{text} with own statistics", ", ".join(map(_number, results[name]["ends"]))))
+            rows.append((f"{text} with own statistics", ", ".join(map(number, results[name]["ends"]))))
     if results["nonfinite"]:
         rows.append(("places not finite", f"{results['nonfinite']} of {len(results['places'])}"))
     return rows
@@ -109,10 +109,6 @@ def _barrier(found: dict[str, float] | None) -> str:
     if found["height"] == 0:
         return "0, nowhere above the straight line"
     return f"{found['height']:.4g} at {found['place']:.3g}"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
 
 
 ANALYSIS = Comparison(

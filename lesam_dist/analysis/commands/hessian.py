@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Analysis, Work
+from lesam_dist.analysis.commands.labels import plus_minus, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,7 @@ def _draw(document: Document) -> Figure:
     right.set(title="spectral density", xlabel="eigenvalue", ylabel="density")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{document['run']}, {document['checkpoint']}", parse_math=False)
+    figure.suptitle(title(document), parse_math=False)
     return figure
 
 
@@ -89,8 +90,7 @@ def _rows(document: Document) -> list[tuple[str, str]]:
     if results["first_over_fifth"] is not None:
         rows.append(("first over fifth", f"{results['first_over_fifth']:.3g}"))
     if trace := results["trace"]:
-        error = "" if trace["standard_error"] is None else f" ± {trace['standard_error']:.2g}"
-        rows.append(("trace", f"{trace['mean']:.4g}{error}"))
+        rows.append(("trace", f"{trace['mean']:.4g}{plus_minus(trace)}"))
     if results["density"]:
         nodes = [node for each in results["density"] for node in each["nodes"]]
         rows.append(("spectrum seen", f"{min(nodes):.4g} to {max(nodes):.4g}"))

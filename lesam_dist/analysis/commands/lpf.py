@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Analysis, Work
+from lesam_dist.analysis.commands.labels import plus_minus, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def _draw(document: Document) -> Figure:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"{document['run']}, {document['checkpoint']}", parse_math=False)
+    figure.suptitle(title(document), parse_math=False)
     return figure
 
 
@@ -80,7 +81,7 @@ def _rows(document: Document) -> list[tuple[str, str]]:
     estimate = results["lpf"]
     if estimate["mean"] is None:
         return [("low-pass filtered loss", "not finite")]
-    error = "" if estimate["standard_error"] is None else f" ± {estimate['standard_error']:.2g}"
+    error = plus_minus(estimate)
     return [
         ("low-pass filtered loss", f"{estimate['mean']:.6g}{error}"),
         ("loss", f"{results['loss']:.6g}"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lesam_dist.analysis.commands.labels import reals
 from lesam_dist.analysis.engine.arguments import BareParser
 from lesam_dist.parallel.place import find_place
 
@@ -101,8 +102,6 @@ def draw(document: dict[str, Any]) -> Figure:
 
 
 def _band(axes: Axes, epochs: Sequence[int], spread: dict[str, list[float | None]], label: str, style: str) -> None:
-    low, mean, high = (
-        [float("nan") if value is None else value for value in spread[which]] for which in ("min", "mean", "max")
-    )
+    low, mean, high = (reals(spread[which]) for which in ("min", "mean", "max"))
     (line,) = axes.plot(epochs, mean, label=label, linestyle=style, marker="o", markersize=3 if len(epochs) < 50 else 0)
     axes.fill_between(epochs, low, high, alpha=0.2, color=line.get_color(), linewidth=0)

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Analysis, Work
+from lesam_dist.analysis.commands.labels import number, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,7 @@ def _draw(document: Document) -> Figure:
     _reliability(last, results["calibration"])
     for axes in (*panels, last):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{document['run']}, {document['checkpoint']}", parse_math=False)
+    figure.suptitle(title(document), parse_math=False)
     return figure
 
 
@@ -108,7 +109,7 @@ def _reliability(axes: Axes, calibration: Document) -> None:
     axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated")
     x, y = (np.array([each[key] for each in bins], dtype=float) for key in ("confidence", "accuracy"))
     axes.plot(x, y, color="tab:blue", marker="o", markersize=4, label="accuracy")
-    axes.set(title=f"calibration: ECE {_number(calibration['ece'])}", xlabel="confidence", ylabel="accuracy, share")
+    axes.set(title=f"calibration: ECE {number(calibration['ece'])}", xlabel="confidence", ylabel="accuracy, share")
     axes.set(xlim=(0, 1.04), ylim=(0, 1.04))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize="small")  # no corner is always free
 
@@ -120,15 +121,11 @@ def _rows(document: Document) -> list[tuple[str, str]]:
         (f"under PGD, {each['norm']}, eps {255 * each['eps']:.4g}/255", _percent(each)) for each in results["attacked"]
     ]
     calibration = results["calibration"]
-    return [*rows, ("NLL, ECE", f"{_number(calibration['nll'])}, {_number(calibration['ece'])}")]
+    return [*rows, ("NLL, ECE", f"{number(calibration['nll'])}, {number(calibration['ece'])}")]
 
 
 def _percent(accuracy: Document) -> str:
     return f"{accuracy['accuracy']:.2f} ± {accuracy['standard_error']:.2f} %"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
 
 
 ANALYSIS = Analysis(

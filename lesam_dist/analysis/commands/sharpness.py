@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Analysis, Work
+from lesam_dist.analysis.commands.labels import plus_minus, title
 from lesam_dist.analysis.measures.sharpness_plan import PARTS, SharpnessPlan
 
 if TYPE_CHECKING:
@@ -91,16 +92,18 @@ def _draw(document: Document) -> Figure:
 
     measures = document["results"]["measures"]
     panels = [
-        (title, xlabel, ylabel, lines) for title, xlabel, ylabel, make in _PANELS if (lines := _lines(measures, make))
+        (heading, xlabel, ylabel, lines)
+        for heading, xlabel, ylabel, make in _PANELS
+        if (lines := _lines(measures, make))
     ]
     columns = min(3, len(panels)) or 1
     rows = -(-len(panels) // columns) or 1
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
-    for index, (title, xlabel, ylabel, lines) in enumerate(panels):
+    for index, (heading, xlabel, ylabel, lines) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         for name, points in lines.items():
             _line(axes, name, points)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log")
+        axes.set(title=heading, xlabel=xlabel, ylabel=ylabel, xscale="log")
         ticks = sorted({x for points in lines.values() for x, _, _ in points})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=30 if len(ticks) > 4 else 0)
         axes.minorticks_off()
@@ -109,7 +112,7 @@ def _draw(document: Document) -> Figure:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", framealpha=0.5)
-    figure.suptitle(f"{document['run']}, {document['checkpoint']}", parse_math=False)
+    figure.suptitle(title(document), parse_math=False)
     return figure
 
 
@@ -202,8 +205,7 @@ def _value(measure: Document) -> str:
     missing = f" ({measure['missing']} missing)" if measure["missing"] else ""
     if measure["mean"] is None:
         return "none" + missing
-    error = "" if measure["standard_error"] is None else f" ± {measure['standard_error']:.2g}"
-    return f"{measure['mean']:.3g}{error}{missing}"
+    return f"{measure['mean']:.3g}{plus_minus(measure)}{missing}"
 
 
 ANALYSIS = Analysis(
