@@ -134,6 +134,9 @@ class Case:
 
 LR, MOMENTUM = 0.05, 0.9
 
+# The products that every strategy has; the exact ones are compared to them.
+EIGEN = {"rho": RHO, "alpha": 0.3, "interval": 2, "power_steps": 3, "products": "difference"}
+
 CASES = {
     "sam": Case(optim.SAM, sam, {"rho": RHO}),
     "lesam": Case(optim.LESAM, lesam, {"sigma": RHO, "rho_max": 0.05}),
@@ -148,7 +151,7 @@ CASES = {
     "looksam": Case(optim.LookSAM, looksam, {"rho": RHO, "interval": 2}, (2, 1)),
     "msam": Case(optim.MSAM, msam, {"rho": RHO}, (1, 1)),
     "s2sam": Case(optim.S2SAM, s2sam, {"rho": RHO}, (1, 1)),
-    "eigen": Case(optim.EigenSAM, eigen, {"rho": RHO, "alpha": 0.3, "interval": 2, "power_steps": 3}),
+    "eigen": Case(optim.EigenSAM, eigen, EIGEN),
     "own": Case(Halved, halved, {"rho": RHO, "part": 0.5}),  # which the project does not have
     "esam": Case(optim.ESAM, sam, {"rho": RHO, "beta": 1.0, "gamma": 1.0}),
 }

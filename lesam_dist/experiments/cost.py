@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lesam_dist.config.methods import complete
 from lesam_dist.config.schema import Config, OptimizerConfig
+from lesam_dist.optim.engine.products import COST, NotTwiceDifferentiableError
 from lesam_dist.train.build import build_optimizer
 from lesam_dist.train.passes import BatchPasses
 
@@ -25,13 +27,15 @@ def sgd_steps(config: Config) -> float:
     """
     optimizer, epochs = config.optimizer, float(config.epochs)
     stop = epochs if optimizer.stop_epoch is None else min(optimizer.stop_epoch, epochs)
-    return 1 + (passes_per_step(optimizer) - 1) * (stop - optimizer.start_epoch) / epochs
+    is_sharded = config.parallel.strategy in ("fsdp", "hsdp")
+    return 1 + (passes_per_step(optimizer, is_sharded) - 1) * (stop - optimizer.start_epoch) / epochs
 
 
-def passes_per_step(config: OptimizerConfig) -> float:
+def passes_per_step(config: OptimizerConfig, is_sharded: bool = False) -> float:
     """Passes that the method makes in an average step: the calls of its closure, counted on a tiny network.
 
-    A pass over a share of the samples counts as that share, and a forward pass alone as a third.
+    A pass over a share of the samples counts as that share, a forward pass alone as a third, and an exact product with
+    the Hessian, which sharded weights do not have, as three.
     """
     # Neither who computes nor over whom gradients are reduced changes the number of passes.
     config = replace(config, backend="reference", scope="global")
@@ -43,6 +47,7 @@ def passes_per_step(config: OptimizerConfig) -> float:
         counted = 0.0
         for step in range(2 * period):
             closure = _Counting(model, nn.CrossEntropyLoss(), images, labels)
+            closure.is_sharded = is_sharded
             optimizer.step(closure)
             if step >= period:  # the first period may differ: there is no eigenvector yet
                 counted += closure.passes
@@ -51,9 +56,16 @@ def passes_per_step(config: OptimizerConfig) -> float:
 
 class _Counting(BatchPasses):
     passes = 0.0
+    is_sharded = False
 
     def __call__(self, **kwargs: Any) -> Tensor:
         subset = kwargs.get("subset")
         share = kwargs.get("fraction", 1.0) if subset is None else len(subset) / len(self.labels)
         self.passes += share if kwargs.get("backward", True) else share * _FORWARD
         return super().__call__(**kwargs)
+
+    def hessian_product(self, along: Mapping[Tensor, Tensor]) -> None:
+        if self.is_sharded:
+            raise NotTwiceDifferentiableError("the model is sharded.")
+        self.passes += COST
+        super().hessian_product(along)

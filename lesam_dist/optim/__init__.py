@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lesam_dist.optim.budget import CosineBudget
     from lesam_dist.optim.eigen import EigenSAM
     from lesam_dist.optim.engine.base import SharpnessAware
+    from lesam_dist.optim.engine.products import hessian_backward
     from lesam_dist.optim.esam import ESAM
     from lesam_dist.optim.fisher import FisherSAM
     from lesam_dist.optim.friendly import FriendlySAM
@@ -48,6 +49,7 @@ __all__ = [
     "LookSAM",
     "SharpnessAware",
     "adaptive_groups",
+    "hessian_backward",
     "norm_groups",
 ]
 
@@ -57,6 +59,7 @@ _OTHERS = {
     "CosineBudget": "budget",
     "SharpnessAware": "engine.base",
     "adaptive_groups": "asam",
+    "hessian_backward": "engine.products",
     "norm_groups": "samon",
 }
 

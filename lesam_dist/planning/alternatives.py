@@ -10,7 +10,7 @@ from lesam_dist.config.checks import checked
 from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
-from lesam_dist.planning.method import observe
+from lesam_dist.planning.method import observe_run
 from lesam_dist.planning.predict import Case
 
 _OWN = "perturbs by its own gradient, which is noisier: LE-SAM's radius gets smaller, and sigma must be tuned anew"
@@ -59,8 +59,8 @@ def cases(case: Case) -> Iterator[tuple[Alternative, Case]]:
     for alternative in alternatives(case.config):
         try:
             config = _changed(case.config, alternative)
-            same = config.optimizer == case.config.optimizer
-            method = case.method if same else observe(config.optimizer)
+            same = (config.optimizer, config.parallel) == (case.config.optimizer, case.config.parallel)
+            method = case.method if same else observe_run(config)
         except UserError:
             continue
         yield alternative, replace(case, config=config, method=method)

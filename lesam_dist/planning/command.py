@@ -78,7 +78,7 @@ def _machine(arguments: argparse.Namespace, device: Device, outside: Link, rate:
 def _report(arguments: argparse.Namespace, config: Config, machine: Machine, counts: Sequence[int]) -> None:
     from lesam_dist.experiments.report import show
     from lesam_dist.planning.alternatives import cases
-    from lesam_dist.planning.method import observe
+    from lesam_dist.planning.method import observe_run
     from lesam_dist.planning.predict import Case
     from lesam_dist.planning.profile import profile
     from lesam_dist.planning.report import as_numbers, change_table, plot, step_table, write_json
@@ -87,7 +87,7 @@ def _report(arguments: argparse.Namespace, config: Config, machine: Machine, cou
     train, val = _IMAGES.get(config.data.builtin or "", _IMAGENET)
     possible = [n for n in counts if per_gpu or n <= config.data.batch_size]
     network = profile(_with_batch(config, max(possible), per_gpu), max(possible))
-    case = Case(config, network, observe(config.optimizer), machine, (arguments.images or train, val))
+    case = Case(config, network, observe_run(config), machine, (arguments.images or train, val))
     found = {n: _predict(case, n, per_gpu) for n in counts}
     first = min(possible)
     alone = _predict(replace(case, config=_of_one(config, first, per_gpu)), 1, None)

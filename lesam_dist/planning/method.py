@@ -5,6 +5,7 @@ The optimizer of the config makes a few steps on a small network in this process
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lesam_dist.config.methods import PLAIN, complete
-from lesam_dist.config.schema import OptimizerConfig
+from lesam_dist.config.schema import Config, OptimizerConfig
+from lesam_dist.optim.engine.products import COST, NotTwiceDifferentiableError
 from lesam_dist.parallel.replicas import Sync
 from lesam_dist.planning.profile import Recorder
 from lesam_dist.train.build import build_optimizer
@@ -41,22 +43,36 @@ class Method(NamedTuple):
         traffic: reads and writes of all parameters, outside of the passes.
         state: tensors of a parameter's size in the optimizer's state, the base optimizer's included.
         copies: whether there is a copy of the weights.
+        twice: whether it differentiates twice, for products with the Hessian.
     """
 
     steps: list[list[Pass]]
     traffic: float
     state: float
     copies: bool
+    twice: bool = False
 
     @property
     def passes(self) -> float:
-        """Forward and backward passes over the whole batch in an average step; a forward pass alone is a third."""
+        """Forward and backward passes over the whole batch in an average step; a forward pass alone is a third.
+
+        A product with the Hessian is made of as many as it costs.
+        """
         made = [p.share * (1 if p.backward else 1 / 3) for step in self.steps for p in step]
         return sum(made) / len(self.steps)
 
 
-def observe(config: OptimizerConfig) -> Method:
+def observe_run(config: Config) -> Method:
+    """`observe` the method of a run."""
+    return observe(config.optimizer, config.parallel.strategy in ("fsdp", "hsdp"))
+
+
+def observe(config: OptimizerConfig, is_sharded: bool = False) -> Method:
     """The method that a config names, as it works between ``start_epoch`` and ``stop_epoch``.
+
+    Args:
+        config: of the method.
+        is_sharded: whether the weights are, so that no gradient can be differentiated.
 
     Raises:
         UserError: for hyper-parameters that the method refuses.
@@ -66,22 +82,23 @@ def observe(config: OptimizerConfig) -> Method:
         model = nn.Sequential(nn.Linear(24, 64), nn.LayerNorm(64), nn.Linear(64, 24))
         optimizer = build_optimizer(model, config)
         images, labels = torch.randn(_BATCH, 24), torch.randint(24, (_BATCH,))
-        steps, traffic = [], []
+        steps, traffic, twice = [], [], False
         recorder = Recorder(least=_LARGE)
         for _ in range(2 * period):  # the first period may differ: there is no memory yet
             closure = _Observed(model, nn.CrossEntropyLoss(), images, labels)
-            closure.recorder = recorder
+            closure.recorder, closure.is_sharded = recorder, is_sharded
             recorder.nbytes.clear()
             with recorder:
                 optimizer.step(closure)
             steps.append(closure.made)
+            twice |= closure.twice
             traffic.append(sum(recorder.nbytes))
         kept = [t for own in optimizer.state_dict()["state"].values() for t in own.values() if isinstance(t, Tensor)]
         state = sum(t.numel() for t in kept if t.numel() > 1)
         total = sum(p.numel() for p in model.parameters())
         made, nbytes = (_stretched(each[period:], block, whole) for each in (steps, traffic))
         moved = sum(nbytes) / (4 * total * whole)
-        return Method(made, round(moved, 1), round(state / total, 1), config.name not in PLAIN)
+        return Method(made, round(moved, 1), round(state / total, 1), config.name not in PLAIN, twice)
 
 
 def _shortened(config: OptimizerConfig) -> tuple[OptimizerConfig, int, int, int]:
@@ -104,6 +121,7 @@ def _stretched(steps: list[_T], block: int, length: int) -> list[_T]:
 
 class _Observed(BatchPasses):
     recorder: Recorder
+    is_sharded = twice = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -116,5 +134,16 @@ class _Observed(BatchPasses):
         self.recorder.paused = True
         try:
             return super().__call__(**kwargs)
+        finally:
+            self.recorder.paused = False
+
+    def hessian_product(self, along: Mapping[Tensor, Tensor]) -> None:
+        if self.is_sharded:
+            raise NotTwiceDifferentiableError("the model is sharded.")
+        self.twice = True
+        self.made += [Pass(1.0, True, False)] * (COST - 1) + [Pass(1.0, True, True)]  # it is reduced once
+        self.recorder.paused = True
+        try:
+            super().hessian_product(along)
         finally:
             self.recorder.paused = False

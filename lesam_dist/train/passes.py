@@ -8,18 +8,22 @@ first pass may move: later passes see perturbed weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.autograd import Variable
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lesam_dist.optim.engine import capturing
+from lesam_dist.optim.engine.products import NotTwiceDifferentiableError, hessian_backward
 from lesam_dist.parallel.bucket_rounding import rounding_of
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.replicas import Sync, replica_average
@@ -46,7 +50,8 @@ class BatchPasses:
             wrapped so. None answers no.
 
     Attributes:
-        forwards, backwards: images that have gone through the model so far.
+        forwards, backwards: images that have gone through the model so far; a product with the Hessian counts as the
+            four backwards that its multiplications are.
     """
 
     def __init__(
@@ -92,23 +97,14 @@ class BatchPasses:
         Returns:
             The mean loss of this rank's samples, 0-d, detached, not scaled; with ``per_sample`` all of them, (B,).
         """
-        if self._on_pass is not None:
-            self._passes += 1
-            self._on_pass(f"pass {self._passes}")
+        self._tell_of_a_pass()
         count = math.ceil(fraction * len(self.labels))
         images, labels = (t[:count] if subset is None else t[subset] for t in (self.images, self.labels))
         self.forwards += len(labels)
         self.backwards += backward * len(labels)
         parts = list(zip(images.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))
         rounded = self._may_round is not None and self._may_round()
-        with ExitStack() as stack:
-            if self._rng is None:
-                self._rng = _rng_state(images.device)
-            else:
-                _set_rng_state(self._rng, images.device)
-                stack.enter_context(frozen_batchnorm(self.model))
-            if not backward:
-                stack.enter_context(torch.no_grad())
+        with self._alike(images.device), nullcontext() if backward else torch.no_grad():
             losses = []
             for index, part in enumerate(parts):
                 reduces = sync if index == len(parts) - 1 else False
@@ -121,6 +117,66 @@ class BatchPasses:
             return torch.cat(losses)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
+    def hessian_product(self, along: Mapping[Tensor, Tensor]) -> None:
+        """Add ``H v`` of the batch's loss to ``.grad``, averaged over the processes: exact, by differentiating twice.
+
+        Of the loss that the passes have: with the batch's statistics in BatchNorm, the same random numbers, autocast
+        and the scaler's factor. It costs about three passes, and the memory of two: the first backward's graph is kept.
+        It is computed without compiled code, DDP's hooks and fused attention, which differentiate once; one all-reduce
+        follows.
+
+        Args:
+            along: v, see `TwiceDifferentiable`.
+
+        Raises:
+            NotTwiceDifferentiableError: the model is sharded (FSDP2, HSDP), or has torch's SyncBatchNorm.
+        """
+        self._require_twice()
+        self._tell_of_a_pass()
+        self.forwards += len(self.labels)
+        self.backwards += 4 * len(self.labels)
+        model: nn.Module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        with self._alike(self.images.device), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(model):
+            parts = zip(self.images.chunk(self.micro_batches), self.labels.chunk(self.micro_batches), strict=True)
+            for images, labels in parts:
+                loss = self._loss(model, images, labels) * (len(labels) / len(self.labels))
+                hessian_backward(loss if self.scaler is None else self.scaler.scale(loss), along)
+        if isinstance(self.model, DistributedDataParallel):
+            if self._on_pass is not None:
+                self._on_pass(AVERAGING)
+            _average([p.grad for p in along if p.grad is not None], self.model.process_group)
+        if self._on_pass is not None:
+            self._on_pass(UPDATING)
+
+    def _require_twice(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            raise NotTwiceDifferentiableError(
+                "the model is sharded, and FSDP2 gathers its weights outside of the graph."
+            )
+        if any(isinstance(layer, nn.SyncBatchNorm) for layer in self.model.modules()):
+            raise NotTwiceDifferentiableError("the model has torch's SyncBatchNorm, which differentiates once.")
+
+    def _tell_of_a_pass(self) -> None:
+        if self._on_pass is not None:
+            self._passes += 1
+            self._on_pass(f"pass {self._passes}")
+
+    @contextmanager
+    def _alike(self, device: torch.device) -> Iterator[None]:
+        """Inside, the same random numbers in every pass, and BatchNorm's statistics moved by the first alone."""
+        if self._rng is None:
+            self._rng = _rng_state(device)
+            yield
+            return
+        _set_rng_state(self._rng, device)
+        with frozen_batchnorm(self.model):
+            yield
+
+    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            loss: Tensor = self.criterion(model(images), labels)
+        return loss
+
     def _part(
         self, images: Tensor, labels: Tensor, share: float, per_sample: bool, backward: bool, tells: bool
     ) -> Tensor:
@@ -129,10 +185,9 @@ class BatchPasses:
         Returns:
             The part's mean loss times ``share``, or with ``per_sample`` the loss of each of its samples.
         """
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            with unreduced(self.criterion) if per_sample else nullcontext():
-                losses: Tensor = self.criterion(self.model(images), labels)
-            loss = (losses.mean() if per_sample else losses) * share
+        with unreduced(self.criterion) if per_sample else nullcontext():
+            losses = self._loss(self.model, images, labels)
+        loss = (losses.mean() if per_sample else losses) * share
         if backward:
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             if tells and self._on_pass is not None and isinstance(self.model, DistributedDataParallel):
@@ -187,6 +242,16 @@ def gradient_sync(model: nn.Module, sync: Sync, rounded: bool = False) -> Iterat
 
 
 @contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, what `torch.compile` has compiled runs as it is written: compiled code cannot be differentiated twice."""
+    if all(module._compiled_call_impl is None for module in model.modules()):
+        yield  # asking torch imports its compiler, which takes a second
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def unreduced(criterion: nn.Module) -> Iterator[None]:
     """Inside, a criterion of torch gives the loss of each sample instead of their mean."""
     if not hasattr(criterion, "reduction"):
@@ -232,14 +297,19 @@ def average_batchnorm(model: nn.Module, world: Distributed) -> None:
     average_over_ranks(buffers, world)
 
 
-@torch.no_grad()
 def average_over_ranks(tensors: list[Tensor], world: Distributed) -> None:
     """Give every rank the mean of all ranks' tensors, in place and in one collective."""
-    if world.world_size == 1 or not tensors:
+    if world.world_size > 1:
+        _average(tensors, None)
+
+
+@torch.no_grad()
+def _average(tensors: list[Tensor], group: ProcessGroup | None) -> None:
+    if not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    flat /= world.world_size
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
     for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(value.view(tensor.shape))
 

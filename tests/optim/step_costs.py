@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from tests.cost_meter import Meter
-from tests.methods import CASES, RHO
+from tests.methods import CASES, EIGEN, RHO
 
 JSON = Path(__file__).with_suffix(".json")
 DOCS = Path(__file__).parents[2] / "docs" / "costs.md"
@@ -99,19 +99,21 @@ def settings() -> dict[str, Setting]:
         "lesam, scaled, RMSprop": Setting(optim.LESAM, lesam, RMSprop, scaled=True),
         "esam, half of all": Setting(optim.ESAM, {"rho": RHO, "beta": 0.5, "gamma": 0.5}),
         "gsam, alpha 0": Setting(optim.GSAM, {"rho": RHO, "alpha": 0.0}),
+        # Exact where weights are whole, so not in the column of FSDP2.
+        "eigen, auto": Setting(optim.EigenSAM, {**EIGEN, "products": "auto"}, warm_up=4),
         "eigen, alpha 0": Setting(optim.EigenSAM, {"rho": RHO, "alpha": 0.0}),
     }
     return result
 
 
 class Bowl:
-    """Parameters and a closure that leaves in ``.grad`` what a quadratic loss would, one new tensor each."""
+    """Parameters, and as a closure what leaves in ``.grad`` what a quadratic loss would, one new tensor each."""
 
     def __init__(self, meter: Meter, params: list[nn.Parameter], scaler: GradScaler | None = None) -> None:
         self._meter, self.params, self._scaler = meter, params, scaler
         self._curvatures = [p.detach().abs() + 0.5 for p in params]
 
-    def closure(
+    def __call__(
         self,
         *,
         per_sample: bool = False,
@@ -127,6 +129,12 @@ class Bowl:
                     p.grad = p * curvature if self._scaler is None else self._scaler.scale(p * curvature)
             return torch.ones(4) if per_sample else torch.ones(())
 
+    def hessian_product(self, along: Mapping[Tensor, Tensor]) -> None:
+        self._meter.calls += 1
+        with self._meter.pause(), torch.no_grad():
+            for p, curvature in zip(self.params, self._curvatures, strict=True):
+                p.grad = along[p] * curvature
+
     def step(self, optimizer: Any, setting: Setting) -> None:
         """One step, after which the scaler is brought up to date."""
         optimizer.step(self.closures(setting))
@@ -136,7 +144,7 @@ class Bowl:
 
     def closures(self, setting: Setting) -> Any:
         """What ``step`` is given."""
-        return self.closure if setting.closures == 1 else [self.closure] * setting.closures
+        return self if setting.closures == 1 else [self] * setting.closures
 
 
 def build(setting: Setting, params: list[nn.Parameter], backend: str = "reference") -> Any:
@@ -233,7 +241,8 @@ What the optimizer of each method does beside the passes that the closure makes.
 counts it and writes this page, and `tests/optim/test_step_costs.py` fails where a step costs anything else. The base
 optimizer is SGD with momentum where no other is named.
 
-- **calls**: of the closure in a step, forward passes without backward included. "2 / 1": two kinds of step alternate.
+- **calls**: of the closure in a step, forward passes without backward and exact products with the Hessian included.
+  "2 / 1": two kinds of step alternate.
 - **kernels**: launches of Triton kernels, which do not depend on the number of parameters.
 - **operators**: those of torch on whole tensors beside the kernels, for {len(SHAPES)} parameters. Each is a launch; of
   most there is one for each parameter.

@@ -82,7 +82,7 @@ def count(stub: StubDriver, name: str, setting: Setting, wrap: Callable[[nn.Modu
 
     def closure(**kwargs: Any) -> torch.Tensor:
         with meter.pause():
-            loss = bowl.closure(**kwargs)
+            loss = bowl(**kwargs)
             if scaler is not None:
                 scaler.scale(loss)
             return loss

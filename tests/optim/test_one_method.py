@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -31,6 +33,68 @@ def test_eigensam_finds_the_largest_curvature(seed: int) -> None:
     a = net.a.cpu().numpy()
     np.testing.assert_allclose(v @ a @ v, np.linalg.eigvalsh(a)[-1], rtol=1e-2)
     assert np.linalg.norm(v) == pytest.approx(1.0)
+
+
+class Twice:
+    """A closure of a user's own that makes products with the Hessian."""
+
+    def __init__(self, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        self.net, self.x, self.y = net, x, y
+
+    def loss(self) -> Tensor:
+        return nn.functional.cross_entropy(self.net(self.x), self.y)
+
+    def __call__(self) -> Tensor:
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def hessian_product(self, along: Mapping[Tensor, Tensor]) -> None:
+        optim.hessian_backward(self.loss(), along)
+
+
+def test_eigensam_multiplies_by_the_hessian_where_there_are_kinks(seed: int) -> None:
+    """ReLU, where differences of gradients see kinks between the two points; by the block of what is perturbed."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    closure = Twice(net, 2 * torch.randn(30, 4).double(), torch.randint(0, 3, (30,)))
+    block = slice(0, 6 * 4 + 6 + 5 * 6 + 5)
+    hessian = hessian_of(net, closure)[block, block]
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(closure.loss(), net.parameters())]).numpy()[block]
+    for _ in range(6):
+        expected = hessian @ expected
+        expected /= np.linalg.norm(expected)
+    groups = [{"params": list(net[:4].parameters())}, {"params": list(net[4].parameters()), "perturb": False}]
+    optimizer = optim.EigenSAM(groups, SGD, interval=1, power_steps=6, lr=0.0)
+    for _ in range(2):
+        optimizer.step(closure)
+    state = optimizer.state_dict()["state"]
+    v = torch.cat([state[i]["eigenvector"].flatten() for i in range(4)]).numpy()
+    np.testing.assert_allclose(v, expected, rtol=0, atol=1e-9)
+    assert "eigenvector" not in state.get(4, {})
+
+
+def hessian_of(net: nn.Module, closure: Twice) -> NDArray[np.float64]:
+    """Dense, by torch.func, of the flat parameters."""
+    names, sizes = zip(*((n, p.numel()) for n, p in net.named_parameters()), strict=True)
+    shapes = [p.shape for p in net.parameters()]
+
+    def loss(w: Tensor) -> Tensor:
+        parts = {n: part.view(shape) for n, part, shape in zip(names, w.split(sizes), shapes, strict=True)}
+        out = torch.func.functional_call(net, parts, (closure.x,))
+        return nn.functional.cross_entropy(out, closure.y)
+
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    return np.asarray(torch.func.hessian(loss)(flat).numpy())
+
+
+def test_eigensam_says_what_exact_products_need(seed: int) -> None:
+    net = Quadratic(torch.float64)
+    optimizer = optim.EigenSAM(net.parameters(), SGD, interval=1, products="exact", lr=0.1)
+    optimizer.step(net.closure(0))  # there is no eigenvector in the first
+    before = net.flat()
+    with pytest.raises(RuntimeError, match="the closure has no method hessian_product"):
+        optimizer.step(net.closure(1))
+    assert np.array_equal(net.flat(), before)
 
 
 class Samples(nn.Module):

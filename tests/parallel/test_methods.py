@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from lesam_dist import optim
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train.passes import BatchPasses
-from tests.methods import CASES
+from tests.methods import CASES, EIGEN
 from tests.oracles import Weights, largest
 from tests.parallel.processes import run
 from tests.parallel.test_optimizers import BATCH, STEPS, make_net, make_problem
@@ -31,6 +32,8 @@ PLAIN, KERNELS = ("reference", torch.float64), ("triton", torch.float32)
 # Of the largest weight. float32: LookSAM and EigenSAM scale differences of gradients up, see tests/optim/test_methods.
 ATOL = {torch.float64: 1e-10, torch.float32: 2e-5}
 AMPLIFIED = {"looksam": 10, "eigen": 10}
+EXACT = "eigen, exact"  # products with the Hessian, which sharded weights do not have
+ALL_CASES = {**CASES, EXACT: replace(CASES["eigen"], kwargs={**EIGEN, "products": "exact"})}
 
 
 def train(
@@ -40,7 +43,7 @@ def train(
     part = part_of(world)
     results = {}
     for name, backend, dtype in settings:
-        case = CASES[name]
+        case = ALL_CASES[name]
         net = make_net().to(dtype)
         net.load_state_dict(state)
         model = wrap(net, world, strategy, **options)
@@ -52,6 +55,9 @@ def train(
             momentum=0.9,
             **case.kwargs,
         )
+        if strategy in ("fsdp", "hsdp") and name == "eigen":
+            with pytest.raises(ValueError, match="products is 'exact', but weights are sharded"):
+                optim.EigenSAM(net.parameters(), torch.optim.SGD, products="exact", lr=0.1)
         for t in range(STEPS):
             optimizer.step(BatchPasses(model, nn.CrossEntropyLoss(), x[t][part].to(dtype), y[t][part]))
         results[name, (backend, dtype)] = whole(net)
@@ -89,7 +95,8 @@ def both(
 )
 def test_the_same_numbers_everywhere(seed: int, how: str, with_kernels: tuple[str, ...]) -> None:
     world_size, strategy, options = WRAPPED[how]
-    settings = [*((name, *PLAIN) for name in CASES), *((name, *KERNELS) for name in with_kernels)]
+    cases = ALL_CASES if strategy == "ddp" else CASES
+    settings = [*((name, *PLAIN) for name in cases), *((name, *KERNELS) for name in with_kernels)]
     ((alone, selected_alone),) = run(both, 1, seed, "none", {}, settings)
     ranks, selected = zip(*run(both, world_size, seed, strategy, options, settings), strict=True)
     for (name, (backend, dtype)), weights in alone.items():

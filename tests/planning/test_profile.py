@@ -85,6 +85,7 @@ def test_a_clock_is_the_slower_of_arithmetic_and_memory() -> None:
         ["--optimizer.ascent_interval", "3"],
         ["--optimizer.name", "esam"],
         ["--optimizer.name", "looksam"],
+        ["--optimizer.name", "eigensam", "--optimizer.interval", "3"],
     ],
 )
 def test_passes_are_those_that_compare_counts(words: list[str]) -> None:

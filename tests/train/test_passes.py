@@ -6,15 +6,21 @@ import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lesam_dist import LESAM, optim
 from lesam_dist.optim.engine import capturing
+from lesam_dist.optim.engine.products import COST, NotTwiceDifferentiableError
+from lesam_dist.parallel.blocks import compile_in_place
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import passes
@@ -130,7 +136,7 @@ def test_a_step_moves_batchnorm_statistics_once(seed: int, name: str, own: bool)
         twins[0](passes.images)
         torch.testing.assert_close(dict(net.named_buffers()), dict(twins[0].named_buffers()), rtol=0, atol=0)
         assert int(net[1].num_batches_tracked) == t + 1
-    assert name != "eigen" or called == [2, 6, 6, 6]
+    assert name != "eigen" or called == [2, 6, 6, 6]  # this closure makes no exact products
 
 
 def test_frozen_batchnorm_normalises_as_in_training_and_nests(seed: int) -> None:
@@ -177,6 +183,63 @@ def test_optimizer_step_on_a_batch_equals_two_hand_made_passes(seed: int) -> Non
     g_hat = gradients()
     torch.testing.assert_close(net[1].weight.detach(), before[0] - 0.1 * g_hat[0])
     assert w.shape == net[1].weight.shape
+
+
+def smooth_net() -> nn.Sequential:
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 5)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("how", ["plain", "micro-batches", "compiled", "recomputed", "scaled"])
+def test_products_are_those_of_differences_of_gradients(seed: int, how: str) -> None:
+    """Which other passes take at w + h v and w - h v; only of the parameters that are asked for, added to .grad."""
+    net = smooth_net()
+    if how == "compiled":
+        compile_in_place(net, whole=True, backend="aot_eager")
+    if how == "recomputed":
+        net[2].forward = partial(checkpoint, net[2].forward, use_reentrant=False)
+    images, labels = torch.randn(6, 3, 8, 8).double(), torch.randint(0, 5, (6,))
+    scaler = GradScaler("cpu", init_scale=8.0) if how == "scaled" else None
+    parts = 2 if how == "micro-batches" else 1
+    passes = BatchPasses(net, nn.CrossEntropyLoss(), images, labels, scaler=scaler, micro_batches=parts)
+    passes()
+    statistics, counted = copy.deepcopy(dict(net.named_buffers())), (passes.forwards, passes.backwards)
+    along = {p: torch.randn_like(p) for p in net[0].parameters()}
+    before = torch.randn_like(net[0].weight)
+    net.zero_grad()
+    net[0].weight.grad = before.clone()
+    passes.hessian_product(along)
+    found = [net[0].weight.grad - before, net[0].bias.grad]
+    assert net[5].weight.grad is None
+    assert (passes.forwards, passes.backwards) == (counted[0] + 6, counted[1] + 4 * 6)
+    torch.testing.assert_close(dict(net.named_buffers()), statistics, rtol=0, atol=0)
+    h, ends = 1e-5, []
+    for step in (h, -2 * h):
+        with torch.no_grad():
+            for p, v in along.items():
+                p += step * v
+        net.zero_grad()
+        passes()
+        ends.append([p.grad.clone() for p in along])  # type: ignore[union-attr]
+    expected = [(up - down) / (2 * h) for up, down in zip(*ends, strict=True)]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8 * max(e.abs().max().item() for e in expected))
+
+
+def test_a_product_multiplies_three_times_as_often_as_a_pass(seed: int) -> None:
+    """Large layers, so that the gradient of the images, which nobody needs, is little."""
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(8)))
+    passes = BatchPasses(net, nn.CrossEntropyLoss(), torch.randn(4, 32), torch.randint(0, 32, (4,)))
+    with FlopCounterMode(display=False) as once:
+        passes()
+    with FlopCounterMode(display=False) as product:
+        passes.hessian_product({p: torch.randn_like(p) for p in net.parameters()})
+    assert product.get_total_flops() / once.get_total_flops() == pytest.approx(COST, rel=0.1)
+
+
+def test_what_cannot_be_differentiated_twice_says_so(seed: int) -> None:
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(make_net())
+    with pytest.raises(NotTwiceDifferentiableError, match="SyncBatchNorm"):
+        make_passes(net).hessian_product({})
 
 
 def unsynced_and_averaged(world: Distributed, seed: int) -> tuple[bool, bool, torch.Tensor]:

@@ -17,6 +17,7 @@ from lesam_dist.optim.engine.arguments import Argument
 from lesam_dist.optim.engine.coefficients import ONE, Coefficient
 from lesam_dist.optim.engine.contract import require_loss
 from lesam_dist.optim.engine.guarded import GuardedOptimizer
+from lesam_dist.optim.engine.products import TwiceDifferentiable
 from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.registry import Registration, arguments_of
 from lesam_dist.optim.engine.vectors import Ascent, Column, Update, Vector
@@ -222,6 +223,19 @@ class Rule(GuardedOptimizer):
         self.zero_grads()
         self.run_pass(closure)
         self.weights.restore()
+        return self.vector(self.weights.gradients()).copy()
+
+    def hessian_product(self, closure: TwiceDifferentiable, v: Vector) -> Vector:
+        """The exact ``H v`` at the weights, by a closure that can; a copy. About three more passes.
+
+        Raises:
+            NotTwiceDifferentiableError: the closure's model cannot.
+        """
+        rows = zip(self.weights.rows, v.column().tensors, strict=True)
+        pairs = [pair for row, tensors in rows for pair in zip(row.params, tensors, strict=True)]
+        self.zero_grads()
+        with torch.enable_grad():
+            closure.hessian_product({p: tensor for p, tensor in pairs if tensor is not None})
         return self.vector(self.weights.gradients()).copy()
 
     # ---- hyper-parameters ----------------------------------------------------------------------------------------
