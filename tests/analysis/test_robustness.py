@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lesam_dist.analysis.engine.accuracy import Accuracy
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.analysis.engine.pgd import Norm, Scale, random_starts
-from lesam_dist.analysis.measures.robustness import Accuracy, passes, robustness
+from lesam_dist.analysis.measures.robustness import passes, robustness
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from tests.analysis.nets import conv_net, state
