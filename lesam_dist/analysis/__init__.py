@@ -1,6 +1,6 @@
 """What the loss looks like around the weights of a checkpoint: how sharp it is, in which sense, and how we know.
 
-Beside it, what attacks on the pixels do to the accuracy, and how far the confidence is to be trusted.
+Beside it, what attacks on the pixels and corruptions do to the accuracy, and how far the confidence is to be trusted.
 
 Each analysis is a command, `lesam-dist analyze NAME`, and a function here, of an `Objective`: the loss of any model on
 any images, or what `load` makes of a checkpoint::

@@ -26,7 +26,7 @@ ANALYSES = {
     "lpf": "low-pass filtered loss: its mean under Gaussian noise on the weights",
     "landscape": "the loss on a line or a plane through the weights, along filter-normalised directions",
     "connect": "the loss on the straight line between two checkpoints, and its barrier",
-    "robustness": "accuracy under attacks on the pixels (PGD), and calibration",
+    "robustness": "accuracy under attacks on the pixels (PGD) and common corruptions, and calibration",
     "radius": "what the radius did in a run, and what the loss made of it, from its log",
 }
 """What there is, each with its one line; `lesam_dist.analysis.commands.NAME` has its `Analysis` or `Comparison`."""

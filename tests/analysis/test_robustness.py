@@ -5,22 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lesam_dist.analysis.engine.accuracy import Accuracy
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.analysis.engine.pgd import Norm, Scale, random_starts
-from lesam_dist.analysis.measures.robustness import Accuracy, passes, robustness
+from lesam_dist.analysis.measures.robustness import passes, robustness
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
+from tests.analysis.corrupted_files import write_files
 from tests.analysis.nets import conv_net, state
 from tests.analysis.quadratics import F64, in_batches
 from tests.parallel import processes
 
+KINDS = ("shot_noise", "fog")
 NORMS: list[Norm] = ["linf", "l2"]
 MEAN, STD = (0.3, 0.6), (0.2, 0.45)
 
@@ -183,8 +187,8 @@ def test_accuracy_and_its_error() -> None:
     assert found.numbers()["accuracy"] == 75
 
 
-def shared(world: Distributed, seed: int, size: int) -> dict[str, Any]:
-    """Uneven shares of 23 images; each image's last iterates, by rank."""
+def shared(world: Distributed, seed: int, size: int, root: Path) -> dict[str, Any]:
+    """Uneven shares of 23 images; each image's last iterates, by rank; and what corruptions do to 23 others."""
     torch.manual_seed(seed)
     net, x, labels = Shown(conv_net()), normalised(pictures(23)), torch.randint(3, (23,))
     ends = {1: [0, 23], 2: [0, 16, 23], 3: [0, 3, 14, 23]}[world.world_size]
@@ -193,13 +197,22 @@ def shared(world: Distributed, seed: int, size: int) -> dict[str, Any]:
     found = robustness(Objective(net, batches, world), linf=(0.1,), l2=(0.5,), mean=MEAN, std=STD, seed=seed)
     each = iter(net.seen[len(batches) :])
     last = [torch.cat([[next(each) for _ in range(11)][-1] for _ in batches]) for _ in NORMS]
-    return found.numbers() | {"last": last}
+    corrupted: list[Any] = []
+    if world.world_size < 3:  # importing what makes them takes a while
+        large, net = torch.rand(23, 3, 32, 32, dtype=F64), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)).double()
+        objective = Objective(net, in_batches(large[own], labels[own], size), world)
+        how: dict[str, Any] = {"linf": (), "l2": (), "seed": seed, "severities": (3,), "corruptions": KINDS}
+        corrupted = [
+            robustness(objective, corruptions_root=files, **how).numbers()["corrupted"] for files in (None, root)
+        ]
+    return found.numbers() | {"last": last, "corrupted": corrupted}
 
 
-def test_processes_and_sizes_of_batches_change_nothing(seed: int) -> None:
-    alone = processes.run(shared, 1, seed, 23)[0]
+def test_processes_and_sizes_of_batches_change_nothing(seed: int, tmp_path: Path) -> None:
+    write_files(tmp_path, KINDS, 23, seed, 3)
+    alone = processes.run(shared, 1, seed, 23, tmp_path)[0]
     for count, size in ((1, 5), (2, 4), (3, 9)):
-        found = processes.run(shared, count, seed, size)
+        found = processes.run(shared, count, seed, size, tmp_path)
         for i, last in enumerate(alone["last"]):
             torch.testing.assert_close(torch.cat([each["last"][i] for each in found]), last, rtol=1e-9, atol=1e-9)
         for each in found:
@@ -207,6 +220,10 @@ def test_processes_and_sizes_of_batches_change_nothing(seed: int) -> None:
             assert each["attacked"] == alone["attacked"]
             for name in ("nll", "ece"):
                 assert each["calibration"][name] == pytest.approx(alone["calibration"][name], rel=1e-9)
+            for here, there in zip(each["corrupted"], alone["corrupted"], strict=count < 3):
+                for cell, other in zip(here["corrupted"]["cells"], there["corrupted"]["cells"], strict=True):
+                    assert cell.pop("kind") == other["kind"]
+                    assert cell == pytest.approx({name: other[name] for name in cell}, rel=1e-9)
 
 
 def test_what_was_interrupted_makes_the_missing_passes_alone(seed: int, tmp_path: Any) -> None:

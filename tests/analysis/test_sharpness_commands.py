@@ -118,12 +118,35 @@ def test_robustness(seed: int, weights: tuple[str, ...], tmp_path: Path, capsys:
             r"^linf is 8: it must be from 0 to 1, for pixels from 0 to 1; eight grey levels are 8/255\.$",
         ),
         (("--l2", "-1"), r"^l2 is -1: it must be finite and at least 0"),
+        (("--severities", "3"), r"^--severities are of corruptions, and there are none: give --corruptions all, or"),
         (("--steps", "0"), r"^steps is 0: it must be at least 1\.$"),
         (("--linf", "1/0"), r"^argument --linf: invalid radius, as 8/255 or 0\.03, value: '1/0'"),
         (("--split", "train", *flags), r"has other settings: samples 21 there, 24 now, split 'val' there, 'train' now"),
     ):
         with pytest.raises(UserError, match=message):
             analyze(["robustness", *weights, *wrong])
+
+
+def test_corruptions(seed: int, weights: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--linf", "--l2", "--corruptions", "fog", "contrast", "--severities", "5", "1"]
+    with pytest.raises(
+        UserError, match=r"^images have 16 x 16 pixels, .*--data\.image_size 32 --data\.val_resize 32\.$"
+    ):
+        analyze(["robustness", *weights, *flags])
+    flags += ["--data.image_size", "32", "--data.val_resize", "32"]
+    capsys.readouterr()
+    analyze(["robustness", *weights, *flags])
+    told = capsys.readouterr().out
+    assert "4 sets of corrupted images, and the images as they are: about 5 forward and 0 backward passes" in told
+    found = document(tmp_path, "robustness")
+    assert found["results"]["passes"] == {"forward": 5, "backward": 0}
+    corrupted = found["results"]["corrupted"]
+    cells = [(cell["kind"], cell["severity"]) for cell in corrupted["cells"]]
+    assert cells == [("fog", 1), ("fog", 5), ("contrast", 1), ("contrast", 5)]
+    assert corrupted["normalised_by_alexnet"] is False
+    assert f"| {corrupted['mean_error']:.2f} %, " in told
+    analyze(["robustness", *weights, *flags])
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_no_flag_is_the_beginning_of_one_of_torchruns() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.command import Analysis, Work
+from lesam_dist.analysis.commands.corruption import corruption_rows, heat_map
 from lesam_dist.analysis.commands.labels import number, title
+from lesam_dist.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
     from lesam_dist.analysis.engine.output import Document
     from lesam_dist.analysis.engine.subject import Subject
+    from lesam_dist.analysis.measures.corruption import Corruptions
 
 _NORMS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
 
@@ -25,6 +29,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--linf", default=[1 / 255], help="radii in l_inf, for pixels from 0 to 1, as 8/255 (default: 1/255)", **radii)
     add("--l2", default=[32 / 255], help="radii in l_2, for pixels from 0 to 1 (default: 32/255)", **radii)
     add("--steps", type=int, default=10, help="of PGD, eps/4 (l_inf) or eps/8 (l_2) long (default: 10)")
+    add("--corruptions", nargs="+", metavar="KIND", default=[], help="common corruptions, as fog frost, or all")
+    add("--severities", nargs="+", type=int, metavar="N", help="of the corruptions, from 1 to 5 (default: all)")
+    add("--corruptions_root", type=Path, metavar="DIR", help="take them from the files of CIFAR-10-C or CIFAR-100-C")
 
 
 def _eps(text: str) -> float:
@@ -43,16 +50,30 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
     own = {"linf": arguments.linf, "l2": arguments.l2, "steps": arguments.steps}
     check(**own)
-    return own
+    if (asked := _corruptions(arguments)) is None:
+        return own
+    return own | {"corruptions": asked.kinds, "severities": asked.severities, "corrupted_images": asked.images}
+
+
+def _corruptions(arguments: argparse.Namespace) -> Corruptions | None:
+    from lesam_dist.analysis.measures.corruption import corruptions_of
+
+    if arguments.severities and not arguments.corruptions and arguments.corruptions_root is None:
+        raise UserError("--severities are of corruptions, and there are none: give --corruptions all, or some kinds.")
+    return corruptions_of(arguments.corruptions, arguments.severities, arguments.corruptions_root)
 
 
 def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, str]:
     from lesam_dist.analysis.measures.robustness import passes
 
     several = len(arguments.linf) + len(arguments.l2)
-    forwards, backwards = passes(arguments.linf, arguments.l2, arguments.steps)
+    asked = _corruptions(arguments)
+    cells = len(asked.cells) if asked else 0
+    forwards, backwards = passes(arguments.linf, arguments.l2, arguments.steps, cells)
     attacks = f"{several} attack{'s' * (several != 1)} of {arguments.steps} steps"
-    return forwards, backwards, f"{attacks}, and the images as they are"
+    if asked is None:
+        return forwards, backwards, f"{attacks}, and the images as they are"
+    return forwards, backwards, f"{attacks}, {cells} sets of corrupted images, and the images as they are"
 
 
 def _compute(arguments: argparse.Namespace, subject: Subject, work: Work) -> dict[str, Any]:
@@ -66,6 +87,9 @@ def _compute(arguments: argparse.Namespace, subject: Subject, work: Work) -> dic
         linf=arguments.linf,
         l2=arguments.l2,
         steps=arguments.steps,
+        corruptions=arguments.corruptions,
+        severities=arguments.severities,
+        corruptions_root=arguments.corruptions_root,
         seed=arguments.seed,
         journal=work.journal,
         on_passes=lambda made: work.advance(int(made)),
@@ -78,8 +102,13 @@ def _draw(document: Document) -> Figure:
 
     results = document["results"]
     norms = [norm for norm in _NORMS if any(each["norm"] == norm for each in results["attacked"])]
-    figure = Figure(figsize=(5 * (len(norms) + 1), 4), layout="constrained")
-    *panels, last = figure.subplots(1, len(norms) + 1, squeeze=False)[0]
+    corrupted = results.get("corrupted")
+    count = len(norms) + (1 if corrupted is None else 2)
+    figure = Figure(figsize=(5 * count, 4 if corrupted is None else 5), layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    if corrupted is not None:
+        heat_map(panels.pop(), corrupted)
+    *panels, last = panels
     for axes, norm in zip(panels, norms, strict=True):
         points = [(0.0, results["clean"])]  # what an eps of 0 gives
         points += [(255 * each["eps"], each) for each in results["attacked"] if each["norm"] == norm]
@@ -121,7 +150,8 @@ def _rows(document: Document) -> list[tuple[str, str]]:
         (f"under PGD, {each['norm']}, eps {255 * each['eps']:.4g}/255", _percent(each)) for each in results["attacked"]
     ]
     calibration = results["calibration"]
-    return [*rows, ("NLL, ECE", f"{number(calibration['nll'])}, {number(calibration['ece'])}")]
+    rows += [("NLL, ECE", f"{number(calibration['nll'])}, {number(calibration['ece'])}")]
+    return rows + corruption_rows(results["corrupted"]) if "corrupted" in results else rows
 
 
 def _percent(accuracy: Document) -> str:
@@ -132,8 +162,9 @@ ANALYSIS = Analysis(
     "robustness",
     "Accuracy under attacks on the pixels by projected gradient descent, in l_inf and l_2, with the settings of the "
     "paper's Table 5; and how well the predictions are calibrated without an attack: negative log-likelihood and "
-    "expected calibration error (15 bins). On validation images, unless --split says otherwise. Each image's random "
-    "start is the same for all checkpoints and methods.",
+    "expected calibration error (15 bins). With --corruptions or --corruptions_root also the common corruptions of "
+    "Hendrycks and Dietterich, at five severities. On validation images, unless --split says otherwise. What is random "
+    "about an image is the same for all checkpoints and methods.",
     _add_arguments,
     _settings,
     _passes,

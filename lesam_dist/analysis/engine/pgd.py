@@ -32,6 +32,10 @@ class Scale:
         """Of normalised images."""
         return images * _by_channel(self.std, images) + _by_channel(self.mean, images)
 
+    def images(self, pixels: Tensor) -> Tensor:
+        """Normalised, of pixels."""
+        return (pixels - _by_channel(self.mean, pixels)) / _by_channel(self.std, pixels)
+
     def normalised(self, delta: Tensor) -> Tensor:
         """A difference of pixels as the difference of normalised images that it makes."""
         return delta / _by_channel(self.std, delta)

@@ -1,4 +1,4 @@
-"""Random vectors that depend on a seed and a name alone: the same for all processes, devices, methods and epochs."""
+"""Random vectors and choices that depend on a seed alone: the same for all processes, devices, methods and epochs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -23,3 +24,10 @@ def normal(size: int, like: Tensor, seed: int, name: str, index: int = 0) -> Ten
 def signs(size: int, like: Tensor, seed: int, name: str, index: int = 0) -> Tensor:
     """-1 or 1 with equal chance (Rademacher), (size,), in the dtype and on the device of ``like``."""
     return torch.randint(2, (size,), generator=generator(seed, name, index)).mul_(2).sub_(1).to(like)
+
+
+def chosen(total: int, count: int | None, seed: int, *, train: bool = False) -> NDArray[np.int64]:
+    """Which ``count`` of ``total`` images an analysis is of, rising; all for None, or where there are not so many."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng([seed, train]).permutation(total)[:count])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lesam_dist.analysis.engine.objective import Batch, Objective
+from lesam_dist.analysis.engine.randomness import chosen
 from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
@@ -147,8 +147,7 @@ def load(
     train, val = build.build_folders(config, world)
     images = train if split == "train" else val
     if samples is not None and samples < len(images):
-        chosen = np.random.default_rng([seed, split == "train"]).permutation(len(images))[:samples]
-        images = images.take(np.sort(chosen))
+        images = images.take(chosen(len(images), samples, seed, train=split == "train"))
     if not whole and len(images) < world.world_size:
         raise UserError(f"there are {len(images)} {split} images for {world.world_size} processes: start fewer.")
     num_classes = build.resolve_num_classes(config, train.classes)

@@ -1,17 +1,20 @@
-"""Accuracy under attacks on the pixels (Table 5 of the paper), and whether confidence is to be trusted."""
+"""Accuracy under attacks on the pixels (Table 5 of the paper) and corruptions, and whether to trust the confidence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lesam_dist.analysis.engine.accuracy import Accuracy
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.analysis.engine.pgd import Norm, Scale, pgd, random_starts
+from lesam_dist.analysis.measures.corruption import Corrupted, corruptions_of
 from lesam_dist.errors import UserError
 from lesam_dist.train.calibration import (
     Calibration,
@@ -25,34 +28,6 @@ _HALF_A_GREY_LEVEL = 0.5 / 255
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """The share of images that are classified rightly.
-
-    Attributes:
-        right: images.
-        images: of all.
-    """
-
-    right: int
-    images: int
-
-    @property
-    def percent(self) -> float:
-        """The share, in per cent."""
-        return 100 * self.right / self.images
-
-    @property
-    def standard_error(self) -> float:
-        """Of the share as an estimate for all images that there might be, binomial, in per cent; 0 at 0 and 100 %."""
-        share = self.right / self.images
-        return 100 * math.sqrt(share * (1 - share) / self.images)
-
-    def numbers(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"accuracy": self.percent, "standard_error": self.standard_error}
-
-
-@dataclass(frozen=True)
 class Robustness:
     """What `robustness` has found.
 
@@ -60,16 +35,19 @@ class Robustness:
         clean: of the images as they are.
         attacked: by norm and eps.
         calibration: of the predictions for the images as they are.
+        corrupted: of corrupted images; None where there were none.
     """
 
     clean: Accuracy
     attacked: dict[tuple[Norm, float], Accuracy]
     calibration: Calibration
+    corrupted: Corrupted | None = None
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
         attacked = [{"norm": norm, "eps": eps} | found.numbers() for (norm, eps), found in self.attacked.items()]
-        return {"clean": self.clean.numbers(), "attacked": attacked, "calibration": asdict(self.calibration)}
+        found = {"clean": self.clean.numbers(), "attacked": attacked, "calibration": asdict(self.calibration)}
+        return found if self.corrupted is None else found | {"corrupted": self.corrupted.numbers()}
 
 
 def robustness(
@@ -80,13 +58,16 @@ def robustness(
     linf: Sequence[float] = (1 / 255,),
     l2: Sequence[float] = (32 / 255,),
     steps: int = 10,
+    corruptions: Sequence[str] = (),
+    severities: Sequence[int] | None = None,
+    corruptions_root: Path | str | None = None,
     seed: int = 0,
     journal: Journal | None = None,
     on_passes: Callable[[float], None] | None = None,
 ) -> Robustness:
-    """Accuracy under PGD (`lesam_dist.analysis.engine.pgd.pgd`), and NLL and ECE of the clean predictions.
+    """Accuracy under PGD (`lesam_dist.analysis.engine.pgd.pgd`) and corruptions; NLL and ECE, clean and corrupted.
 
-    The defaults are the attacks of the paper's Table 5. Each image has one random start in each norm, which depends on
+    The default attacks are those of the paper's Table 5. Each image has one random start in each norm, which depends on
     ``seed`` and on the image's index among those of all processes, rank 0's first: neither the number of processes nor
     the size of batches changes an attack, beyond rounding. An eps of 0 changes nothing. The weights stay, and so do
     the images. One forward for the clean images; ``steps`` + 1 forwards and ``steps`` backwards for each eps.
@@ -94,22 +75,34 @@ def robustness(
     This accuracy is no lower than the one under the worst perturbation, which no attack is sure to find, least of all
     where the loss is so near to 0 that its gradient vanishes.
 
+    ``corruptions`` are off, for what they cost: one forward for each kind and severity, and making the images. They are
+    of the same images, as `lesam_dist.analysis.engine.corruption` makes them after all resizing, in whole grey levels;
+    what is random in them depends on ``seed``, kind, severity and the image's index. Or they are read from the files of
+    CIFAR-10-C or CIFAR-100-C: as many of the 10,000 test images as there are images here, the same at all severities
+    (those of a run that `load` has chosen from CIFAR's validation images by the same seed).
+
     Args:
         objective: has the model, which gives logits, and the images, (B, ...) with channels in dimension 1, normalised
             as ``(pixels - mean) / std`` for pixels from 0 to 1. Its criterion is not used.
         mean, std: by channel, or one for all; of a run: ``source.config.data.mean`` and ``std`` of its `Subject`.
         linf, l2: radii eps in that norm, in pixels from 0 to 1: 8/255 is eight grey levels.
         steps: of PGD, each of eps/4 (l_inf) or eps/8 (l_2).
-        seed: of the starts.
+        corruptions: kinds, of `lesam_dist.analysis.engine.corruption.KINDS`, or "all", which a folder alone stands for.
+        severities: of each, from 1 to 5; None takes all.
+        corruptions_root: folder of ``labels.npy`` and a ``KIND.npy`` for each; None makes them of the images.
+        seed: of the starts and the corruptions.
         journal: keeps what each eps has found, for the next try; None keeps nothing.
         on_passes: called with the number of passes so far.
 
     Raises:
-        UserError: for a number out of range; for images whose pixels are not from 0 to 1, as with another mean.
+        UserError: for a number out of range; for images whose pixels are not from 0 to 1, as with another mean; for
+            corruptions that there are not, or that cannot be made or read.
     """
     check(linf, l2, steps)
+    asked = corruptions_of(corruptions, severities, corruptions_root)
     scale = Scale(mean, std)
     _require_pixels(objective, scale)
+    batches = None if asked is None else asked.of(objective, scale, seed)
     kept = Journal() if journal is None else journal  # an empty one is false
     made = 1.0
     sums = torch.tensor(kept.get("clean", lambda: _clean(objective)), dtype=torch.float64)
@@ -126,7 +119,11 @@ def robustness(
         attacked[norm, eps] = Accuracy(found, objective.samples)
         made += 2 * steps + 1
         advance(0)
-    return Robustness(Accuracy(round(float(sums[2].sum())), objective.samples), attacked, calibration_of(sums))
+    corrupted = None
+    if asked is not None and batches is not None:
+        corrupted = asked.measure(objective, batches, kept, lambda done: on_passes(made + done) if on_passes else None)
+    clean = Accuracy(round(float(sums[2].sum())), objective.samples)
+    return Robustness(clean, attacked, calibration_of(sums), corrupted)
 
 
 def check(linf: Sequence[float], l2: Sequence[float], steps: int) -> None:
@@ -142,10 +139,10 @@ def check(linf: Sequence[float], l2: Sequence[float], steps: int) -> None:
         raise UserError(f"steps is {steps}: it must be at least 1.")
 
 
-def passes(linf: Sequence[float], l2: Sequence[float], steps: int) -> tuple[int, int]:
-    """Forwards and backwards that `robustness` makes."""
+def passes(linf: Sequence[float], l2: Sequence[float], steps: int, cells: int = 0) -> tuple[int, int]:
+    """Forwards and backwards that `robustness` makes, with so many pairs of a corruption and a severity."""
     radii = len(linf) + len(l2)
-    return 1 + radii * (steps + 1), radii * steps
+    return 1 + radii * (steps + 1) + cells, radii * steps
 
 
 @torch.no_grad()
