@@ -12,6 +12,7 @@ from lesam_dist.models import require_model
 from lesam_dist.parallel.processes import Distributed, process_group
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
+from lesam_dist.train.boards.boards import require_boards
 from lesam_dist.train.dry_run import shorten
 from lesam_dist.train.flops import flops_of
 from lesam_dist.train.numerics import explain_nondeterminism, numerics
@@ -58,6 +59,8 @@ def train_here(config: Config, world: Distributed, given: Collection[str] = ()) 
 def _train_here(config: Config, world: Distributed, given: Collection[str]) -> dict[str, float]:
     world.move("comparing its settings with the others'")
     agree_on_setup(config, world)
+    if world.is_main:  # the others learn of an error from it
+        require_boards(config.logging)
     require_model(config.model.name)  # before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)
     trainer = _dry_trainer(config, world, given) if config.dry_run else build_trainer(config, world)

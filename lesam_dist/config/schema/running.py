@@ -110,6 +110,11 @@ class LoggingConfig:
     """steps between two lines of metrics.jsonl"""
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
+    wandb: bool = False
+    """show the run at Weights & Biases too (pip install 'lesam-dist[wandb]'); WANDB_PROJECT, WANDB_MODE and its other
+    variables say how"""
+    mlflow: bool = False
+    """and at MLflow (pip install 'lesam-dist[mlflow]'); MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where"""
     peak_tflops: float | None = None
     """dense TFLOP/s of a device in the run's number format, which mfu is a share of; null takes those of A100, H100,
     H200 and B200, and leaves mfu out for others"""
