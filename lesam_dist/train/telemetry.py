@@ -138,6 +138,8 @@ def plot_curves(run_dir: Path) -> Path:
                 ("train", "perturbed_loss", "train, perturbed"),
                 ("val", "loss", "val"),
                 ("val", "ema_loss", "val, averaged weights"),
+                ("val", "lpf", "train, low-pass filtered"),
+                ("val", "lpf_loss", "train, the same images"),
             ],
         ),
         ("top-1 accuracy (%)", [("val", "acc1", "val"), ("val", "ema_acc1", "val, averaged weights")]),

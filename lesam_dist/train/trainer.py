@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps
 from lesam_dist.train.ema import WeightAverage
+from lesam_dist.train.flatness import Batch, Flatness
 from lesam_dist.train.flops import Flops
 from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.input_bound import InputBound
@@ -58,6 +59,7 @@ class Trainer:
         val_samples: number of validation images over all ranks, to check that evaluation counted them all.
         bad_files: the loaders', whose number is logged.
         flops: of the model, to be logged.
+        measured: images of `flatness.read_images`, where ``analysis.every_epochs`` asks for it.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Trainer:
         val_samples: int | None = None,
         bad_files: BadFiles | None = None,
         flops: Flops | None = None,
+        measured: Sequence[Batch] | None = None,
     ) -> None:
         self.config, self.world, self._claim = config, world, run_dir
         self.run_dir = None if run_dir is None else run_dir.path
@@ -121,6 +124,7 @@ class Trainer:
             memory_format=self.memory_format,
             samples=val_samples,
         )
+        self.flatness = None if measured is None else Flatness(model, measured, world, config)
         self.step = 0
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
@@ -350,6 +354,8 @@ class Trainer:
         result = self.validation.run(self._is_in_vain)
         if result is None:
             raise self._preempted()
+        if self.flatness and self.flatness.is_due(self.epoch):
+            result |= self.flatness.measure()
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)

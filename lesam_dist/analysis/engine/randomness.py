@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from lesam_dist.train.randomness import generator, normal
 
-def generator(seed: int, name: str, index: int = 0) -> torch.Generator:
-    """A generator on the host, of the ``index``-th vector of this name."""
-    state = np.random.SeedSequence([seed, zlib.crc32(name.encode()), index]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
-
-
-def normal(size: int, like: Tensor, seed: int, name: str, index: int = 0) -> Tensor:
-    """Standard normal, (size,), in the dtype and on the device of ``like``."""
-    return torch.randn(size, generator=generator(seed, name, index)).to(like)
+__all__ = ["generator", "normal", "signs"]
 
 
 def signs(size: int, like: Tensor, seed: int, name: str, index: int = 0) -> Tensor:

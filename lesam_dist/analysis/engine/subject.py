@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import build
 from lesam_dist.train.checkpoint.weights import checkpoint_in, weights_of
+from lesam_dist.train.randomness import some_of
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,7 @@ def load(
     train, val = build.build_folders(config, world)
     images = train if split == "train" else val
     if samples is not None and samples < len(images):
-        chosen = np.random.default_rng([seed, split == "train"]).permutation(len(images))[:samples]
-        images = images.take(np.sort(chosen))
+        images = images.take(some_of(len(images), samples, seed, train=split == "train"))
     if not whole and len(images) < world.world_size:
         raise UserError(f"there are {len(images)} {split} images for {world.world_size} processes: start fewer.")
     num_classes = build.resolve_num_classes(config, train.classes)

@@ -103,6 +103,19 @@ class ChecksConfig:
 
 
 @dataclass
+class AnalysisConfig:
+    """How flat the loss is, measured while a run goes on."""
+
+    every_epochs: int | None = None
+    """after every so many epochs, and after the last, log the low-pass filtered training loss (lpf) and the loss of the
+    same images (lpf_loss): two forwards over them; null for never"""
+    samples: int = 1024
+    """training images that are looked at, without augmentation; they are kept in the host's memory"""
+    lpf_sigma: float = 0.01
+    """standard deviation of the noise on each weight"""
+
+
+@dataclass
 class LoggingConfig:
     """What is written where, by rank 0."""
 
