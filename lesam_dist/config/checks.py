@@ -97,6 +97,8 @@ _AT_LEAST = {
     "guard.max_loss_increase": 0,
     "guard.max_rollbacks": 0,
     "checks.every_steps": 1,
+    "analysis.every_epochs": 1,
+    "analysis.samples": 1,
     "logging.every_steps": 1,
     "max_nonfinite_steps": 1,
     "profile": 1,
@@ -162,6 +164,16 @@ def _check(config: Config) -> None:
 
 
 def _check_measuring(config: Config) -> None:
+    precision = config.precision
+    if not config.analysis.lpf_sigma > 0:
+        raise UserError(f"analysis.lpf_sigma is {config.analysis.lpf_sigma}: it must be above 0.")
+    for name in ("weights", "gather_dtype") if config.analysis.every_epochs else ():
+        if getattr(precision, name) != "fp32":
+            raise UserError(
+                f"analysis.every_epochs is {config.analysis.every_epochs} but precision.{name} is "
+                f"{getattr(precision, name)}, which rounds the noise: leave every_epochs null, and give "
+                "`lesam-dist analyze lpf` the checkpoints."
+            )
     peak = config.logging.peak_tflops
     if peak is not None and not peak > 0:
         raise UserError(f"logging.peak_tflops is {peak}: it must be above 0.")

@@ -19,6 +19,7 @@ _FREE_ON_RESUME = (
     "checkpoint",
     "logging",
     "checks",
+    "analysis",
     "data.root",
     "data.workers",
     "data.dali_",

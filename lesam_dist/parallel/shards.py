@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 ShardAxes = tuple[DeviceMesh, tuple[int, ...]]
 
@@ -34,6 +34,18 @@ def local_shards(tensors: list[T]) -> list[T]:
         return list(map(_LOCAL, tensors))
     except AttributeError:
         return [None if tensor is None else local_shard(tensor) for tensor in tensors]
+
+
+def shard_of(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a tensor, which this process has all of, that it stores of ``like``: a view."""
+    if not isinstance(like, DTensor):
+        return whole
+    for axis, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):  # as torch.chunk cuts, where the last processes may have nothing
+            parts = whole.chunk(like.device_mesh.size(axis), placement.dim)
+            place = like.device_mesh.get_local_rank(axis)
+            whole = parts[place] if place < len(parts) else whole.narrow(placement.dim, 0, 0)
+    return whole
 
 
 def shard_axes(tensor: Tensor) -> ShardAxes | None:

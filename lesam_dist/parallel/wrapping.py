@@ -94,6 +94,16 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let the next forward gather the parameters anew, after they were changed in place; of others nothing happens.
+
+    An evaluation with reshard_after_forward=False leaves the old values gathered.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _ddp(model: nn.Module, world: Distributed, reduce_dtype: torch.dtype | None) -> nn.Module:
     """BatchNorm statistics stay local: with two forwards a step a broadcast would run twice and still leave the ranks
     apart. The trainer averages them where they are used."""

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
+from lesam_dist.parallel.wrapping import reshard
 from lesam_dist.train.passes import average_over_ranks
 
 
@@ -93,9 +93,7 @@ class WeightAverage:
     def _overwrite(self, values: list[Tensor]) -> None:
         for source, value in zip(self._current(), values, strict=True):
             source.copy_(value)  # in place: FSDP2 gathers from this memory, whatever `p.data` is
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # an evaluation with reshard_after_forward=False leaves the old values gathered
+        reshard(self._model)
 
     @torch.no_grad()
     def _current(self) -> list[Tensor]:

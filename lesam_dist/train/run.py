@@ -12,7 +12,9 @@ from lesam_dist.models import require_model
 from lesam_dist.parallel.processes import Distributed, process_group
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
+from lesam_dist.train.boards.boards import require_boards
 from lesam_dist.train.dry_run import shorten
+from lesam_dist.train.flatness import read_images
 from lesam_dist.train.flops import flops_of
 from lesam_dist.train.numerics import explain_nondeterminism, numerics
 from lesam_dist.train.out_of_memory import explain_memory
@@ -58,6 +60,8 @@ def train_here(config: Config, world: Distributed, given: Collection[str] = ()) 
 def _train_here(config: Config, world: Distributed, given: Collection[str]) -> dict[str, float]:
     world.move("comparing its settings with the others'")
     agree_on_setup(config, world)
+    if world.is_main:  # the others learn of an error from it
+        require_boards(config.logging)
     require_model(config.model.name)  # before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)
     trainer = _dry_trainer(config, world, given) if config.dry_run else build_trainer(config, world)
@@ -88,13 +92,14 @@ def build_trainer(config: Config, world: Distributed) -> Trainer:
     agree_on_data(dict(zip(("train", "val"), folders, strict=True)), world)
     num_classes = build.resolve_num_classes(config, folders[0].classes)
     bad_files = build.build_bad_files(config, folders, world)
+    measured = read_images(config, folders[0], world) if config.analysis.every_epochs else None
     loaders = build.build_loaders(config, folders, world, bad_files)
     model = build.build_network(config, num_classes, world)
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
     flops = flops_of(config, num_classes, world.device) if world.is_main else None
-    return Trainer(config, world, model, loaders, num_classes, run_dir, len(folders[1]), bad_files, flops)
+    return Trainer(config, world, model, loaders, num_classes, run_dir, len(folders[1]), bad_files, flops, measured)
 
 
 def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard events, curves.png and the terminal. Rank 0 only."""
+"""What a run writes for people: metrics.jsonl, curves.png, the terminal, and its boards. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lesam_dist.train.boards.board import Outcome
+from lesam_dist.train.boards.boards import Boards
 from lesam_dist.train.lines import Lines
 
 METRICS = "metrics.jsonl"
@@ -30,8 +32,8 @@ class RunLog:
         total_steps: for the progress bar.
         start_step: the step that a resumed run goes on from. Lines of later steps, left by the run that was cut off,
             move to metrics.superseded.jsonl.
+        boards: show each line too; None for none.
         evaluated: the evaluation after ``start_step`` is known; otherwise its line moves too.
-        tensorboard: write TensorBoard events too.
     """
 
     def __init__(
@@ -39,11 +41,11 @@ class RunLog:
         run_dir: Path | None,
         total_steps: int,
         start_step: int = 0,
-        tensorboard: bool = True,
+        boards: Boards | None = None,
         *,
         evaluated: bool = True,
     ) -> None:
-        self._run_dir, self._tensorboard = run_dir, tensorboard
+        self._run_dir, self._boards = run_dir, boards or Boards({})
         self._open(start_step, evaluated)
         self.console = Console()
         self._progress = Progress(
@@ -67,7 +69,8 @@ class RunLog:
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         if self._file and (news := self._file.append(json.dumps(line))):
             self.print(news)
-        self._draw(split, step, values)
+        for news in self._boards.scalars({f"{split}/{name}": value for name, value in values.items()}, step):
+            self.print(news)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.console.is_terminal and split == "train":
             self._progress.update(self._task, description=f"epoch {epoch:.1f}  loss {values['loss']:.3f}")
@@ -76,48 +79,32 @@ class RunLog:
 
     def go_back(self, step: int, *, evaluated: bool) -> None:
         """The run goes on from an earlier step: as when it is resumed from there."""
-        self._close_files()
+        self._close_file()
         self._open(step, evaluated)
+        for news in self._boards.go_back(step):
+            self.print(news)
         self._progress.update(self._task, completed=step)
 
     def _open(self, start_step: int, evaluated: bool) -> None:
         self._file: Lines | None = None
-        self._board = None
-        if self._run_dir is None:
-            return
-        _supersede(self._run_dir, start_step, evaluated)
-        self._file = Lines(self._run_dir / METRICS)
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step + 1)
-
-    def _draw(self, split: str, step: int, values: dict[str, float]) -> None:
-        """To TensorBoard, whose writer gives up for good where the disk is full: metrics.jsonl has all of it."""
-        if self._board is None:
-            return
-        try:
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
-        except OSError as error:
-            self._board = None
-            self.print(f"warning: no more TensorBoard events from step {step} on ({error.strerror or error}).")
+        if self._run_dir is not None:
+            _supersede(self._run_dir, start_step, evaluated)
+            self._file = Lines(self._run_dir / METRICS)
 
     def print(self, text: str) -> None:
         """A plain line on the terminal, above the progress bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def close(self, outcome: Outcome, seconds: float) -> None:
+        """Flush and close everything; each board within so many seconds."""
         self._progress.stop()
-        self._close_files()
+        self._close_file()
+        for news in self._boards.close(outcome, seconds):
+            self.print(news)
 
-    def _close_files(self) -> None:
+    def _close_file(self) -> None:
         if self._file:
             self._file.close()
-        if self._board:
-            with suppress(OSError):
-                self._board.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -151,6 +138,8 @@ def plot_curves(run_dir: Path) -> Path:
                 ("train", "perturbed_loss", "train, perturbed"),
                 ("val", "loss", "val"),
                 ("val", "ema_loss", "val, averaged weights"),
+                ("val", "lpf", "train, low-pass filtered"),
+                ("val", "lpf_loss", "train, the same images"),
             ],
         ),
         ("top-1 accuracy (%)", [("val", "acc1", "val"), ("val", "ema_acc1", "val, averaged weights")]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -20,10 +20,13 @@ from lesam_dist.errors import PreemptedError, SharedError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import build
+from lesam_dist.train.boards.board import Outcome
+from lesam_dist.train.boards.boards import open_boards
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps
 from lesam_dist.train.ema import WeightAverage
+from lesam_dist.train.flatness import Batch, Flatness
 from lesam_dist.train.flops import Flops
 from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.input_bound import InputBound
@@ -56,6 +59,7 @@ class Trainer:
         val_samples: number of validation images over all ranks, to check that evaluation counted them all.
         bad_files: the loaders', whose number is logged.
         flops: of the model, to be logged.
+        measured: images of `flatness.read_images`, where ``analysis.every_epochs`` asks for it.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Trainer:
         val_samples: int | None = None,
         bad_files: BadFiles | None = None,
         flops: Flops | None = None,
+        measured: Sequence[Batch] | None = None,
     ) -> None:
         self.config, self.world, self._claim = config, world, run_dir
         self.run_dir = None if run_dir is None else run_dir.path
@@ -119,6 +124,7 @@ class Trainer:
             memory_format=self.memory_format,
             samples=val_samples,
         )
+        self.flatness = None if measured is None else Flatness(model, measured, world, config)
         self.step = 0
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
@@ -146,6 +152,7 @@ class Trainer:
         self.cadence = Cadence(config.checkpoint, config.epochs, self.steps_per_epoch, world)
         self.saves = Saves(self.checkpoints, state, self.guard, self.cadence, self.steps_per_epoch)
         self.log: RunLog | None = None
+        self._outcome: Outcome = "failed"  # until it is known
 
     @property
     def epoch(self) -> int:
@@ -162,8 +169,8 @@ class Trainer:
             self.guard.load(progress.get("guard") or self.guard.state())
         evaluated = self._is_evaluated()
         if self.world.is_main:
-            board = self.config.logging.tensorboard
-            self.log = RunLog(self.run_dir, self.total_steps, self.step, board, evaluated=evaluated)
+            boards = None if self.run_dir is None else open_boards(self.config, self.run_dir, self.step)
+            self.log = RunLog(self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated)
             self.log.print(describe_run(self.config, self.world, self.model, self.steps_per_epoch, self.step))
             if self.check and (remark := self.check.remark()):
                 self.log.print(remark)
@@ -183,6 +190,7 @@ class Trainer:
         if not (self.saves.wait() and self.saves.step == self.step):
             self._save(final=True)  # the disk was full: now or never
         self._require_learning()
+        self._outcome = "finished"
         assert self.last_evaluation is not None
         return self.last_evaluation
 
@@ -193,7 +201,9 @@ class Trainer:
         with suppress(Exception):  # after an error, which says more than that its last checkpoint failed too
             self.saves.wait()
         if self.log:
-            self.log.close()
+            self.world.move("closing its logs")
+            seconds = 5.0 if self.world.agreed.stopping else min(20.0, self.config.parallel.timeout_s / 4)
+            self.log.close(self._outcome, seconds)
             if self.run_dir:
                 curves = "" if self.world.agreed.stopping else "curves.png, "  # there are seconds left
                 with suppress(OSError):  # a full disk has been reported by now
@@ -336,6 +346,7 @@ class Trainer:
 
     def _preempted(self) -> PreemptedError:
         self.saves.wait()
+        self._outcome = "stopped"
         reason = self.world.agreed.reason or "a request"
         return PreemptedError(f"stopped by {reason} after step {self.step}: go on with --resume auto.")
 
@@ -343,6 +354,8 @@ class Trainer:
         result = self.validation.run(self._is_in_vain)
         if result is None:
             raise self._preempted()
+        if self.flatness and self.flatness.is_due(self.epoch):
+            result |= self.flatness.measure()
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)

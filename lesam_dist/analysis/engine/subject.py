@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lesam_dist.analysis.engine.objective import Batch, Objective
-from lesam_dist.analysis.engine.randomness import chosen
 from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import build
 from lesam_dist.train.checkpoint.weights import checkpoint_in, weights_of
+from lesam_dist.train.randomness import some_of
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def load(
     train, val = build.build_folders(config, world)
     images = train if split == "train" else val
     if samples is not None and samples < len(images):
-        images = images.take(chosen(len(images), samples, seed, train=split == "train"))
+        images = images.take(some_of(len(images), samples, seed, train=split == "train"))
     if not whole and len(images) < world.world_size:
         raise UserError(f"there are {len(images)} {split} images for {world.world_size} processes: start fewer.")
     num_classes = build.resolve_num_classes(config, train.classes)

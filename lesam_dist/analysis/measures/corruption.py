@@ -26,7 +26,7 @@ from lesam_dist.analysis.engine.corruption import (
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.analysis.engine.pgd import Scale
-from lesam_dist.analysis.engine.randomness import chosen
+from lesam_dist.analysis.engine.randomness import some_of
 from lesam_dist.errors import UserError
 from lesam_dist.train.calibration import Calibration, calibration_of, calibration_sums, over_processes
 
@@ -183,7 +183,7 @@ def _read(files: CifarC, objective: Objective, scale: Scale, seed: int) -> Batch
     with objective.computing(), torch.no_grad():
         files.require_classes(objective.model(images[:1]).shape[1])
     world, size = objective.world, max(len(labels) for _, labels in objective.batches)
-    share = np.array_split(chosen(IMAGES, objective.samples, seed), world.world_size)[world.rank]
+    share = np.array_split(some_of(IMAGES, objective.samples, seed, train=False), world.world_size)[world.rank]
 
     def batches(kind: str, severity: int) -> Iterator[Batch]:
         for begin in range(0, len(share), size):

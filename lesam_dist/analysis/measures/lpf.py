@@ -12,6 +12,7 @@ from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.analysis.engine.randomness import normal
 from lesam_dist.analysis.engine.statistics import Estimate, mean_with_error
 from lesam_dist.errors import UserError
+from lesam_dist.train.randomness import LPF_NOISE
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def lpf_one_pass(objective: Objective, sigma: float = 0.01, seed: int = 0) -> fl
     total = 0.0
     for index, batch in enumerate(objective.batches, first):
         alone = objective.on([batch])
-        with alone.at(weights + sigma * normal(objective.size, weights, seed, "lpf of a batch", index)):
+        with alone.at(weights + sigma * normal(objective.size, weights, seed, LPF_NOISE, index)):
             total += alone.loss() * alone.samples
     objective.passes["forward"] += 1
     return float(sum(world.gather(total))) / objective.samples

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lesam_dist.config.schema.running import (
+    AnalysisConfig,
     CheckpointConfig,
     ChecksConfig,
     GuardConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "CIFAR_ONLY",
     "DALI_ONLY",
     "FOLDERS_ONLY",
+    "AnalysisConfig",
     "CheckpointConfig",
     "ChecksConfig",
     "Config",
@@ -55,6 +57,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checks: ChecksConfig = field(default_factory=ChecksConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     epochs: int = 90
     """passes over the training images"""

@@ -103,6 +103,19 @@ class ChecksConfig:
 
 
 @dataclass
+class AnalysisConfig:
+    """How flat the loss is, measured while a run goes on."""
+
+    every_epochs: int | None = None
+    """after every so many epochs, and after the last, log the low-pass filtered training loss (lpf) and the loss of the
+    same images (lpf_loss): two forwards over them; null for never"""
+    samples: int = 1024
+    """training images that are looked at, without augmentation; they are kept in the host's memory"""
+    lpf_sigma: float = 0.01
+    """standard deviation of the noise on each weight"""
+
+
+@dataclass
 class LoggingConfig:
     """What is written where, by rank 0."""
 
@@ -110,6 +123,11 @@ class LoggingConfig:
     """steps between two lines of metrics.jsonl"""
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
+    wandb: bool = False
+    """show the run at Weights & Biases too (pip install 'lesam-dist[wandb]'); WANDB_PROJECT, WANDB_MODE and its other
+    variables say how"""
+    mlflow: bool = False
+    """and at MLflow (pip install 'lesam-dist[mlflow]'); MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where"""
     peak_tflops: float | None = None
     """dense TFLOP/s of a device in the run's number format, which mfu is a share of; null takes those of A100, H100,
     H200 and B200, and leaves mfu out for others"""
