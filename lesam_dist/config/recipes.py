@@ -21,7 +21,7 @@ from lesam_dist.optim.engine import registry
 
 Tree = dict[str, Any]
 
-ALIASES = {data: f"{data}_resnet8_lesam" for data in ("digits", "digits_noisy")}
+ALIASES = {data: f"{data}_resnet8_lesam" for data in ("digits", "digits_noisy", "mnist5k", "mnist5k_noisy")}
 _PARTS = Path(str(files("lesam_dist.recipes"))) / "parts"
 _ALL = "all"  # in combinations.yaml: whatever the method
 

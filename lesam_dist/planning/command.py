@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 _MOST = 1_000_000
 # Training and validation images: ImageNet-1K's where the config names no data set of its own.
-_IMAGES = {"digits": (1437, 360), "digits_noisy": (300, 360), "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
+_IMAGES = {
+    "digits": (1438, 359),
+    "digits_noisy": (300, 359),
+    **dict.fromkeys(["mnist5k", "mnist5k_noisy"], (4000, 1000)),
+    **dict.fromkeys(["cifar10", "cifar100"], (50_000, 10_000)),
+}
 _IMAGENET = (1_281_167, 50_000)
 
 

@@ -24,6 +24,7 @@ from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import remarks
 from lesam_dist.data.opening import data_root, open_splits
 from lesam_dist.data.replay import ReplayLoader
+from lesam_dist.data.scans import Scans, holds, prepare
 from lesam_dist.data.skip_list import read_skip_list
 from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
@@ -38,7 +39,7 @@ from lesam_dist.train.methods import method_arguments, param_groups
 from lesam_dist.train.mixing import require_pairs
 
 _DRY_BATCHES = 2
-_DRY_CLASSES = {"digits": 10, "digits_noisy": 10, "cifar10": 10, "cifar100": 100, None: 1000}  # as the data has them
+_DRY_CLASSES = {"cifar100": 100, None: 1000}  # as the data has them; the others have 10
 _BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS, "lamb": LAMB}
 Images = ImageFolder | CifarSplit
 
@@ -72,14 +73,22 @@ def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
         world.barrier()
         return load_cifar(builtin, root)
     if builtin is not None:
-        from lesam_dist.data.digits import holds_digits, prepare_digits
-
-        noisy = builtin == "digits_noisy"
-        if world.is_main and not holds_digits(root, noisy=noisy):
-            prepare_digits(root, noisy=noisy)
-            print(f"data.builtin {builtin}: wrote scikit-learn's digits to data.root '{root}'", flush=True)
+        scans, noisy = _scans(builtin), builtin.endswith("_noisy")
+        if world.is_main and not holds(scans, root, noisy=noisy):
+            prepare(scans, root, noisy=noisy)
+            print(f"data.builtin {builtin}: wrote {scans.source} to data.root '{root}'", flush=True)
         world.barrier()
     return _open_images(config, source, world)
+
+
+def _scans(builtin: str) -> Scans:
+    if builtin.startswith("mnist5k"):
+        from lesam_dist.data.mnist5k import MNIST5K
+
+        return MNIST5K
+    from lesam_dist.data.digits import DIGITS
+
+    return DIGITS
 
 
 def _open_images(config: Config, source: Path | Url, world: Distributed) -> tuple[ImageFolder, ImageFolder]:
@@ -207,7 +216,7 @@ def resolve_num_classes(config: Config, classes: tuple[str, ...] | None) -> int:
     """
     wanted = config.model.num_classes
     if classes is None:
-        return wanted or _DRY_CLASSES[config.data.builtin]
+        return wanted or _DRY_CLASSES.get(config.data.builtin, 10)
     if wanted is None:
         return len(classes)
     if len(classes) > wanted:

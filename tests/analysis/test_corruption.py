@@ -168,7 +168,10 @@ def spoil(name: str, array: NDArray[Any]) -> Callable[[Path], None]:
 
 
 SPOILT = [
-    (shutil.rmtree, r"^corruptions_root '.*' is no folder: give the one of CIFAR-10-C or CIFAR-100-C"),
+    (
+        shutil.rmtree,
+        r"^corruptions_root '.*' does not exist, or is no folder: give the one of CIFAR-10-C or CIFAR-100-C",
+    ),
     (lambda root: (root / "fog.npy").unlink(), r"^corruptions_root '.*' has no fog\.npy: complete it, or choose"),
     (lambda root: (root / "fog.npy").write_text("no"), r"fog\.npy' cannot be read as an array of numpy: "),
     (spoil("fog", np.zeros((50_000, 3), np.uint8)), r"fog\.npy' holds uint8 of shape \(50000, 3\): of CIFAR-10-C"),

@@ -59,7 +59,7 @@ def test_every_row_of_the_paper_has_a_name() -> None:
     expected |= {f"cifar100_{model}_{m}" for model in CIFAR_MODELS for m in ("sam", "lesam", "lesam_plus")}
     for model, (own, *_) in BEYOND.items():
         expected |= {f"imagenet_{model}_{m}" for m in ("sgd", "sam", "lesam", "looksam", own)}
-    assert expected | {"digits", "digits_noisy"} <= set(recipes())
+    assert expected | {"digits", "digits_noisy", "mnist5k", "mnist5k_noisy"} <= set(recipes())
     assert len(recipes()) == len(set(recipes())), "no name can be read in two ways"
     own = {name for name, method in registered().items() if method.module.startswith("lesam_dist.")}
     from_elsewhere = set(registered()) - own  # imported by another test

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lesam_dist.data import digits as module
+from lesam_dist.data import scans as module
 from lesam_dist.data.digits import prepare_digits
 from lesam_dist.errors import UserError
 
@@ -97,7 +97,7 @@ def test_second_call_does_nothing(digits: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(folder: Path, seed: int) -> None:
+    def interrupted(_: object, folder: Path, *__: object) -> None:
         (folder / "train" / "0").mkdir(parents=True)
         raise KeyboardInterrupt
 
@@ -108,7 +108,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_another_process_may_be_faster(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def overtaken(folder: Path, seed: int) -> None:
+    def overtaken(_: object, folder: Path, *__: object) -> None:
         for root in (folder, tmp_path / "digits"):
             shutil.copytree(digits, root, dirs_exist_ok=True)
 

@@ -107,7 +107,7 @@ def test_assumptions_move_the_result(tmp_path: Path) -> None:
         (["--gpus", "8", "--efficiency", "2"], "--efficiency is '2'"),
         (["--gpus", "8", "--batch_per_gpu", "1.5"], "--batch_per_gpu is '1.5'"),
         (["--gpus", "8", "--optimizer.sgima", "1"], "sgima"),
-        (["--gpus", "8", "--data.batch_size", "2048"], "more than the 1437 training images"),
+        (["--gpus", "8", "--data.batch_size", "2048"], "more than the 1438 training images"),
         ([], "the following arguments are required: --gpus"),
         (["--gpus", "8", "--parallel.strategy", "hsdp", "--parallel.shard_size", "3"], "do not fill --gpus 8"),
     ],

@@ -96,7 +96,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("recipe", ["digits", "digits_noisy", "cifar10_resnet18_sam"])
+@pytest.mark.parametrize("recipe", ["digits", "digits_noisy", "mnist5k", "cifar10_resnet18_sam"])
 def test_somebodys_images_are_not_replaced(command: Command, images: Path, tmp_path: Path, recipe: str) -> None:
     """A recipe of a built-in data set trained digits, or CIFAR, where a user pointed it at photographs."""
     before = sorted(images.rglob("*"))

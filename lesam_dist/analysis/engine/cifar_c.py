@@ -32,7 +32,7 @@ class CifarC:
         self.root = root
         if not root.is_dir():
             raise UserError(
-                f"corruptions_root '{root}' is no folder: give the one of CIFAR-10-C or CIFAR-100-C, with labels.npy."
+                f"corruptions_root '{root}' does not exist, or is no folder: give the one of CIFAR-10-C or CIFAR-100-C."
             )
         missing = [name for name in ("labels", *kinds) if not (root / f"{name}.npy").is_file()]
         if missing:
