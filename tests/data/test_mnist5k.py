@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import importlib.util
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,16 +48,18 @@ def test_all_images_are_there_as_they_are(root: Path) -> None:
 
 
 def test_the_noisy_variant(root: Path, tmp_path: Path) -> None:
-    """80 of the 400 training images of each digit lie, as its list says; the validation images do not."""
+    """100 training images of each digit, of which 20 lie, as its list says; the validation images do not."""
     noisy = shutil.copytree(root, tmp_path / "noisy", copy_function=os.link)  # as it is written first
     _add_noise(MNIST5K, noisy, 0)
     assert holds(MNIST5K, noisy, noisy=True)
     assert not holds(MNIST5K, noisy, noisy=False)
     places = [{path.name: path.parent for path in folder.rglob("*.png")} for folder in (root, noisy)]
-    clean, now = ({name: (at.parent.name, at.name) for name, at in each.items()} for each in places)
-    moved = {name for name in clean if clean[name] != now[name]}
-    assert {clean[name][0] for name in moved} == {"train"} == {now[name][0] for name in moved}
-    assert np.bincount([int(clean[name][1]) for name in moved]).tolist() == [80] * 10
+    clean, now = ({name: (at.parent.name, int(at.name)) for name, at in each.items()} for each in places)
+    assert {name for name in now if now[name][0] == "val"} == {name for name in clean if clean[name][0] == "val"}
+    assert np.bincount([clean[name][1] for name in now if now[name][0] == "train"]).tolist() == [100] * 10
+    moved = {name for name in now if clean[name] != now[name]}
+    assert {now[name][0] for name in moved} == {"train"}
+    assert np.bincount([clean[name][1] for name in moved]).tolist() == [20] * 10
     listed = {f"{line.split(',')[0]}.png" for line in (noisy / "wrong_labels.csv").read_text().split()[1:]}
     assert listed == moved
 

@@ -64,6 +64,7 @@ def _corruptions(arguments: argparse.Namespace) -> Corruptions | None:
 
 
 def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, str]:
+    from lesam_dist.analysis.engine.pgd import Scale
     from lesam_dist.analysis.measures.robustness import passes
 
     several = len(arguments.linf) + len(arguments.l2)
@@ -73,6 +74,8 @@ def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, 
     attacks = f"{several} attack{'s' * (several != 1)} of {arguments.steps} steps"
     if asked is None:
         return forwards, backwards, f"{attacks}, and the images as they are"
+    data = subject.source.config.data
+    asked.of(subject.objective(), Scale(data.mean, data.std), arguments.seed)  # refuses what does not fit the run
     return forwards, backwards, f"{attacks}, {cells} sets of corrupted images, and the images as they are"
 
 

@@ -17,8 +17,8 @@ class DataConfig:
     and cifar100 the folder that torchvision keeps them in"""
     builtin: Literal["digits", "digits_noisy", "mnist5k", "mnist5k_noisy", "cifar10", "cifar100"] | None = None
     """write this data set to root first if it is not there: scikit-learn's scanned digits; 300 of them with 20 % wrong
-    labels and the same validation images; 5,000 images of MNIST (pip install 'lesam-dist[mnist]'), as they are or with
-    20 % of the training labels wrong; or CIFAR, which is downloaded, and kept on the device"""
+    labels and the same validation images; 5,000 images of MNIST (pip install 'lesam-dist[mnist]'), or 1,000 to train on
+    with 20 % wrong labels; or CIFAR, which is downloaded, and kept on the device"""
     backend: DataBackend = "auto"
     """who reads, decodes and augments class folders; CIFAR needs neither. auto takes DALI where it is installed"""
     batch_size: int = 256
