@@ -1,0 +1,144 @@
+"""The first screen: which method came out ahead, by how much, over how many seeds, at what cost; or that none did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lesam_dist.analysis.commands.labels import number
+from lesam_dist.experiments.report import plus_minus
+from lesam_dist.report.blocks import Block, Section, Table, Text
+from lesam_dist.report.grouping import differing
+from lesam_dist.report.reading import Run
+from lesam_dist.report.results import ACC1, Result, compare, rank
+from lesam_dist.report.statistics import LEVEL, Difference, Spread
+
+_FEW = 10_000  # validation images below which it is said what one of them is
+_NOTE = (
+    "Top-1 on the validation images: mean and standard deviation (n - 1) over the seeds that finished. The best epoch "
+    "is chosen by the images that it is measured on, and so flatters; the last is what counts. Cost: forward and "
+    "backward passes of a step, and of the whole run, where SGD makes one a step."
+)
+
+
+def summary(results: Sequence[Result]) -> tuple[str, Section]:
+    """The headline, and the table below it."""
+    blocks: list[Block] = [Text(text) for text in _more(results)]
+    blocks.append(_table(results))
+    return headline(results), Section("summary", "Summary", blocks)
+
+
+def headline(results: Sequence[Result]) -> str:
+    """One sentence or two; claims no difference that the seeds do not show."""
+    ranked = rank(results)
+    if not ranked:
+        return "No run has finished yet."
+    first = ranked[0]
+    reached = f"{first.name} reaches {percent(first.last())} top-1"
+    at = f"at {first.cost:.2f} SGD steps a step"
+    if len(ranked) == 1:
+        return f"{reached}, {_over(first)}, {at}."
+    if _elsewhere(results):
+        return "These runs were evaluated on different images, so their results are not compared."
+    second = ranked[1]
+    found = compare(results)[first.name, second.name]
+    if found.n < 2:
+        return f"One seed does not tell which is best. Highest so far: {reached}, {at}."
+    if not found.is_shown:
+        return (
+            f"The seeds show no difference between the two highest: {first.name} {percent(first.last())}, "
+            f"{second.name} {percent(second.last())}; {_difference(found)} points, {_seeds(found)}."
+        )
+    return (
+        f"{first.name} comes out ahead: {percent(first.last())} top-1, {_difference(found)} points over {second.name}, "
+        f"{_seeds(found)}, {at} ({second.name}: {second.cost:.2f})."
+    )
+
+
+def percent(spread: Spread | None) -> str:
+    """Of accuracies."""
+    return "none" if spread is None else f"{plus_minus(spread.mean, spread.std)} %"
+
+
+def plain(spread: Spread | None) -> str:
+    """Of anything else, in four digits, its deviation in two."""
+    if spread is None:
+        return "-"
+    return number(spread.mean) + ("" if math.isnan(spread.std) else f" ± {spread.std:.2g}")
+
+
+def _difference(found: Difference) -> str:
+    return plus_minus(found.mean, found.error, signed=True)
+
+
+def _seeds(found: Difference) -> str:
+    return f"n = {found.n} seeds" + (", paired" if found.paired else "")
+
+
+def _over(result: Result) -> str:
+    n = len(result.by_seed)
+    return f"over {n} seeds" if n > 1 else "one seed, so nothing is known of the spread"
+
+
+def _more(results: Sequence[Result]) -> list[str]:
+    """What the headline rests on."""
+    texts = []
+    found = {} if _elsewhere(results) else compare(results)
+    shown = [
+        f"{first} over {second}, {_difference(each)} ({each.low:+.2f} to {each.high:+.2f})"
+        for (first, second), each in found.items()
+        if each.is_shown
+    ]
+    judged = sum(not math.isnan(each.error) for each in found.values())
+    if judged:
+        what = f"Differences of top-1 in points ± standard error, with intervals that hold together at {LEVEL:.0%}: "
+        texts.append(what + ("; ".join(shown) if shown else "none that the seeds show") + ".")
+    others = [path for path in differing([r.group for r in results]) if not path.startswith("optimizer.")]
+    if others:
+        texts.append(f"They differ in more than the optimizer: {', '.join(others)}.")
+    samples = [count for result in results for run in result.group.runs if (count := _samples(run))]
+    if len(set(samples)) == 1 and samples[0] < _FEW:
+        texts.append(f"There are {samples[0]:.0f} validation images: one is {100 / samples[0]:.2g} points.")
+    return texts
+
+
+def _table(results: Sequence[Result]) -> Table:
+    reference = next((r for r in results if r.name == "sam"), results[0])  # as `lesam-dist compare` chooses it
+    several = len(rank(results)) > 1 and not _elsewhere(results) and bool(reference.by_seed)
+    header = ["method", "seeds", "top-1, last epoch", "best epoch"]
+    header += [f"difference to {reference.name}"] if several else []
+    header += ["cost of a step", "of a run, in SGD steps"]
+    rows = []
+    differences = compare(results) if several else {}
+    for result in results:
+        total, best = result.total_cost(), result.best()
+        row = [result.name, _count(result), percent(result.last()), percent(best)]
+        if several:
+            row.append("-" if result is reference else _to(result.name, reference.name, differences))
+        rows.append([*row, f"{result.cost:.2f}", "-" if total is None else f"{total:,.0f}"])
+    note = _NOTE + (" Difference: mean ± standard error." if several else "")
+    return Table(header, rows, note, [result.group.style for result in results])
+
+
+def _to(name: str, reference: str, differences: dict[tuple[str, str], Difference]) -> str:
+    if found := differences.get((name, reference)):
+        return _difference(found)
+    if found := differences.get((reference, name)):
+        return plus_minus(-found.mean, found.error, signed=True)
+    return "-"
+
+
+def _count(result: Result) -> str:
+    done, all_runs = len(result.group.finished), len(result.group.runs)
+    return str(all_runs) if done == all_runs else f"{done} of {all_runs}"
+
+
+def _elsewhere(results: Sequence[Result]) -> bool:
+    """Whether not all runs were evaluated on the same images, as far as their logs and configs say."""
+    runs = [run for result in results for run in result.group.runs]
+    return len({(_samples(run), run.values["data.builtin"]) for run in runs if run.of("val", ACC1)}) > 1
+
+
+def _samples(run: Run) -> float | None:
+    found = run.of("val", "samples")
+    return found[-1][1] if found else None
