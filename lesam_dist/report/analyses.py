@@ -11,7 +11,7 @@ from typing import Any
 from lesam_dist.analysis.command import ANALYSES
 from lesam_dist.analysis.commands.labels import labels
 from lesam_dist.report.analysis_charts import CHARTS
-from lesam_dist.report.blocks import DASHES, Section, Style, Table, Text
+from lesam_dist.report.blocks import DASHES, Section, Style, Table, Text, sentence
 from lesam_dist.report.reading import Document, Run, printable
 from lesam_dist.report.results import Result
 
@@ -72,24 +72,33 @@ def _entry(
     file: str, document: Document, style: Style, run: Run, result: Result, owners: dict[str, tuple[str, Style]]
 ) -> Entry:
     if "checkpoints" not in document:
-        name = f"{_short(result, run)}, {printable(str(document.get('checkpoint', file)))}"
+        name = _name(result, run, document)
         return Entry(name, style, document, [name], [style])
     try:
-        digests, known = document["settings"]["weights"], labels(document)
-        names = [owners.get(str(d), (printable(label), style))[0] for d, label in zip(digests, known, strict=True)]
-        bases = [owners.get(str(digest), ("", style))[1] for digest in digests]
+        digests, known, dims = document["settings"]["weights"], labels(document), document["settings"].get("dims")
+        found = [owners.get(str(d), (printable(one), style)) for d, one in zip(digests, known, strict=True)]
+        shown = [
+            {**one, "run": "", "checkpoint": name}
+            for one, (name, _) in zip(document["checkpoints"], found, strict=True)
+        ]
     except _MALFORMED:
-        return Entry(file, style, document, [], [])
+        return Entry(file, style, {}, [], [])
     used: Counter[str] = Counter()
     styles = []
-    for base in bases:
+    for _, base in found:
         styles.append(Style(base.colour, DASHES[used[base.colour] % len(DASHES)]))
         used[base.colour] += 1
-    return Entry(", ".join(names), style, document, names, styles)
+    names = [name for name, _ in found]
+    title = " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+    title += f", {dims}d" if dims else ""
+    return Entry(title, style, {**document, "checkpoints": shown}, names, styles)
 
 
 def _owners(results: Sequence[Result]) -> dict[str, tuple[str, Style]]:
-    """Names and styles of checkpoints by the digest of their weights, as analyses of one checkpoint have it."""
+    """Names and styles of checkpoints by the digest of their weights, as analyses of one checkpoint have it.
+
+    A document about several runs has but the names of their folders, which may all be seed_0.
+    """
     found = {}
     for result in results:
         for run in result.group.runs:
@@ -97,36 +106,38 @@ def _owners(results: Sequence[Result]) -> dict[str, tuple[str, Style]]:
                 digest: Any = document.get("settings")
                 digest = digest.get("weights") if isinstance(digest, dict) else None
                 if isinstance(digest, str) and "checkpoint" in document:
-                    name = f"{_short(result, run)}, {printable(str(document['checkpoint']))}"
-                    found[digest] = name, result.group.style
+                    found[digest] = _name(result, run, document), result.group.style
     return found
 
 
-def _short(result: Result, run: Run) -> str:
-    """A run by its group, and its seed where there are several."""
-    return result.name if len(result.group.runs) == 1 else f"{result.name} seed {run.seed}"
+def _name(result: Result, run: Run, document: Document) -> str:
+    """A checkpoint by its group; with its seed where there are several, and its own name where it is not the only one
+    of its run.
+    """
+    name = result.name if len(result.group.runs) == 1 else f"{result.name} seed {run.seed}"
+    several = len({str(one["checkpoint"]) for one in run.documents.values() if "checkpoint" in one}) > 1
+    return f"{name}, {printable(str(document.get('checkpoint', '')))}" if several else name
 
 
 def _section(kind: str, entries: Sequence[Entry]) -> Section:
-    section = Section(f"analysis-{kind}", _TITLES[kind], [Text(f"{ANALYSES[kind][0].upper()}{ANALYSES[kind][1:]}.")])
-    readable = []
-    table: dict[str, dict[str, str]] = {}
+    section = Section(f"analysis-{kind}", _TITLES[kind], [Text(f"{sentence(ANALYSES[kind])}.")])
+    readable: list[Entry] = []
+    table: dict[str, dict[int, str]] = {}
     for entry in entries:
         rows = _rows(kind, entry)
         if rows is None:
             section.blocks.append(Text(f"A document about {entry.name} is not of this version, and is left out."))
             continue
-        readable.append(entry)
         for name, value in rows:
-            table.setdefault(name, {})[entry.name] = value
+            table.setdefault(name, {})[len(readable)] = value
+        readable.append(entry)
     if not readable:
         return section
     if differ := _settings_that_differ(readable):
         section.blocks.append(Text(f"Not made with the same settings, so not to be compared: {differ}."))
     section.blocks.extend(CHARTS[kind](readable))
-    names = [entry.name for entry in readable]
-    cells = [[name, *(values.get(one, "-") for one in names)] for name, values in table.items()]
-    section.blocks.append(Table(["", *names], cells, words=True))
+    cells = [[name, *(values.get(i, "-") for i in range(len(readable)))] for name, values in table.items()]
+    section.blocks.append(Table(["", *(entry.name for entry in readable)], cells, words=True))
     return section
 
 
@@ -143,7 +154,11 @@ def _rows(kind: str, entry: Entry) -> list[tuple[str, str]] | None:
 
 
 def _settings_that_differ(entries: Sequence[Entry]) -> str:
-    settings = [entry.document.get("settings") or {} for entry in entries]
-    names = dict.fromkeys(name for each in settings for name in each if name not in _NOT_TO_COMPARE)
-    different = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+    """Of documents that are shown in one chart: lines and planes are not."""
+    different: dict[str, None] = {}
+    for dims in (None, 1, 2):
+        settings = [entry.document.get("settings") or {} for entry in entries]
+        settings = [each for each in settings if each.get("dims") == dims]
+        names = dict.fromkeys(name for each in settings for name in each if name not in _NOT_TO_COMPARE)
+        different |= {name: None for name in names if any(each.get(name) != settings[0].get(name) for each in settings)}
     return ", ".join(different)

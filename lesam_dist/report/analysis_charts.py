@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lesam_dist.report.blocks import Block, Chart, Line, Plane, Style
+from lesam_dist.report.blocks import Block, Chart, Line, Plane, Style, sentence
 from lesam_dist.report.curves import is_steep
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _sharpness(entries: Sequence[Entry]) -> list[Block]:
                 style = entry.style if j == 0 else Style(entry.style.colour, ("dash", "dot")[(j - 1) % 2])
                 lines.append(_with_errors(f"{entry.name}: {_plain(name)}", style, sorted(points)))
         if lines:
-            charts.append(Chart(f"sharpness-{i}", title.capitalize(), _plain(x), y, lines, log_x=True))
+            charts.append(Chart(f"sharpness-{i}", sentence(title), _plain(x), y, lines, log_x=True))
     return charts
 
 
@@ -108,7 +108,7 @@ def _connect(entries: Sequence[Entry]) -> list[Block]:
             for entry in entries
         ]
         x = "place on the straight line: 0 is the first, 1 the second"
-        charts.append(Chart(f"connect-{name}", f"{text.partition(',')[0].capitalize()} in between", x, text, lines))
+        charts.append(Chart(f"connect-{name}", f"{sentence(text.partition(',')[0])} in between", x, text, lines))
     return charts
 
 

@@ -152,6 +152,11 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
+def sentence(text: str) -> str:
+    """With a capital letter in front, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def _end(line: Line) -> str:
     known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and math.isfinite(y)]
     if not known:

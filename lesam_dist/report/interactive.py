@@ -11,6 +11,7 @@ from typing import Any
 from lesam_dist.report.blocks import Chart, Line, Plane, Values
 
 _TICKS = 6
+_DECADES = 2.5  # of a logarithmic axis, below which 2 and 5 are marked too
 
 
 def script() -> str:
@@ -28,16 +29,21 @@ def figure(chart: Chart | Plane) -> dict[str, Any]:
 def _curves(chart: Chart) -> dict[str, Any]:
     traces = [trace for line in chart.lines for trace in _line(line)]
     several = len(chart.lines) > 1
-    x: dict[str, Any] = {"title": {"text": html.escape(chart.x)}, "type": "log" if chart.log_x else "linear"}
-    if chart.integer_x:
-        places = [place for line in chart.lines for place in line.x]
-        if max(places) - min(places) < 8:
-            x |= {"dtick": 1}
+    x, y = _axis(chart.x, log=chart.log_x), _axis(chart.y, log=chart.log_y)
+    places = sorted({place for line in chart.lines for place in line.x})
+    if chart.integer_x and places and places[-1] - places[0] < 8:
+        x |= {"dtick": 1}
     if chart.log_x:
-        places = sorted({place for line in chart.lines for place in line.x})
         x |= {"tickvals": places, "ticktext": [f"{place:g}" for place in places]}
-    y = {"title": {"text": html.escape(chart.y)}, "type": "log" if chart.log_y else "linear"}
+    if chart.log_y:
+        known = [value for line in chart.lines for value in _known(line.y) if value is not None and value > 0]
+        decades = math.log10(max(known) / min(known)) if known else 0.0
+        y |= {"dtick": "D2" if decades < _DECADES else math.ceil(decades / _TICKS)}
     return {"data": traces, "layout": {"xaxis": x, "yaxis": y, "showlegend": several, "hovermode": "x unified"}}
+
+
+def _axis(title: str, *, log: bool) -> dict[str, Any]:
+    return {"title": {"text": html.escape(title)}, "type": "log" if log else "linear"}
 
 
 def _line(line: Line) -> list[dict[str, Any]]:

@@ -39,6 +39,9 @@
     const { data, layout } = JSON.parse(figure.querySelector("script").textContent);
     const plot = figure.querySelector(".plot");
     figure.classList.add("drawn"); // before: the chart is as large as its place
+    const names = data.filter((trace) => trace.showlegend !== false && trace.name).map((trace) => trace.name);
+    const rows = Math.ceil(names.reduce((sum, name) => sum + 6.3 * name.length + 56, 0) / (plot.clientWidth - 64));
+    plot.style.height = `${plot.clientHeight + 19 * Math.max(0, rows - 1) * (names.length > 1)}px`;
     try {
       await Plotly.newPlot(plot, data, themed(layout), { responsive: true, displayModeBar: false, displaylogo: false });
       isDark.addEventListener("change", () => Plotly.react(plot, plot.data, themed(layout)));

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _DASHES: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.5, 1.5))}
 _INK, _GRID, _LEVELS = "#2b2b2b", "#d9d9d9", 24
+_WIDEST = 66  # letters in a row of a legend
 _DARK = {_INK: "#d6d6d6", _GRID: "#3d4147"}
 # Text as text, which is small and can be searched; the same bytes for the same chart.
 _STYLE: dict[str, Any] = {
@@ -45,7 +46,7 @@ def svg(chart: Chart | Plane) -> str:
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from"
         )  # measured with a box; the reader's font has it
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=(6.4, 4.0 + 0.2 * max(0, _legend_rows(chart) - 1)), layout="constrained")
         if isinstance(chart, Chart):
             _curves(figure, chart)
         else:
@@ -90,13 +91,21 @@ def _legend(figure: Figure, axes: Axes, chart: Chart) -> None:
     if len(chart.lines) < 2:
         return
     handles = axes.get_lines()
-    columns = 1 if max(len(line.name) for line in chart.lines) > 30 else min(3, len(handles))
+    columns = -(-len(handles) // _legend_rows(chart))
     how: dict[str, Any] = {"loc": "outside upper left", "frameon": False, "fontsize": "small", "ncols": columns}
     # As wide as the names will be, without a "_" in front.
     legend = figure.legend(handles, [f"\N{FIGURE SPACE}{line.name}" for line in chart.lines], **how)
     for text, line in zip(legend.get_texts(), chart.lines, strict=True):
         text.set_parse_math(False)
         text.set_text(line.name)
+
+
+def _legend_rows(chart: Chart | Plane) -> int:
+    """As many columns as there is room for."""
+    if isinstance(chart, Plane) or len(chart.lines) < 2:
+        return 0
+    columns = max(1, min(3, _WIDEST // max(len(line.name) for line in chart.lines)))
+    return -(-len(chart.lines) // columns)
 
 
 def _plane(figure: Figure, plane: Plane) -> None:

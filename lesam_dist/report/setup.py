@@ -18,6 +18,8 @@ from lesam_dist.report.paths import CONFIG
 from lesam_dist.report.reading import Run, printable
 from lesam_dist.report.results import Result, best, last
 
+_METHOD, _ARGS = "optimizer.name", "optimizer.args."
+
 
 def runs_section(results: Sequence[Result], paths: Sequence[Path]) -> Section:
     """Each run with its state and results; what sets the groups apart, or one group from its recipe; commands."""
@@ -58,7 +60,7 @@ def environment(results: Sequence[Result]) -> Section:
                     run.name,
                     str(saved.get("torch", "-")),
                     str(saved.get("world_size", "-")),
-                    f"{config.parallel.device or 'chosen by the run'}, {config.parallel.strategy}",
+                    f"{config.parallel.device or 'not set'}, {config.parallel.strategy}",
                     f"{config.precision.compute}, weights {config.precision.weights}",
                     run.holder.host if run.holder else "-",
                     _date(run.holder.since) if run.holder else "-",
@@ -79,7 +81,11 @@ def _configs(results: Sequence[Result]) -> list[Table | Text]:
     groups = [result.group for result in results]
     if len(groups) > 1:
         found = differing(groups)
+        if _METHOD in found:  # each has arguments of its own
+            found = {path: values for path, values in found.items() if not path.startswith(_ARGS)}
         rows = [[path, *("-" if value is None else shown(value) for value in values)] for path, values in found.items()]
+        if _METHOD in found:
+            rows.append([_ARGS.rstrip("."), *(_arguments(each.values) for each in groups)])
         note = "Fields of the configs that are not the same for all; what only says where things go is left out."
         return [Table(["field", *(result.name for result in results)], rows, note, words=True)]
     values = groups[0].values
@@ -92,6 +98,11 @@ def _configs(results: Sequence[Result]) -> list[Table | Text]:
         return [Text(f"The config is that of the recipe {recipe}.")]
     note = f"Fields that are not as in the recipe that is nearest, {recipe}."
     return [Table(["field", recipe, groups[0].name], rows, note, words=True)]
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    own = [f"{path.removeprefix(_ARGS)} {shown(value)}" for path, value in values.items() if path.startswith(_ARGS)]
+    return ", ".join(own) or "-"
 
 
 def _commands(results: Sequence[Result], paths: Sequence[Path]) -> list[Text]:

@@ -23,36 +23,46 @@ _NOTE = (
 
 def summary(results: Sequence[Result]) -> tuple[str, Section]:
     """The headline, and the table below it."""
-    blocks: list[Block] = [Text(text) for text in _more(results)]
-    blocks.append(_table(results))
+    blocks: list[Block] = [_table(results), *map(Text, _more(results))]
     return headline(results), Section("summary", "Summary", blocks)
 
 
 def headline(results: Sequence[Result]) -> str:
-    """One sentence or two; claims no difference that the seeds do not show."""
+    """A sentence or two; claims no difference that the seeds do not show."""
     ranked = rank(results)
     if not ranked:
         return "No run has finished yet."
-    first = ranked[0]
-    reached = f"{first.name} reaches {percent(first.last())} top-1"
-    at = f"at {first.cost:.2f} SGD steps a step"
-    if len(ranked) == 1:
-        return f"{reached}, {_over(first)}, {at}."
+    return _unbroken(_of_one(ranked[0]) if len(ranked) == 1 else _of_several(ranked, results))
+
+
+def _of_one(result: Result) -> str:
+    n = len(result.by_seed)
+    over = f"over {n} seeds" if n > 1 else "one seed, so nothing is known of the spread"
+    return f"{result.name} reaches {percent(result.last())} top-1, {over}, at {_cost(result)} SGD steps a step."
+
+
+def _of_several(ranked: Sequence[Result], results: Sequence[Result]) -> str:
     if _elsewhere(results):
         return "These runs were evaluated on different images, so their results are not compared."
-    second = ranked[1]
+    first, second = ranked[:2]
     found = compare(results)[first.name, second.name]
+    one, two = (f"{each.name} ({percent(each.last())})" for each in (first, second))
+    costs = f"Cost of a step in SGD steps: {', '.join(f'{each.name} {_cost(each)}' for each in ranked)}."
     if found.n < 2:
-        return f"One seed does not tell which is best. Highest so far: {reached}, {at}."
-    if not found.is_shown:
-        return (
-            f"The seeds show no difference between the two highest: {first.name} {percent(first.last())}, "
-            f"{second.name} {percent(second.last())}; {_difference(found)} points, {_seeds(found)}."
-        )
-    return (
-        f"{first.name} comes out ahead: {percent(first.last())} top-1, {_difference(found)} points over {second.name}, "
-        f"{_seeds(found)}, {at} ({second.name}: {second.cost:.2f})."
-    )
+        return f"One seed does not tell which is best. Highest is {one}, then {two}. {costs}"
+    by = f"{_difference(found)} points, n = {found.n} seeds{', paired' * found.paired}"
+    if found.is_shown:
+        return f"{first.name} comes out ahead with {percent(first.last())} top-1, by {by}, over {two}. {costs}"
+    return f"The seeds show no difference between the two highest, {one} and {two}: {by}. {costs}"
+
+
+def _cost(result: Result) -> str:
+    return f"{result.cost:.3g}"
+
+
+def _unbroken(text: str) -> str:
+    """Numbers stay in one line."""
+    return text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def percent(spread: Spread | None) -> str:
@@ -71,28 +81,19 @@ def _difference(found: Difference) -> str:
     return plus_minus(found.mean, found.error, signed=True)
 
 
-def _seeds(found: Difference) -> str:
-    return f"n = {found.n} seeds" + (", paired" if found.paired else "")
-
-
-def _over(result: Result) -> str:
-    n = len(result.by_seed)
-    return f"over {n} seeds" if n > 1 else "one seed, so nothing is known of the spread"
-
-
 def _more(results: Sequence[Result]) -> list[str]:
     """What the headline rests on."""
     texts = []
     found = {} if _elsewhere(results) else compare(results)
     shown = [
-        f"{first} over {second}, {_difference(each)} ({each.low:+.2f} to {each.high:+.2f})"
+        f"{first} over {second}, {_difference(each)} points ({each.low:+.2f} to {each.high:+.2f})"
         for (first, second), each in found.items()
         if each.is_shown
     ]
-    judged = sum(not math.isnan(each.error) for each in found.values())
-    if judged:
-        what = f"Differences of top-1 in points ± standard error, with intervals that hold together at {LEVEL:.0%}: "
-        texts.append(what + ("; ".join(shown) if shown else "none that the seeds show") + ".")
+    if any(not math.isnan(each.error) for each in found.values()):
+        how = f"{100 * LEVEL:.0f} % for all {len(found)} together, by Student's t with Bonferroni's correction"
+        how = how if len(found) > 1 else f"{100 * LEVEL:.0f} %, by Student's t"
+        texts.append(f"Differences that the seeds show ({how}): {'; '.join(shown) or 'none'}.")
     others = [path for path in differing([r.group for r in results]) if not path.startswith("optimizer.")]
     if others:
         texts.append(f"They differ in more than the optimizer: {', '.join(others)}.")
