@@ -129,7 +129,7 @@ def _section(kind: str, entries: Sequence[Entry]) -> Section:
             section.blocks.append(Text(f"A document about {entry.name} is not of this version, and is left out."))
             continue
         for name, value in rows:
-            table.setdefault(name, {})[len(readable)] = value
+            table.setdefault(name, {})[len(readable)] = value.replace("   ", "\n")
         readable.append(entry)
     if not readable:
         return section
@@ -137,7 +137,7 @@ def _section(kind: str, entries: Sequence[Entry]) -> Section:
         section.blocks.append(Text(f"Not made with the same settings, so not to be compared: {differ}."))
     section.blocks.extend(CHARTS[kind](readable))
     cells = [[name, *(values.get(i, "-") for i in range(len(readable)))] for name, values in table.items()]
-    section.blocks.append(Table(["", *(entry.name for entry in readable)], cells, words=True))
+    section.blocks.append(Table(["", *(entry.name for entry in readable)], cells, kind="values"))
     return section
 
 

@@ -62,7 +62,7 @@ def _lpf(entries: Sequence[Entry]) -> list[Block]:
         mean, error = found["lpf"]["mean"], found["lpf"]["standard_error"]
         points = [(0.0, found["loss"], 0.0), (found["sigma"], mean, error or 0.0)]
         lines.append(_with_errors(entry.name, entry.style, [point for point in points if point[1] is not None]))
-    x = "standard deviation of the noise on each weight"
+    x = "deviation of the noise on each weight"
     return [Chart("lpf", "Loss without noise, and its mean under noise", x, "loss", lines)]
 
 
@@ -82,7 +82,7 @@ def _landscape(entries: Sequence[Entry]) -> list[Block]:
             Line(name, places, losses, style)
             for name, losses, style in zip(entry.names, surfaces, entry.styles, strict=True)
         ]
-        x = "along a filter-normalised direction; 1 is the weights' own length"
+        x = "along the direction; 1 is the weights' length"
         charts.append(Chart(f"landscape-{i}", "Loss on a line", x, "loss", lines, log_y=is_steep(lines)))
     known = [value for _, _, rows in planes for row in rows for value in row if value is not None]
     if known:
@@ -107,7 +107,7 @@ def _connect(entries: Sequence[Entry]) -> list[Block]:
             )
             for entry in entries
         ]
-        x = "place on the straight line: 0 is the first, 1 the second"
+        x = "place: 0 is the first, 1 the second"
         charts.append(Chart(f"connect-{name}", f"{sentence(text.partition(',')[0])} in between", x, text, lines))
     return charts
 

@@ -122,14 +122,14 @@ class Table:
         rows: of as many cells.
         note: what the numbers are.
         styles: one for each row, whose name is marked in that colour; empty for none.
-        words: whether cells are words, to be set to the left, rather than numbers.
+        kind: of the cells: "numbers", to be set to the right; "words"; or "values", several in a cell, one a line.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     styles: Sequence[Style] = ()
-    words: bool = False
+    kind: str = "numbers"
 
 
 @dataclass(frozen=True)

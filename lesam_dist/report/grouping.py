@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesam_dist.config.methods import PLAIN
-from lesam_dist.config.recipes import compose, recipes
+from lesam_dist.config.recipes import bases, compose, methods_of
 from lesam_dist.config.sources import leaves
 from lesam_dist.config.values import default_values
 from lesam_dist.report.blocks import Style
@@ -78,14 +78,15 @@ def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 
 def nearest_recipe(values: dict[str, Any]) -> str:
-    """The recipe that sets the fewest fields to another value than a run has."""
-    defaults = default_values()
+    """The recipe of the run's method that sets the fewest fields to another value; of a method without one, SGD's."""
+    method, defaults = method_of(values), default_values()
 
     def distance(name: str) -> int:
         recipe = defaults | leaves(compose(name))
         return sum(_matters(path) and recipe.get(path) != value for path, value in values.items() if path in recipe)
 
-    return min(recipes(), key=distance)
+    own = [f"{base}_{method}" for base in bases() if method in methods_of(base)]
+    return min(own or [f"{base}_sgd" for base in bases()], key=distance)
 
 
 def changed(values: dict[str, Any], before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -6,6 +6,7 @@ import base64
 import gzip
 import html
 import math
+from functools import cache
 from typing import Any
 
 from lesam_dist.report.blocks import Chart, Line, Plane, Values
@@ -14,6 +15,7 @@ _TICKS = 6
 _DECADES = 2.5  # of a logarithmic axis, below which 2 and 5 are marked too
 
 
+@cache
 def script() -> str:
     """plotly.js of the installed package, compressed for the page to unpack: 2 MB instead of 5."""
     from plotly.offline import get_plotlyjs

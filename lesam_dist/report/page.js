@@ -40,8 +40,9 @@
     const plot = figure.querySelector(".plot");
     figure.classList.add("drawn"); // before: the chart is as large as its place
     const names = data.filter((trace) => trace.showlegend !== false && trace.name).map((trace) => trace.name);
-    const rows = Math.ceil(names.reduce((sum, name) => sum + 6.3 * name.length + 56, 0) / (plot.clientWidth - 64));
-    plot.style.height = `${plot.clientHeight + 19 * Math.max(0, rows - 1) * (names.length > 1)}px`;
+    const widest = 6.3 * Math.max(0, ...names.map((name) => name.length)) + 50; // plotly.js makes columns of it
+    const rows = Math.ceil(names.length / Math.max(1, Math.floor((plot.clientWidth - 64) / widest)));
+    plot.style.height = `${plot.clientHeight + 19 * Math.max(0, rows - 1)}px`; // room for the legend
     try {
       await Plotly.newPlot(plot, data, themed(layout), { responsive: true, displayModeBar: false, displaylogo: false });
       isDark.addEventListener("change", () => Plotly.react(plot, plot.data, themed(layout)));

@@ -42,7 +42,7 @@ def runs_section(results: Sequence[Result], paths: Sequence[Path]) -> Section:
             )
             styles.append(result.group.style)
     header = ("run", "method", "seed", "state", "top-1, last", "top-1, best", "loss, last", "latest checkpoint")
-    section.blocks.append(Table(header, rows, "", styles, words=True))
+    section.blocks.append(Table(header, rows, "", styles, kind="words"))
     section.blocks.extend(_configs(results))
     section.blocks.extend(_commands(results, paths))
     return section
@@ -70,10 +70,10 @@ def environment(results: Sequence[Result]) -> Section:
             styles.append(result.group.style)
     header = ("run", "torch", "processes", "device, strategy", "precision", "host", "last started", "last saved")
     note = "torch, processes and dates as the latest whole checkpoint and the run's lock have them; - is not recorded."
-    section = Section("environment", "Environment", [Table(header, rows, note, styles, words=True)])
+    section = Section("environment", "Environment", [Table(header, rows, note, styles, kind="words")])
     if analyses := _analyses(results):
         of_analyses = ("analyses of", "lesam-dist", "torch", "python", "device")
-        section.blocks.append(Table(of_analyses, analyses, "What the analyses were made with.", words=True))
+        section.blocks.append(Table(of_analyses, analyses, "What the analyses were made with.", kind="words"))
     return section
 
 
@@ -87,7 +87,7 @@ def _configs(results: Sequence[Result]) -> list[Table | Text]:
         if _METHOD in found:
             rows.append([_ARGS.rstrip("."), *(_arguments(each.values) for each in groups)])
         note = "Fields of the configs that are not the same for all; what only says where things go is left out."
-        return [Table(["field", *(result.name for result in results)], rows, note, words=True)]
+        return [Table(["field", *(result.name for result in results)], rows, note, kind="words")]
     values = groups[0].values
     recipe = nearest_recipe(values)
     rows = [
@@ -97,7 +97,7 @@ def _configs(results: Sequence[Result]) -> list[Table | Text]:
     if not rows:
         return [Text(f"The config is that of the recipe {recipe}.")]
     note = f"Fields that are not as in the recipe that is nearest, {recipe}."
-    return [Table(["field", recipe, groups[0].name], rows, note, words=True)]
+    return [Table(["field", recipe, groups[0].name], rows, note, kind="words")]
 
 
 def _arguments(values: dict[str, Any]) -> str:
