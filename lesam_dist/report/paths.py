@@ -47,7 +47,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = sorted(one.parent for one in path.glob(f"*/seed_*/{CONFIG}")) if path.is_dir() else []
         if not path.is_dir():
-            raise UserError(f"'{path}' is not a folder: name the folder of a run, as runs/digits.")
+            what = "is not a folder" if path.exists() else "does not exist"
+            raise UserError(f"'{path}' {what}: name the folder of a run, as runs/digits.")
         if not (path / CONFIG).is_file() and not inside:
             raise UserError(f"'{path}' has no {CONFIG}: name the folder of a run, of a comparison or of a sweep.")
         found += [path] if (path / CONFIG).is_file() else inside

@@ -23,7 +23,9 @@ _NOTE = (
 
 def summary(results: Sequence[Result]) -> tuple[str, Section]:
     """The headline, and the table below it."""
-    blocks: list[Block] = [_table(results), *map(Text, _more(results))]
+    blocks: list[Block] = [_table(results)]
+    if more := _more(results):
+        blocks.append(Text(" ".join(more), "note"))
     return headline(results), Section("summary", "Summary", blocks)
 
 

@@ -282,7 +282,8 @@ def test_what_is_refused(seed: int, tmp_path: Path, call: Command, monkeypatch: 
     new = tmp_path / "new.html"
     for argv, message in (
         ([], "required: run"),
-        ([tmp_path / "none"], "is not a folder"),
+        ([tmp_path / "none"], "does not exist"),
+        ([tmp_path / "there.html"], "is not a folder"),
         ([tmp_path / "empty"], "has no config.yaml"),
         ([begun, "--output", new], "has no line of a step or an evaluation"),
         ([silent, "--output", new], "has no metrics.jsonl"),
