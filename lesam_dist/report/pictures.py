@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _DASHES: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.5, 1.5))}
 _INK, _GRID, _LEVELS = "#2b2b2b", "#d9d9d9", 24
-_WIDEST = 66  # letters in a row of a legend
+_WIDEST = 50  # letters in a row of a legend
 _DARK = {_INK: "#d6d6d6", _GRID: "#3d4147"}
 # Text as text, which is small and can be searched; the same bytes for the same chart.
 _STYLE: dict[str, Any] = {
@@ -46,7 +46,7 @@ def svg(chart: Chart | Plane) -> str:
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from"
         )  # measured with a box; the reader's font has it
-        figure = Figure(figsize=(6.4, 4.0 + 0.2 * max(0, _legend_rows(chart) - 1)), layout="constrained")
+        figure = Figure(figsize=(5.0, 3.2 + 0.2 * max(0, _legend_rows(chart) - 1)), layout="constrained")
         if isinstance(chart, Chart):
             _curves(figure, chart)
         else:

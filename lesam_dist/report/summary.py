@@ -38,9 +38,12 @@ def headline(results: Sequence[Result]) -> str:
 
 
 def _of_one(result: Result) -> str:
-    n = len(result.by_seed)
-    over = f"over {n} seeds" if n > 1 else "one seed, so nothing is known of the spread"
-    return f"{result.name} reaches {percent(result.last())} top-1, {over}, at {_cost(result)} SGD steps a step."
+    n, epochs = len(result.by_seed), result.group.runs[0].config.epochs
+    over = f", n = {n} seeds." if n > 1 else ". One seed says nothing of the spread."
+    return (
+        f"{result.name} reaches {percent(result.last())} top-1 after {epochs} epochs, at {_cost(result)} SGD steps a "
+        f"step{over}"
+    )
 
 
 def _of_several(ranked: Sequence[Result], results: Sequence[Result]) -> str:
