@@ -55,6 +55,12 @@ def _analyze(argv: Sequence[str]) -> None:
     analyze(argv)
 
 
+def _report(argv: Sequence[str]) -> None:
+    from lesam_dist.report.command import report
+
+    report(argv)
+
+
 def _export(argv: Sequence[str]) -> None:
     from lesam_dist.train.checkpoint.export import export
 
@@ -97,6 +103,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
     "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
     "analyze": (_analyze, "see how flat the loss is around a checkpoint (lesam-dist analyze --help)"),
+    "report": (_report, "one HTML file about runs: curves, analyses, cost (lesam-dist report --help)"),
     "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
 }

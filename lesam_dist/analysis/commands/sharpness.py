@@ -93,8 +93,8 @@ def _draw(document: Document) -> Figure:
     measures = document["results"]["measures"]
     panels = [
         (heading, xlabel, ylabel, lines)
-        for heading, xlabel, ylabel, make in _PANELS
-        if (lines := _lines(measures, make))
+        for heading, xlabel, ylabel, make in PANELS
+        if (lines := lines_of(measures, make))
     ]
     columns = min(3, len(panels)) or 1
     rows = -(-len(panels) // columns) or 1
@@ -119,7 +119,7 @@ def _draw(document: Document) -> Figure:
 Point = tuple[float, float, float]  # x, mean, standard error
 
 
-def _lines(measures: list[Document], make: Callable[[Document], tuple[str, str] | None]) -> dict[str, list[Point]]:
+def lines_of(measures: list[Document], make: Callable[[Document], tuple[str, str] | None]) -> dict[str, list[Point]]:
     """Points by the name of their line, of the measures for which ``make`` gives a name and a key of x."""
     lines: dict[str, list[Point]] = {}
     for measure in measures:
@@ -170,7 +170,7 @@ def _radius(measure: Document) -> tuple[str, str] | None:
 
 _RADII = {"first_order": r"first order, $\sigma / \|g\|$", "gradient": "along g", "random": "along random directions"}
 _RISE = "rise of the loss"
-_PANELS: list[tuple[str, str, str, Callable[[Document], tuple[str, str] | None]]] = [
+PANELS: list[tuple[str, str, str, Callable[[Document], tuple[str, str] | None]]] = [
     ("worst case, ball", r"$\rho$", _RISE, lambda m: _worst(m, "l2", adaptive=False)),
     ("worst case, ellipsoid", r"$\rho$, in units of |w|", _RISE, lambda m: _worst(m, "l2", adaptive=True)),
     ("worst case, box (Auto-PGD)", r"$\rho$", _RISE, _box),

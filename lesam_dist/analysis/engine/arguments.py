@@ -31,11 +31,12 @@ class BareParser(argparse.ArgumentParser):
         name: of the analysis.
         text: what it does.
         epilog: what stands at the end of its help.
+        prog: the command; of an analysis by default.
     """
 
-    def __init__(self, name: str, text: str, epilog: str) -> None:
+    def __init__(self, name: str, text: str, epilog: str, prog: str | None = None) -> None:
         super().__init__(
-            prog=f"lesam-dist analyze {name}",
+            prog=prog or f"lesam-dist analyze {name}",
             description=textwrap.fill(text, 100),
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
