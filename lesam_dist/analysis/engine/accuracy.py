@@ -1,10 +1,16 @@
-"""An accuracy, and how far it is to be trusted as an estimate."""
+"""An accuracy, how far it is to be trusted as an estimate, and the predictions that it is of."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+
+from lesam_dist.analysis.engine.objective import Batch, Objective
+from lesam_dist.train.calibration import calibration_sums, over_processes
 
 
 @dataclass(frozen=True)
@@ -33,3 +39,15 @@ class Accuracy:
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"accuracy": self.percent, "standard_error": self.standard_error}
+
+
+@torch.no_grad()
+def predict(objective: Objective, batches: Iterable[Batch]) -> list[list[float]]:
+    """`calibration_sums` of these images of all processes, by an objective's model; one forward and one all-reduce."""
+    total = torch.zeros((), dtype=torch.float64, device=objective.device)
+    for images, labels in batches:
+        with objective.computing():
+            total = total + calibration_sums(objective.model(images), labels)
+    objective.passes["forward"] += 1
+    sums: list[list[float]] = over_processes(total, objective.world).tolist()
+    return sums

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lesam_dist.analysis.engine.accuracy import Accuracy
+from lesam_dist.analysis.engine.accuracy import Accuracy, predict
 from lesam_dist.analysis.engine.cifar_c import IMAGES, CifarC
 from lesam_dist.analysis.engine.corruption import (
     SEVERITIES,
@@ -28,7 +28,7 @@ from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.analysis.engine.pgd import Scale
 from lesam_dist.analysis.engine.randomness import some_of
 from lesam_dist.errors import UserError
-from lesam_dist.train.calibration import Calibration, calibration_of, calibration_sums, over_processes
+from lesam_dist.train.calibration import Calibration, calibration_of
 
 Batches = Callable[[str, int], Iterator[Batch]]
 """This process's normalised images of a kind and severity."""
@@ -129,7 +129,7 @@ class Corruptions:
         """One forward and one all-reduce for each cell."""
         found = []
         for kind, severity in self.cells:
-            kept = journal.get(f"{kind} {severity}", lambda: _sums(objective, batches(kind, severity)))  # noqa: B023 (called at once)
+            kept = journal.get(f"{kind} {severity}", lambda: predict(objective, batches(kind, severity)))  # noqa: B023 (called at once)
             sums = torch.tensor(kept, dtype=torch.float64)
             accuracy = Accuracy(round(float(sums[2].sum())), round(float(sums[0].sum())))
             found.append(Cell(kind, severity, accuracy, calibration_of(sums)))
@@ -148,17 +148,6 @@ def corruptions_of(
     if not names and root is None:
         return None
     return Corruptions(names or "all", SEVERITIES if severities is None else severities, root)
-
-
-@torch.no_grad()
-def _sums(objective: Objective, batches: Iterator[Batch]) -> list[list[float]]:
-    total = torch.zeros((), dtype=torch.float64, device=objective.device)
-    for images, labels in batches:
-        with objective.computing():
-            total = total + calibration_sums(objective.model(images), labels)
-    objective.passes["forward"] += 1
-    sums: list[list[float]] = over_processes(total, objective.world).tolist()
-    return sums
 
 
 def _generated(objective: Objective, scale: Scale, seed: int) -> Batches:

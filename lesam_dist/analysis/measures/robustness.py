@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lesam_dist.analysis.engine.accuracy import Accuracy
+from lesam_dist.analysis.engine.accuracy import Accuracy, predict
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.analysis.engine.pgd import Norm, Scale, pgd, random_starts
@@ -19,7 +19,6 @@ from lesam_dist.errors import UserError
 from lesam_dist.train.calibration import (
     Calibration,
     calibration_of,
-    calibration_sums,
     over_processes,
     right,
 )
@@ -105,7 +104,7 @@ def robustness(
     batches = None if asked is None else asked.of(objective, scale, seed)
     kept = Journal() if journal is None else journal  # an empty one is false
     made = 1.0
-    sums = torch.tensor(kept.get("clean", lambda: _clean(objective)), dtype=torch.float64)
+    sums = torch.tensor(kept.get("clean", lambda: predict(objective, objective.batches)), dtype=torch.float64)
     attacked: dict[tuple[Norm, float], Accuracy] = {}
 
     def advance(share: float) -> None:
@@ -143,18 +142,6 @@ def passes(linf: Sequence[float], l2: Sequence[float], steps: int, cells: int = 
     """Forwards and backwards that `robustness` makes, with so many pairs of a corruption and a severity."""
     radii = len(linf) + len(l2)
     return 1 + radii * (steps + 1) + cells, radii * steps
-
-
-@torch.no_grad()
-def _clean(objective: Objective) -> list[list[float]]:
-    """`calibration_sums` of all images; one forward."""
-    total = torch.zeros((), dtype=torch.float64, device=objective.device)
-    for images, labels in objective.batches:
-        with objective.computing():
-            total = total + calibration_sums(objective.model(images), labels)
-    objective.passes["forward"] += 1
-    sums: list[list[float]] = over_processes(total, objective.world).tolist()
-    return sums
 
 
 def _attacked(
