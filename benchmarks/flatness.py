@@ -22,6 +22,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import torch
 from lib.arguments import Parser, names_of
 from lib.ranks import Mean, Run, correlations, mean_of
@@ -54,10 +55,11 @@ ANALYSES: dict[str, tuple[str, ...]] = {
         "3",
     ),
 }
-"""What is asked of each checkpoint: of the same images and random numbers for all of them."""
+"""What is asked of each checkpoint: of the same images and random numbers for all of them; 359 are all that digits have
+for validation."""
 
 Results = Mapping[str, Any]
-"""By analysis, what its JSON has under "results"."""
+"""By analysis, what its JSON has under "results"; and the run's last "evaluation", of all validation images."""
 
 
 class Measure(NamedTuple):
@@ -80,15 +82,15 @@ def _auto_pgd(is_adaptive: bool) -> Callable[[Results], float]:
 
 
 MEASURES = (
-    Measure("test error (%)", lambda r: 100 - r["robustness"]["clean"]["accuracy"], 2),
-    Measure("test NLL", lambda r: r["robustness"]["calibration"]["nll"], 3),
+    Measure("test error (%)", lambda r: 100 - r["evaluation"]["acc1"], 2),
+    Measure("test NLL", lambda r: r["evaluation"]["loss"], 3),
     Measure("training loss", lambda r: r["lpf"]["loss"], 3),
     Measure("largest eigenvalue", lambda r: r["hessian"]["eigenvalues"][0], 1),
     Measure("trace", lambda r: r["hessian"]["trace"]["mean"], 0),
     Measure("LPF - L, sigma 0.01", lambda r: r["lpf"]["difference"], 4),
     Measure("worst rise, rho 0.05", _auto_pgd(False), 3),
     Measure("worst rise, adaptive 0.5", _auto_pgd(True), 3),
-    Measure("ECE", lambda r: r["robustness"]["calibration"]["ece"], 3),
+    Measure("ECE", lambda r: r["evaluation"]["ece"], 3),
     Measure("PGD error, l_inf 8/255 (%)", _attacked("linf"), 2),
     Measure("PGD error, l_2 128/255 (%)", _attacked("l2"), 2),
     Measure("corruption error (%)", lambda r: r["robustness"]["corrupted"]["mean_error"], 2),
@@ -137,11 +139,11 @@ def measured(folder: Path, config: str, run: Run, flags: Sequence[str], own: dic
     run_dir = folder / method / f"seed_{seed}"
     done = run_dir / "flatness.json"
     if done.exists() and (known := json.loads(done.read_text()))["settings"] == own:
-        results: Results = known["results"]
-        return results
+        return known["results"] | {"evaluation": last_evaluation(run_dir)}
     output = io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(output):
+            cv2.setNumThreads(1)  # which the corruptions use
             argv = ["--config", f"{config}_{method}", *flags, "--seed", str(seed), "--resume", "auto"]
             read = read_command_line([*argv, "--run_dir", str(run_dir)])
             train(read.config, read.given)
@@ -154,7 +156,13 @@ def measured(folder: Path, config: str, run: Run, flags: Sequence[str], own: dic
         (path,) = (run_dir / "analysis").glob(f"{name}-*.json")
         found[name] = json.loads(path.read_text())["results"]
     done.write_text(json.dumps({"settings": own, "results": found}) + "\n")
-    return found
+    return found | {"evaluation": last_evaluation(run_dir)}
+
+
+def last_evaluation(run_dir: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluation: dict[str, float] = [line for line in lines if line["split"] == "val"][-1]
+    return evaluation
 
 
 def sections(numbers: Mapping[str, Mapping[Run, float]], names: Sequence[str], seeds: int) -> str:
