@@ -24,11 +24,18 @@ def run(tmp_path: Path, script: str, *options: str) -> tuple[list[dict[str, Any]
 
 
 def test_analysis(tmp_path: Path) -> None:
-    results, out = run(tmp_path, "analysis", "--model", "cifar_resnet8", "--images", "3", "--top", "1")
-    assert [r["ranks"] for r in results] == [1, 2]
-    assert results[0]["products"] == results[1]["products"] > 1, "the same, whatever the number of processes"
-    assert all(r["analysis_s"] > 0 and r["product_s"] > 0 for r in results)
-    assert "| 2 |" in out
+    sizes = "--model", "cifar_resnet8", "--images", "3", "--top", "1", "--points", "3"
+    results, out = run(tmp_path, "analysis", *sizes)
+    assert [(r["analysis"], r["ranks"]) for r in results] == [
+        ("hessian", 1),
+        ("landscape", 1),
+        ("hessian", 2),
+        ("landscape", 2),
+    ]
+    assert results[0]["passes"] == results[2]["passes"] > 1, "the same, whatever the number of processes"
+    assert (results[1]["passes"], results[3]["passes"]) == (3, 2)
+    assert all(r["analysis_s"] > 0 and r["pass_s"] > 0 for r in results)
+    assert "| landscape | 2 |" in out
 
 
 def test_hessian_probe(tmp_path: Path) -> None:
