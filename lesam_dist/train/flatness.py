@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,6 +57,7 @@ def read_images(config: Config, images: build.Images, world: Distributed) -> lis
             f"data.eval_batch_size is {size}, which is less than one image for each of {world.world_size} processes: "
             "raise it, or leave analysis.every_epochs null."
         )
+    world.move("reading the images to measure flatness on")
     with torch.random.fork_rng(devices=[]):  # a loader may draw a seed
         loader = build.build_evaluation_loader(config, images.take(np.concatenate(mine)), world.alone())
         try:
@@ -152,6 +154,6 @@ class Flatness:
                 module.training = training
 
 
-def _share(batch: np.ndarray, world: Distributed) -> np.ndarray:
+def _share(batch: NDArray[np.int64], world: Distributed) -> NDArray[np.int64]:
     first, last = (rank * len(batch) // world.world_size for rank in (world.rank, world.rank + 1))
     return batch[first:last]
