@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +31,9 @@ Batch = tuple[Tensor, Tensor]
 def read_images(config: Config, images: build.Images, world: Distributed) -> list[Batch]:
     """This process's part of each batch, on the host; some parts may be empty, not all.
 
-    The images are those of `lesam-dist analyze --samples N`: without augmentation, chosen by `SEED`, in their order. A
-    batch is ``data.eval_batch_size`` of them over all processes: no number of processes changes which.
+    The images are those of `lesam-dist analyze --samples N`: without augmentation, chosen by `SEED`. A batch is
+    ``data.eval_batch_size`` of them over all processes: no number of processes changes which. They are shuffled: the
+    gradient of a batch of one class is long, and a noise along it would hide what the curvature adds.
 
     Args:
         config: the run.
@@ -50,20 +52,25 @@ def read_images(config: Config, images: build.Images, world: Distributed) -> lis
         )
     size = config.data.eval_batch_size
     cuts = range(size, len(chosen), size)
-    mine = [_share(batch, world) for batch in np.split(chosen, cuts)]
+    shuffled = np.random.default_rng([SEED, 1]).permutation(chosen)
+    mine = [_share(batch, world) for batch in np.split(shuffled, cuts)]
     if not any(map(len, mine)):
         raise UserError(
             f"data.eval_batch_size is {size}, which is less than one image for each of {world.world_size} processes: "
             "raise it, or leave analysis.every_epochs null."
         )
+    world.move("reading the images to measure flatness on")
+    own = np.concatenate(mine)
+    ascending = np.argsort(own)  # as they lie on the disk
     with torch.random.fork_rng(devices=[]):  # a loader may draw a seed
-        loader = build.build_evaluation_loader(config, images.take(np.concatenate(mine)), world.alone())
+        loader = build.build_evaluation_loader(config, images.take(own[ascending]), world.alone())
         try:
             read = [(x.cpu(), y.cpu()) for x, y in loader.epoch(0)]
         finally:
             loader.close()
+    places = torch.from_numpy(np.argsort(ascending))
     lengths = [len(batch) for batch in mine]
-    pixels, labels = (torch.cat(parts).split(lengths) for parts in zip(*read, strict=True))
+    pixels, labels = (torch.cat(parts)[places].split(lengths) for parts in zip(*read, strict=True))
     return list(zip(pixels, labels, strict=True))
 
 
@@ -71,7 +78,7 @@ class Flatness:
     """``(L * K)(w) = E L(w + n)``, ``n ~ N(0, sigma^2 I)`` over all trainable weights, beside L(w) on the same images.
 
     An unbiased estimate from one forward over the images, with fresh noise for each batch, which is the same at all
-    epochs: two forwards in all. On one process it is what `lesam_dist.analysis.lpf_one_pass` finds at a checkpoint.
+    epochs: two forwards in all. It is what `lesam_dist.analysis.lpf_one_pass` finds of the same batches.
     L is the cross entropy in eval mode and float32, without autocast and TF32, whatever the run trains in.
 
     Weights are perturbed in place, where sharded each shard by its part of one noise, and come back bit for bit.
@@ -152,6 +159,6 @@ class Flatness:
                 module.training = training
 
 
-def _share(batch: np.ndarray, world: Distributed) -> np.ndarray:
+def _share(batch: NDArray[np.int64], world: Distributed) -> NDArray[np.int64]:
     first, last = (rank * len(batch) // world.world_size for rank in (world.rank, world.rank + 1))
     return batch[first:last]

@@ -260,7 +260,7 @@ def test_one_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
     (told,) = board.close("finished", 0.2)
     assert time.monotonic() - start < 5
     released.set()
-    assert told == ("warning: It may lack the last events, which metrics.jsonl has (it has not answered for 0.2 s).")
+    assert told == ("warning: It may lack events that metrics.jsonl has (it has not answered for 0.2 s).")
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

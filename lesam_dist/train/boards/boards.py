@@ -18,7 +18,7 @@ from lesam_dist.train.boards.wandb import Wandb, require_wandb
 
 _FOLDER = "boards"
 _NO_MORE = "no more BOARD events from step {step} on"
-_LACKS = "BOARD may lack the last events, which metrics.jsonl has"
+_LACKS = "BOARD may lack events that metrics.jsonl has"
 _CHECKS = {"wandb": require_wandb, "mlflow": require_mlflow}
 
 
