@@ -33,7 +33,7 @@ def photograph(report: Path, target: Path) -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         page = browser.new_page(viewport={"width": WIDTH, "height": 1600}, color_scheme="light")
         page.goto(report.as_uri())
-        page.wait_for_function("document.querySelectorAll('.drawn .main-svg').length > 1")
+        page.locator(".drawn .legend").nth(1).wait_for()
         page.wait_for_timeout(500)
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": page.evaluate(_END)}
         page.screenshot(path=target, clip=clip)

@@ -12,6 +12,7 @@ Values = Sequence[float | None]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours, which colour-blind readers can tell apart, on white and on black."""
 DASHES = ("solid", "dash", "dot")
+_POWERS = 5  # of ten, up to which 2 and 5 are marked too
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Line:
         low, high: of the band; both or none.
         about: one text for each point, shown beside it when a reader points at it.
         marks: show the points themselves.
-        joined: by a line.
     """
 
     name: str
@@ -49,7 +49,6 @@ class Line:
     high: Values | None = None
     about: Sequence[str] | None = None
     marks: bool = False
-    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class Chart:
         note: what bands and points are.
         log_x, log_y: logarithmic axes.
         integer_x: ticks at whole numbers alone.
-        ticks: names of places on the x axis.
     """
 
     key: str
@@ -75,7 +73,21 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     integer_x: bool = False
-    ticks: Sequence[tuple[float, str]] = ()
+
+    @property
+    def x_ticks(self) -> list[float]:
+        """All places of a logarithmic axis, of which there are few; nothing for another, which needs no help."""
+        return sorted({place for line in self.lines for place in line.x}) if self.log_x else []
+
+    @property
+    def y_ticks(self) -> list[float]:
+        """1, 2 and 5 of each power of ten that a logarithmic axis has; nothing where these are too many."""
+        known = [y for line in self.lines for y in (*line.y, *(line.high or ())) if y is not None and y > 0]
+        if not self.log_y or not known:
+            return []
+        powers = range(math.floor(math.log10(min(known))), math.ceil(math.log10(max(known))) + 1)
+        ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+        return [tick for tick in ticks if min(known) / 2 < tick < 2 * max(known)] if len(powers) <= _POWERS else []
 
     @property
     def alt(self) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 from lesam_dist.report.blocks import Chart, Line, Plane, Values
 
 _TICKS = 6
-_POWERS = 6  # of ten on a logarithmic axis, up to which 2 and 5 are marked too
 
 
 @cache
@@ -32,28 +31,17 @@ def _curves(chart: Chart) -> dict[str, Any]:
     traces = [trace for line in chart.lines for trace in _line(line)]
     several = len(chart.lines) > 1
     x, y = _axis(chart.x, log=chart.log_x), _axis(chart.y, log=chart.log_y)
-    places = sorted({place for line in chart.lines for place in line.x})
-    if chart.integer_x and places and places[-1] - places[0] < 8:
+    places = [place for line in chart.lines for place in line.x]
+    if chart.integer_x and max(places) - min(places) < _TICKS:
         x |= {"dtick": 1}
-    if chart.log_x:
-        x |= {"tickvals": places, "ticktext": [f"{place:g}" for place in places]}
-    if chart.log_y:
-        known = [value for line in chart.lines for value in _known(line.y) if value is not None and value > 0]
-        y |= _log_ticks(min(known), max(known)) if known else {}
+    for axis, ticks in ((x, chart.x_ticks), (y, chart.y_ticks)):
+        if ticks:
+            axis |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     return {"data": traces, "layout": {"xaxis": x, "yaxis": y, "showlegend": several, "hovermode": "x unified"}}
 
 
 def _axis(title: str, *, log: bool) -> dict[str, Any]:
     return {"title": {"text": html.escape(title)}, "type": "log" if log else "linear"}
-
-
-def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """1, 2 and 5 of each power of ten, or of a wide range the powers alone: plotly.js writes 2 and 5 without theirs."""
-    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    if len(powers) > _POWERS:
-        return {"dtick": math.ceil(len(powers) / _TICKS)}
-    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _line(line: Line) -> list[dict[str, Any]]:

@@ -71,6 +71,10 @@ def _curves(figure: Figure, chart: Chart) -> None:
         axes.set_xscale("log")
     if chart.log_y:
         axes.set_yscale("log")
+    for axis, ticks in ((axes.xaxis, chart.x_ticks), (axes.yaxis, chart.y_ticks)):
+        if ticks:
+            axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_ticks([], minor=True)
     if chart.integer_x:
         axes.locator_params("x", integer=True)
     axes.grid(linewidth=0.7)
@@ -92,7 +96,13 @@ def _legend(figure: Figure, axes: Axes, chart: Chart) -> None:
         return
     handles = axes.get_lines()
     columns = -(-len(handles) // _legend_rows(chart))
-    how: dict[str, Any] = {"loc": "outside upper left", "frameon": False, "fontsize": "small", "ncols": columns}
+    how: dict[str, Any] = {
+        "loc": "outside upper left",
+        "frameon": False,
+        "fontsize": "small",
+        "ncols": columns,
+        "handlelength": 2.8,
+    }
     # As wide as the names will be, without a "_" in front.
     legend = figure.legend(handles, [f"\N{FIGURE SPACE}{line.name}" for line in chart.lines], **how)
     for text, line in zip(legend.get_texts(), chart.lines, strict=True):

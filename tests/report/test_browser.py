@@ -19,14 +19,24 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 _QUIET = ("gpu", "quic", "background-networking", "component-update", "sync")
 _FLAGS = ["--no-first-run", *(f"--disable-{what}" for what in _QUIET)]
 _OVERHANG = "document.documentElement.scrollWidth - innerWidth"
-# Charts are drawn once they are about to be seen.
-_SCROLL = """async () => {
+# Charts are drawn once they are about to be seen. Waits in the page: Playwright's own waiting needs eval, which the
+# page's policy forbids.
+_DRAW_ALL = """async () => {
+    const end = performance.now() + 60_000;
+    const until = async (isTrue, what) => {
+        while (!isTrue()) {
+            if (performance.now() > end) throw new Error(`no ${what} after a minute`);
+            await new Promise(requestAnimationFrame);
+        }
+    };
+    await until(() => window.Plotly, "plotly.js");
     for (let y = 0; y < document.documentElement.scrollHeight; y += 900) {
         scrollTo({top: y, behavior: 'instant'});
         await new Promise(requestAnimationFrame);
     }
+    const figures = [...document.querySelectorAll("figure")];
+    await until(() => figures.every(figure => figure.querySelector(".main-svg")), "chart");
 }"""
-_DRAWN = "document.querySelectorAll('.drawn .main-svg').length >= document.querySelectorAll('figure').length"
 # Of each figure: whether its picture and its chart take up room, and whether the picture could be decoded.
 _FIGURES = """[...document.querySelectorAll('figure')].map(figure => {
     const picture = figure.querySelector('img'), plot = figure.querySelector('.plot');
@@ -76,9 +86,7 @@ def test_in_a_browser(seed: int, tmp_path: Path, browser: Browser) -> None:
 
     page = open_page(browser, report, faults)
     title = page.title()
-    page.wait_for_function("window.Plotly")
-    page.evaluate(_SCROLL)
-    page.wait_for_function(_DRAWN)
+    page.evaluate(_DRAW_ALL)
     count = page.locator("figure").count()
     assert count > 15
     colours = {}
