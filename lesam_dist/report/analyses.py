@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from lesam_dist.analysis.command import ANALYSES
 from lesam_dist.analysis.commands.labels import labels
 from lesam_dist.report.analysis_charts import CHARTS
 from lesam_dist.report.blocks import DASHES, Section, Style, Table, Text, sentence
+from lesam_dist.report.interactive import figure
 from lesam_dist.report.reading import Document, Run, printable
 from lesam_dist.report.results import Result
 
@@ -142,9 +144,10 @@ def _section(kind: str, entries: Sequence[Entry]) -> Section:
 
 
 def _rows(kind: str, entry: Entry) -> list[tuple[str, str]] | None:
-    """What the analysis shows on a terminal; None for a document that it, or a chart, cannot be made of."""
+    """What the analysis shows on a terminal; None where that, or a chart, cannot be made of the document."""
     try:
-        CHARTS[kind]([entry])
+        for chart in CHARTS[kind]([entry]):
+            json.dumps(figure(chart), allow_nan=False)
         rows: list[tuple[str, str]] = import_module(f"lesam_dist.analysis.commands.{kind}").ANALYSIS.rows(
             entry.document
         )
