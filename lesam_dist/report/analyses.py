@@ -160,8 +160,8 @@ def _settings_that_differ(entries: Sequence[Entry]) -> str:
     """Of documents that are shown in one chart: lines and planes are not."""
     different: dict[str, None] = {}
     for dims in (None, 1, 2):
-        settings = [entry.document.get("settings") or {} for entry in entries]
-        settings = [each for each in settings if each.get("dims") == dims]
+        known = [entry.document.get("settings") for entry in entries]
+        settings = [each for each in known if isinstance(each, dict) and each.get("dims") == dims]
         names = dict.fromkeys(name for each in settings for name in each if name not in _NOT_TO_COMPARE)
         different |= {name: None for name in names if any(each.get(name) != settings[0].get(name) for each in settings)}
     return ", ".join(different)

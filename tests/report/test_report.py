@@ -210,7 +210,7 @@ def test_the_state_of_each_run(seed: int, tmp_path: Path) -> None:
     assert state["busy"] == "still in progress, 1 of 3 epochs"
     assert state["torn"].startswith("not finished, 3 of 3 epochs"), "its last evaluation is what was torn"
     assert state["diverged"].startswith("diverged")
-    assert f"torn: 1 line of {METRICS} could not be read, and is left out" in page.text
+    assert f"torn: left out 1 line of {METRICS} that could not be read" in page.text
     assert page.table("method", "seeds")["lesam"]["seeds"] == "1 of 5"
     assert page.table("run", "method", "seed")["torn"]["top-1, last"] == f"{values(logged, 'val', 'acc1')[-2]:.2f} %"
 
