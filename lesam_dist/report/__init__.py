@@ -5,7 +5,7 @@
     write_report(["runs/sgd", "runs/lesam"], "report.html")
 
 `reading` has what a run left behind, `grouping` which runs differ in the seed alone, `statistics` what the seeds show;
-`summary`, `curves`, `dynamics`, `analyses`, `cost` and `environment` make the sections out of it. A section is text,
+`summary`, `curves`, `dynamics`, `analyses`, `cost` and `setup` make the sections out of it. A section is text,
 tables and charts (`blocks`); a chart is drawn twice, by matplotlib (`pictures`) and in the browser (`interactive`), and
 `page` puts all into the template. The name is imported when it is used: a help needs no torch.
 """

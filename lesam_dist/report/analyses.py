@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from lesam_dist.analysis.command import ANALYSES
 from lesam_dist.analysis.commands.labels import labels
 from lesam_dist.report.analysis_charts import CHARTS
 from lesam_dist.report.blocks import DASHES, Section, Style, Table, Text, sentence
+from lesam_dist.report.interactive import figure
 from lesam_dist.report.reading import Document, Run, printable
 from lesam_dist.report.results import Result
 
@@ -142,9 +144,10 @@ def _section(kind: str, entries: Sequence[Entry]) -> Section:
 
 
 def _rows(kind: str, entry: Entry) -> list[tuple[str, str]] | None:
-    """What the analysis shows on a terminal; None for a document that it, or a chart, cannot be made of."""
+    """What the analysis shows on a terminal; None where that, or a chart, cannot be made of the document."""
     try:
-        CHARTS[kind]([entry])
+        for chart in CHARTS[kind]([entry]):
+            json.dumps(figure(chart), allow_nan=False)
         rows: list[tuple[str, str]] = import_module(f"lesam_dist.analysis.commands.{kind}").ANALYSIS.rows(
             entry.document
         )
@@ -157,8 +160,8 @@ def _settings_that_differ(entries: Sequence[Entry]) -> str:
     """Of documents that are shown in one chart: lines and planes are not."""
     different: dict[str, None] = {}
     for dims in (None, 1, 2):
-        settings = [entry.document.get("settings") or {} for entry in entries]
-        settings = [each for each in settings if each.get("dims") == dims]
+        known = [entry.document.get("settings") for entry in entries]
+        settings = [each for each in known if isinstance(each, dict) and each.get("dims") == dims]
         names = dict.fromkeys(name for each in settings for name in each if name not in _NOT_TO_COMPARE)
         different |= {name: None for name in names if any(each.get(name) != settings[0].get(name) for each in settings)}
     return ", ".join(different)

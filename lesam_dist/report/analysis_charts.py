@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lesam_dist.report.blocks import Block, Chart, Line, Plane, Style, sentence
+from lesam_dist.report.blocks import Chart, Line, Plane, Style, sentence
 from lesam_dist.report.curves import is_steep
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _FLOOR = 1e-7  # of its highest value, below which a density is not shown
 _NORMS = {"linf": "l_inf", "l2": "l_2"}
 
 
-def _hessian(entries: Sequence[Entry]) -> list[Block]:
+def _hessian(entries: Sequence[Entry]) -> list[Chart | Plane]:
     from lesam_dist.analysis.engine.lanczos import Quadrature
     from lesam_dist.analysis.measures.hessian import smoothed
 
@@ -29,7 +29,7 @@ def _hessian(entries: Sequence[Entry]) -> list[Block]:
             x, y = smoothed([Quadrature(**each) for each in found["density"]], _POINTS)
             shown = [value if value > _FLOOR * max(y) else None for value in y]
             densities.append(Line(entry.name, x, shown, entry.style))
-    charts: list[Block] = [
+    charts: list[Chart | Plane] = [
         Chart(
             "eigenvalues", "Largest eigenvalues", "rank", "eigenvalue", values, integer_x=True, log_y=is_steep(values)
         )
@@ -40,10 +40,10 @@ def _hessian(entries: Sequence[Entry]) -> list[Block]:
     return charts
 
 
-def _sharpness(entries: Sequence[Entry]) -> list[Block]:
+def _sharpness(entries: Sequence[Entry]) -> list[Chart | Plane]:
     from lesam_dist.analysis.commands.sharpness import PANELS, lines_of
 
-    charts: list[Block] = []
+    charts: list[Chart | Plane] = []
     for i, (title, x, y, make) in enumerate(PANELS):
         lines = []
         for entry in entries:
@@ -55,7 +55,7 @@ def _sharpness(entries: Sequence[Entry]) -> list[Block]:
     return charts
 
 
-def _lpf(entries: Sequence[Entry]) -> list[Block]:
+def _lpf(entries: Sequence[Entry]) -> list[Chart | Plane]:
     lines = []
     for entry in entries:
         found = entry.document["results"]
@@ -66,8 +66,8 @@ def _lpf(entries: Sequence[Entry]) -> list[Block]:
     return [Chart("lpf", "Loss without noise, and its mean under noise", x, "loss", lines)]
 
 
-def _landscape(entries: Sequence[Entry]) -> list[Block]:
-    charts: list[Block] = []
+def _landscape(entries: Sequence[Entry]) -> list[Chart | Plane]:
+    charts: list[Chart | Plane] = []
     planes: list[tuple[str, list[float], list[list[float | None]]]] = []
     for i, entry in enumerate(entries):
         results = entry.document["results"]
@@ -94,8 +94,8 @@ def _landscape(entries: Sequence[Entry]) -> list[Block]:
     return charts
 
 
-def _connect(entries: Sequence[Entry]) -> list[Block]:
-    charts: list[Block] = []
+def _connect(entries: Sequence[Entry]) -> list[Chart | Plane]:
+    charts: list[Chart | Plane] = []
     for name, text in (("loss", "loss"), ("error", "error rate, %")):
         lines = [
             Line(
@@ -112,8 +112,8 @@ def _connect(entries: Sequence[Entry]) -> list[Block]:
     return charts
 
 
-def _robustness(entries: Sequence[Entry]) -> list[Block]:
-    charts: list[Block] = []
+def _robustness(entries: Sequence[Entry]) -> list[Chart | Plane]:
+    charts: list[Chart | Plane] = []
     for norm, text in _NORMS.items():
         lines = []
         for entry in entries:
@@ -143,7 +143,7 @@ def _plain(text: str) -> str:
     return text
 
 
-CHARTS: dict[str, Callable[[Sequence[Entry]], list[Block]]] = {
+CHARTS: dict[str, Callable[[Sequence[Entry]], list[Chart | Plane]]] = {
     "hessian": _hessian,
     "sharpness": _sharpness,
     "lpf": _lpf,

@@ -48,7 +48,7 @@ def _line(line: Line) -> list[dict[str, Any]]:
     """The band first, to lie below; a click on the name hides both."""
     colour = line.style.colour
     name = html.escape(line.name)  # plotly.js reads a little HTML in texts
-    common = {"legendgroup": name, "x": list(line.x), "type": "scatter"}
+    common = {"legendgroup": name, "x": [float(x) for x in line.x], "type": "scatter"}
     curve = {
         **common,
         "name": name,
@@ -77,8 +77,8 @@ def _plane(plane: Plane) -> dict[str, Any]:
     ticks = [low + (high - low) * i / (_TICKS - 1) for i in range(_TICKS)]
     surface = {
         "type": "contour",
-        "x": list(plane.places),
-        "y": list(plane.places),
+        "x": [float(x) for x in plane.places],
+        "y": [float(y) for y in plane.places],
         "z": z,
         "customdata": rows,
         "zmin": low,

@@ -105,8 +105,9 @@ def _read(path: Path, name: str) -> Run:
     if not metrics.is_file():
         raise UserError(f"'{path}' has no {METRICS}: the run logged nothing before it ended, or has just begun.")
     try:
+        there = sum(map(bool, metrics.read_text(errors="replace").split("\n")))  # first: a run may be adding lines
         lines = [line for line in read_metrics(path) if number(line.get("epoch")) is not None]
-        unreadable = sum(map(bool, metrics.read_text(errors="replace").split("\n"))) - len(lines)
+        unreadable = max(0, there - len(lines))
     except OSError as error:
         raise UserError(f"'{metrics}' cannot be read: {error.strerror or error}.") from error
     if not lines:
@@ -173,7 +174,7 @@ def notes(runs: Iterable[Run]) -> list[str]:
         if not run.state.finished:
             found.append(f"{run.name}: {run.state.text}.")
         if run.unreadable:
-            lines = "1 line" if run.unreadable == 1 else f"{run.unreadable} lines"
-            found.append(f"{run.name}: {lines} of {METRICS} could not be read, and is left out.")
+            many = "1 line" if run.unreadable == 1 else f"{run.unreadable} lines"
+            found.append(f"{run.name}: left out {many} of {METRICS} that could not be read, as one that was cut off.")
         found += [f"{run.name}: {line}" for line in run.left_out]
     return found

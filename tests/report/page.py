@@ -15,7 +15,7 @@ class Page(HTMLParser):
         tables: of each, its rows of cells, the header first.
         charts: what plotly.js is given, by title.
         tags: of all elements, in order.
-        paragraphs: text of each p, li and h1.
+        paragraphs: text of each p, li, h1 and code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +43,7 @@ class Page(HTMLParser):
             self.tables.append([])
         if tag == "tr":
             self.tables[-1].append([])
-        if tag in ("td", "th", "figcaption", "p", "li", "h1", "script"):
+        if tag in ("td", "th", "figcaption", "p", "li", "h1", "code", "script"):
             self._text = ""
         if tag == "a" and ("class", "save") in attrs:
             self._title = self._text.strip()
@@ -52,7 +52,7 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th"):
             self.tables[-1][-1].append(self._text.replace("\N{NO-BREAK SPACE}", " "))
-        if tag in ("p", "li", "h1"):
+        if tag in ("p", "li", "h1", "code"):
             self.paragraphs.append(self._text)
         if tag == "script" and self._is_json:
             self.charts[self._title] = json.loads(self._text)

@@ -80,6 +80,17 @@ def test_seeds_are_one_group(methods: Mapping[str, list[Lines]], tmp_path: Path)
         assert ends["loss"] == f"{np.mean(losses):.4g} ± {np.std(losses, ddof=1):.2g}"
 
 
+def test_a_comparison(methods: Mapping[str, list[Lines]], tmp_path: Path) -> None:
+    """By its own folder: all of its runs, and the command, in the folder."""
+    described = {"config": "digits", "methods": {"lesam": {}, "sam": {}}, "seeds": 3, "flags": ["--epochs", "4"]}
+    (tmp_path / "compare.json").write_text(json.dumps(described))
+    target = write_report([tmp_path])
+    assert target == tmp_path / "report.html"
+    page = Page(target)
+    assert {name: row["seeds"] for name, row in page.table("method", "seeds").items()} == dict.fromkeys(methods, "3")
+    assert "lesam-dist compare --config digits --methods lesam,sam --seeds 3 --epochs 4" in page.paragraphs
+
+
 def test_curves(methods: Mapping[str, list[Lines]], tmp_path: Path) -> None:
     page = report(tmp_path, *(path for name in methods for path in sorted((tmp_path / name).iterdir())))
     for title, split, key in (
@@ -199,7 +210,7 @@ def test_the_state_of_each_run(seed: int, tmp_path: Path) -> None:
     assert state["busy"] == "still in progress, 1 of 3 epochs"
     assert state["torn"].startswith("not finished, 3 of 3 epochs"), "its last evaluation is what was torn"
     assert state["diverged"].startswith("diverged")
-    assert f"torn: 1 line of {METRICS} could not be read, and is left out" in page.text
+    assert f"torn: left out 1 line of {METRICS} that could not be read" in page.text
     assert page.table("method", "seeds")["lesam"]["seeds"] == "1 of 5"
     assert page.table("run", "method", "seed")["torn"]["top-1, last"] == f"{values(logged, 'val', 'acc1')[-2]:.2f} %"
 
@@ -218,10 +229,13 @@ def test_analyses(seed: int, tmp_path: Path) -> None:
         write_document(tmp_path / "a", stem, document)
     write_document(tmp_path / "b", "hessian", {**documents(draw, "b")["hessian"], "settings": {"samples": 5}})
     write_document(tmp_path / "b", "lpf", {"analysis": "lpf", "results": {"loss": "1"}})
+    words = {**documents(draw, "b")["connect"]}
+    words["results"] = {**words["results"], "places": ["left", "right", None, 1, 2]}
+    write_document(tmp_path / "b", "connect", words)
     (tmp_path / "b" / "analysis" / "torn.json").write_text('{"analysis": "hess')
     page = report(tmp_path, tmp_path / "a", tmp_path / "b")
     assert "analysis/torn.json is not of an analysis, or not whole: left out" in page.text
-    assert page.text.count("is not of this version, and is left out") == 1
+    assert page.text.count("is not of this version, and is left out") == 2
     assert "Not made with the same settings, so not to be compared: samples" in page.text
     eigenvalues = found["hessian"]["results"]["eigenvalues"]
     drawn = {trace["name"]: trace["y"] for trace in page.charts["Largest eigenvalues"]["data"]}
