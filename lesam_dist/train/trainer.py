@@ -201,7 +201,8 @@ class Trainer:
         with suppress(Exception):  # after an error, which says more than that its last checkpoint failed too
             self.saves.wait()
         if self.log:
-            self.world.move("closing its logs")
+            if self._outcome != "failed":  # else what it did then is what the user is told
+                self.world.move("closing its logs")
             seconds = 5.0 if self.world.agreed.stopping else min(20.0, self.config.parallel.timeout_s / 4)
             self.log.close(self._outcome, seconds)
             if self.run_dir:
