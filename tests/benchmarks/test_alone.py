@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 OF_TORCH = ("torch", "torchgen", "functorch", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2")
 OF_TORCH += ("markupsafe", "fsspec", "filelock", "optree", "setuptools", "cuda", "nvidia", "sitecustomize")
 OF_EXTRA = ("cifar_data", "checkpoint", "faults", "scaling", "input", "start_up")  # they need more, as their pages say
-OF_EXTRA += ("input_peers", "photos", "rank_memory", "analysis", "hessian_probe")
+OF_EXTRA += ("input_peers", "photos", "rank_memory", "analysis", "hessian_probe", "flatness", "ranks")
 HERE = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in OF_EXTRA]
 LIBRARY = [
     f"lib.{path.stem}"

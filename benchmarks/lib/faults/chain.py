@@ -128,9 +128,13 @@ class Runs:
         steps = verdict.first_steps(consumed)
         for number, fault in enumerate(chain.faults):
             # What was asked to end had the time to save: nothing is made twice.
-            last, after = steps.get(number), steps.get(number + 1)
-            if fault.asks and found[number].preempted and last and after and after[0] != last[1] + 1:
-                said.append(f"{fault.kind} ended it after step {last[1] + 1}, and step {after[0]} was made again")
+            made, after = steps.get(number), steps.get(number + 1)
+            if not (fault.asks and found[number].preempted and made and after):
+                continue
+            if (jump := chain.variant.left_out) is not None and made[0] <= jump < made[1]:
+                continue  # it went back in that start, and was to make what follows the jump again
+            if after[0] != made[1] + 1:
+                said.append(f"{fault.kind} ended it after step {made[1] + 1}, and step {after[0]} was made again")
         return "; ".join(said) or None
 
     def _data(self, variant: Variant) -> Path:
