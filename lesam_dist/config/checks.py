@@ -226,8 +226,7 @@ def folder(field: str, text: str, kind: str = "folder") -> str:
 def _check_parallel(config: Config) -> None:
     """Refuse what this strategy would not look at."""
     parallel, model = config.parallel, config.model
-    is_sharded = parallel.strategy in ("fsdp", "hsdp")
-    if not is_sharded and not parallel.reshard_after_forward:
+    if not parallel.is_sharded and not parallel.reshard_after_forward:
         raise UserError(
             f"parallel.reshard_after_forward is false but parallel.strategy is {parallel.strategy}, which gathers no "
             "parameters: choose fsdp or hsdp, or leave it at true."
@@ -243,13 +242,13 @@ def _check_parallel(config: Config) -> None:
             "parallel.sync_batchnorm is true but parallel.strategy is none, which is one process: choose another, or "
             "leave it at false."
         )
-    if parallel.wrap_classes and not is_sharded and not model.activation_checkpointing:
+    if parallel.wrap_classes and not parallel.is_sharded and not model.activation_checkpointing:
         raise UserError(
             f"parallel.wrap_classes is {parallel.wrap_classes} but parallel.strategy is {parallel.strategy}, which "
             "gathers no blocks, and model.activation_checkpointing is false: leave it empty."
         )
     if parallel.reduce_dtype != "fp32" and parallel.strategy != "ddp":
-        reason = "which reduces in float32" if is_sharded else "where nothing is reduced"
+        reason = "which reduces in float32" if parallel.is_sharded else "where nothing is reduced"
         raise UserError(
             f"parallel.reduce_dtype is {parallel.reduce_dtype} but parallel.strategy is {parallel.strategy}, {reason}: "
             "choose ddp, or leave it at fp32."
@@ -268,7 +267,7 @@ def _check_precision(config: Config) -> None:
             "precision.cudnn_benchmark and precision.deterministic are both true, but what cuDNN finds to be fastest "
             "differs from run to run: choose one of them."
         )
-    if precision.weights == "bf16" and (strategy in ("fsdp", "hsdp") or precision.compute != "bf16"):
+    if precision.weights == "bf16" and (config.parallel.is_sharded or precision.compute != "bf16"):
         raise UserError(
             f"precision.weights is bf16 but precision.compute is {precision.compute} and parallel.strategy is "
             f"{strategy}: it needs compute bf16, and none or ddp. To save memory when sharding, set "
@@ -276,7 +275,7 @@ def _check_precision(config: Config) -> None:
         )
     if precision.gather_dtype == "fp32":
         return
-    if strategy not in ("fsdp", "hsdp"):
+    if not config.parallel.is_sharded:
         raise UserError(
             f"precision.gather_dtype is {precision.gather_dtype} but parallel.strategy is {strategy}, which "
             "gathers no parameters: choose fsdp or hsdp, or fp32."

@@ -18,7 +18,7 @@ def check_optimizer(config: Config) -> None:
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from error
     _check_window(config)
-    if optimizer.scope == "local" and strategy in ("fsdp", "hsdp"):
+    if optimizer.scope == "local" and config.parallel.is_sharded:
         raise UserError(
             f"optimizer.scope is local but parallel.strategy is {strategy}: the shards of all processes are one "
             "copy of the weights, which cannot be perturbed in several ways at once. Choose ddp, or global."

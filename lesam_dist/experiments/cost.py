@@ -27,8 +27,7 @@ def sgd_steps(config: Config) -> float:
     """
     optimizer, epochs = config.optimizer, float(config.epochs)
     stop = epochs if optimizer.stop_epoch is None else min(optimizer.stop_epoch, epochs)
-    is_sharded = config.parallel.strategy in ("fsdp", "hsdp")
-    return 1 + (passes_per_step(optimizer, is_sharded) - 1) * (stop - optimizer.start_epoch) / epochs
+    return 1 + (passes_per_step(optimizer, config.parallel.is_sharded) - 1) * (stop - optimizer.start_epoch) / epochs
 
 
 def passes_per_step(config: OptimizerConfig, is_sharded: bool = False) -> float:

@@ -64,7 +64,7 @@ class Method(NamedTuple):
 
 def observe_run(config: Config) -> Method:
     """`observe` the method of a run."""
-    return observe(config.optimizer, config.parallel.strategy in ("fsdp", "hsdp"))
+    return observe(config.optimizer, config.parallel.is_sharded)
 
 
 def observe(config: OptimizerConfig, is_sharded: bool = False) -> Method:

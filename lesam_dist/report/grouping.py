@@ -23,6 +23,7 @@ _NOT_OF_THE_RESULT = (
     "checkpoint.",
     "logging.",
     "checks.",
+    "analysis.",
     "data.root",
 )
 _NAME, _ALPHA = "optimizer.name", "optimizer.args.alpha"

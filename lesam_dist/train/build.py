@@ -245,7 +245,7 @@ def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Mo
     )
     for field, side in _sides(config):
         require_input(model, config.model.name, _smallest_part(config, world), side, field)
-    sharded = world.world_size > 1 and config.parallel.strategy in ("fsdp", "hsdp")  # which takes no other weights
+    sharded = world.world_size > 1 and config.parallel.is_sharded  # which takes no other weights
     last = config.precision.channels_last and not sharded
     memory_format = torch.channels_last if last else torch.preserve_format
     model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]

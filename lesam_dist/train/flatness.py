@@ -20,6 +20,7 @@ from lesam_dist.parallel.shards import local_shard, shard_of
 from lesam_dist.parallel.wrapping import reshard
 from lesam_dist.train import build
 from lesam_dist.train.numerics import numerics
+from lesam_dist.train.passes import uncompiled
 from lesam_dist.train.randomness import LPF_NOISE, normal, some_of
 
 SEED = 0
@@ -152,7 +153,7 @@ class Flatness:
         self._model.eval()
         try:
             # Compiled code is for the shapes and formats of training.
-            with numerics(self._precision, self._world.device), torch.compiler.set_stance("force_eager"):
+            with numerics(self._precision, self._world.device), uncompiled(self._model):
                 yield
         finally:
             for module, training in modes.items():

@@ -87,7 +87,6 @@ def _for_network(config: Config, evaluates: bool, device: str) -> list[str]:
     """What makes weights, activations and gradients smaller, from what changes least to what changes most."""
     data, precision, parallel = config.data, config.precision, config.parallel
     changes = []
-    is_sharded = parallel.strategy in ("fsdp", "hsdp")
     if evaluates and data.eval_batch_size > 1:
         changes.append(f"data.eval_batch_size below {data.eval_batch_size}")
     keeps_results = data.accumulation_mode == "batch"
@@ -99,12 +98,12 @@ def _for_network(config: Config, evaluates: bool, device: str) -> list[str]:
         changes.append("precision.compute bf16 (now fp32)")
     if not evaluates and not config.model.activation_checkpointing:
         changes.append("model.activation_checkpointing true, for networks without BatchNorm (now false)")
-    if not is_sharded and config.optimizer.scope == "global":
+    if not parallel.is_sharded and config.optimizer.scope == "global":
         changes.append(f"parallel.strategy fsdp on several processes (now {parallel.strategy})")
-    if is_sharded and precision.gather_dtype == "fp32" and device != "cpu":
+    if parallel.is_sharded and precision.gather_dtype == "fp32" and device != "cpu":
         also = "" if precision.compute == "bf16" else ", with precision.compute bf16"
         changes.append(f"precision.gather_dtype bf16 (now fp32){also}")
-    if is_sharded and not parallel.reshard_after_forward:
+    if parallel.is_sharded and not parallel.reshard_after_forward:
         changes.append("parallel.reshard_after_forward true (now false)")
     if can_part and not keeps_results:
         changes.append(more_parts)

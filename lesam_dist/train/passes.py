@@ -243,7 +243,8 @@ def gradient_sync(model: nn.Module, sync: Sync, rounded: bool = False) -> Iterat
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Inside, what `torch.compile` has compiled runs as it is written: compiled code cannot be differentiated twice."""
+    """Inside, what `torch.compile` has compiled runs as it is written: compiled code is for one shape and format, and
+    cannot be differentiated twice."""
     if all(module._compiled_call_impl is None for module in model.modules()):
         yield  # asking torch imports its compiler, which takes a second
         return

@@ -33,6 +33,11 @@ class ParallelConfig:
     """seconds that one process may keep the others waiting before the run ends; a silent one is named after a minute.
     Raise it where rank 0 downloads data or weights for longer, or a process compiles for longer than the others"""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process stores a part of the weights."""
+        return self.strategy in ("fsdp", "hsdp")
+
 
 @dataclass
 class PrecisionConfig:
