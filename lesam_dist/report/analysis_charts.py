@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from lesam_dist.report.blocks import Chart, Line, Plane, Style, sentence
 from lesam_dist.report.curves import is_steep
@@ -126,7 +128,22 @@ def _robustness(entries: Sequence[Entry]) -> list[Chart | Plane]:
         if lines:
             title = f"Accuracy under PGD in {text}"
             charts.append(Chart(f"attacked-{norm}", title, "radius, in 1/255", "accuracy, %", lines))
+    results = [(entry, entry.document["results"].get("corrupted")) for entry in entries]
+    lines = [_by_severity(entry, found["cells"]) for entry, found in results if found]
+    if lines:
+        note = "Mean over the kinds of corruption."
+        charts.append(
+            Chart("corrupted", "Errors under corruptions", "severity", "error, %", lines, note, integer_x=True)
+        )
     return charts
+
+
+def _by_severity(entry: Entry, cells: Sequence[Mapping[str, Any]]) -> Line:
+    errors: defaultdict[int, list[float]] = defaultdict(list)
+    for cell in cells:
+        errors[cell["severity"]].append(cell["error"])
+    severities = sorted(errors)
+    return Line(entry.name, severities, [fmean(errors[each]) for each in severities], entry.style, marks=True)
 
 
 def _with_errors(name: str, style: Style, points: Sequence[tuple[float, float, float]]) -> Line:

@@ -67,6 +67,9 @@ def documents(draw: random.Random, run: str) -> dict[str, dict[str, Any]]:
     plane[0][2] = None  # type: ignore[call-overload]  # not finite
     accuracy = {"accuracy": draw.uniform(10, 90), "standard_error": 1.0}
     bins = [{"low": 0.0, "high": 1.0, "images": 9, "confidence": 0.5, "accuracy": 0.4}]
+    cells = [{"kind": k, "severity": s, "error": draw.uniform(0, 99)} for k in ("fog", "snow") for s in (5, 1)]
+    kinds = [{"kind": kind, "mean_error": 40.0} for kind in ("fog", "snow")]
+    corrupted = {"cells": cells, "kinds": kinds, "mean_error": 40.0, "mean_nll": 1.0, "mean_ece": 0.1}
     curve = {"values": draws, "ends": draws[:2]}
     measure = {"missing": 0, "mean": draws[2], "standard_error": 0.1, "part": "average", "adaptive": False}
     one = {"settings": {"weights": f"digest of {run}", "samples": 9}, "run": run, "checkpoint": "step_00000012"}
@@ -86,6 +89,7 @@ def documents(draw: random.Random, run: str) -> dict[str, dict[str, Any]]:
                 "clean": accuracy,
                 "attacked": [{**accuracy, "norm": "linf", "eps": 4 / 255}],
                 "calibration": {"ece": 0.1, "nll": 1.0, "bins": bins},
+                "corrupted": corrupted,
             },
         ),
         "connect": (

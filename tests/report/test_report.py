@@ -245,6 +245,10 @@ def test_analyses(seed: int, tmp_path: Path) -> None:
     surface = found["landscape-2d"]["results"]["surfaces"][0]["losses"]
     (contour, _) = page.charts["sgd"]["data"]
     assert np.array(contour["customdata"]).T.tolist() == surface, "the first direction is the horizontal one"
+    cells = found["robustness"]["results"]["corrupted"]["cells"]
+    (curve,) = page.charts["Errors under corruptions"]["data"]
+    means = [np.mean([cell["error"] for cell in cells if cell["severity"] == severity]) for severity in (1, 5)]
+    assert (curve["x"], curve["y"]) == ([1, 5], pytest.approx(means))
     names = {
         "Spectral density",
         "Loss on a line",
