@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
+from lesam_dist.config.schema.label_noise import HUMAN_LABELS, LabelNoiseConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lesam_dist.config.schema.running import (
     AnalysisConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "CIFAR_ONLY",
     "DALI_ONLY",
     "FOLDERS_ONLY",
+    "HUMAN_LABELS",
     "AnalysisConfig",
     "CheckpointConfig",
     "ChecksConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "DataConfig",
     "EmaConfig",
     "GuardConfig",
+    "LabelNoiseConfig",
     "LoggingConfig",
     "LossConfig",
     "ModelConfig",
