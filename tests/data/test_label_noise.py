@@ -201,7 +201,7 @@ def test_human_labels_that_cannot_be_used(
         torch.save(content, tmp_path / name)
         with pytest.raises(UserError, match=said):
             read_human_labels(tmp_path / name, "worse_label", clean)
-    (tmp_path / "pickle").write_bytes(pickle.dumps(_Code()))
+    (tmp_path / "pickle").write_bytes(pickle.dumps(_Code(), protocol=2))
     (tmp_path / "cut").write_bytes((tmp_path / "set").read_bytes()[:300])
     for name, said in (("pickle", "is damaged"), ("cut", "is damaged"), ("missing", "cannot be read .No such file")):
         with pytest.raises(UserError, match=said):
