@@ -21,7 +21,7 @@ from lesam_dist.data.human_labels import read_human_labels
 from lesam_dist.data.label_noise import symmetric, with_label_noise
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train import build
+from lesam_dist.tasks.images.data import build_folders, build_loaders
 from tests.cifar_files import write_cifar
 from tests.conftest import Command
 
@@ -106,11 +106,11 @@ def test_a_run_trains_on_them_and_resumes_with_no_others(
     """18 of 60 training labels are wrong, validation's stay."""
     run = (*small, "--run_dir", tmp_path / "run")
     config = parse([*map(str, run), *NOISE])
-    loaders = build.build_loaders(config, build.build_folders(config, ALONE), ALONE)
+    loaders = build_loaders(config, build_folders(config, ALONE), ALONE)
     clean = parse([*map(str, run)])
-    train, val = build.build_folders(clean, ALONE)
+    train, val = build_folders(clean, ALONE)
     seen = torch.cat([labels for _, labels in loaders[0].epoch(0)])
-    right = torch.cat([labels for _, labels in build.build_loaders(clean, (train, val), ALONE)[0].epoch(0)])
+    right = torch.cat([labels for _, labels in build_loaders(clean, (train, val), ALONE)[0].epoch(0)])
     assert (seen != right).sum() == 18
     assert torch.equal(torch.cat([labels for _, labels in loaders[1].epoch(0)]), torch.from_numpy(val.labels).long())
     for loader in loaders:
@@ -167,7 +167,7 @@ def test_human_labels_of_a_run(
     noise = {"kind": "human", "file": tmp_path / "human.pt", "labels": "worse_label"}
     flags = [f"--data.label_noise.{name}={value}" for name, value in noise.items()]
     config = parse(["--config", "cifar10_resnet18_sgd", f"--data.root={tmp_path}", *flags])
-    folders = build.build_folders(config, ALONE)
+    folders = build_folders(config, ALONE)
     assert np.array_equal(folders[0].labels, worse)
     assert np.array_equal(folders[1].labels, val.labels)
     changed = (worse != train.labels).sum()
