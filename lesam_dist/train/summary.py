@@ -12,6 +12,7 @@ from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.task import Metric, Task
+from lesam_dist.train.best import Best
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import COMMUNICATION, OPTIMIZER, PASS_1, PASS_2
 
@@ -48,13 +49,21 @@ def _lr(config: Config) -> str:
     return f" (lr {optimizer.lr:g} for {optimizer.lr_reference_batch}, {optimizer.lr_scaling}: {peak_lr(config):g})"
 
 
-def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric) -> str:
-    """The last evaluation, which was made after so many epochs."""
+def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric, best: Best | None = None) -> str:
+    """The last evaluation, which was made after so many epochs, and the best one of the run."""
     top5 = f", top-5 {evaluation['acc5']:.2f} %" if "acc5" in evaluation else ""
-    number = f"{evaluation[metric.name]:.2f} {metric.unit}" if metric.unit else f"{evaluation[metric.name]:.4g}"
+    number = _number(evaluation[metric.name], metric)
     samples = "images" if metric.name == "acc1" else "samples"
     samples = f"{evaluation['samples']:.0f} validation {samples} after epoch {epoch}"
-    return f"{metric.label} {number}{top5} of {samples}"
+    if best is None:
+        return f"{metric.label} {number}{top5} of {samples}"
+    others = ", the best of all" if best.epoch == epoch else ""
+    others = others or f"; best after epoch {best.epoch:g}: {_number(best.value, metric)}, chosen on the same ones"
+    return f"{metric.label} {number}{top5} of {samples}{others}"
+
+
+def _number(value: float, metric: Metric) -> str:
+    return f"{value:.2f} {metric.unit}" if metric.unit else f"{value:.4g}"
 
 
 def replay_verdict(images_per_s: float) -> str:
