@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from lesam_dist.config.adversarial_checks import check_adversarial
 from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.data_checks import check_data, check_loss
 from lesam_dist.config.explain import expected, is_optional
@@ -160,6 +161,7 @@ def _check(config: Config) -> None:
     check_loss(config.loss)
     check_data(config)
     check_label_noise(config.data)
+    check_adversarial(config)
     check_augmentation(config)
     check_optimizer(config)
     _check_parallel(config)

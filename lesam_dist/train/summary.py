@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lesam_dist.config.adversarial_checks import attack_steps
 from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
@@ -14,7 +15,7 @@ from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.task import Metric, Task
 from lesam_dist.train.best import Best
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
-from lesam_dist.train.phases import COMMUNICATION, OPTIMIZER, PASS_1, PASS_2
+from lesam_dist.train.phases import COMMUNICATION, DRAW, OPTIMIZER, PASS_1, PASS_2
 
 _REPLAY = "\ndata.replay: every step trains on one and the same batch. This measures speed; the network is of no use."
 
@@ -82,7 +83,8 @@ def shares_of(config: Config, world: Distributed) -> tuple[str, ...]:
     """
     passes = (PASS_1,) if config.optimizer.name in PLAIN else (PASS_1, PASS_2)
     reduces = world.world_size > 1 and config.parallel.strategy == "ddp"
-    return (*passes, OPTIMIZER, *([COMMUNICATION] if reduces else []))
+    draws = (DRAW,) if attack_steps(config) else ()
+    return (*draws, *passes, OPTIMIZER, *([COMMUNICATION] if reduces else []))
 
 
 def _plan(config: Config) -> str:

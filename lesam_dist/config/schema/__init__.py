@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lesam_dist.config.schema.adversarial import AdversarialConfig
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
 from lesam_dist.config.schema.label_noise import HUMAN_LABELS, LabelNoiseConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
@@ -27,6 +28,7 @@ __all__ = [
     "DALI_ONLY",
     "FOLDERS_ONLY",
     "HUMAN_LABELS",
+    "AdversarialConfig",
     "AnalysisConfig",
     "CheckpointConfig",
     "ChecksConfig",
@@ -56,6 +58,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
