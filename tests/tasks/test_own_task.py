@@ -23,25 +23,10 @@ from tests.conftest import Command
 from tests.parallel.processes import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FLAGS = tuple(
-    [
-        "--task",
-        "own_task.Tumours",
-        "--data.batch_size",
-        "64",
-        "--parallel.device",
-        "cpu",
-        "--logging.every_steps",
-        "1",
-        "--logging.tensorboard",
-        "false",
-        "--optimizer.name",
-        "lesam",
-        "--optimizer.rho_max",
-        "null",
-        "--optimizer.lr",
-        "0.1",
-    ]
+FLAGS = (
+    *("--task", "own_task.Tumours", "--data.batch_size", "64", "--optimizer.name", "lesam", "--optimizer.lr", "0.1"),
+    *("--optimizer.rho_max", "null", "--logging.every_steps", "1", "--logging.tensorboard", "false"),
+    *("--parallel.device", "cpu"),
 )
 
 
