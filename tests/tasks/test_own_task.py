@@ -158,6 +158,12 @@ def test_compare_looks_at_its_metric(call: Command, tmp_path: Path) -> None:
     numbers = json.loads((tmp_path / "runs" / "compare.json").read_text())["methods"]
     for method in ("sgd", "lesam"):
         assert numbers[method]["accuracy"] == [last(tmp_path / "runs" / method / "seed_0")["accuracy"]]
+    assert call("report", tmp_path / "runs")[0] == 0
+    page = (tmp_path / "runs" / "report.html").read_text()
+    best = max(numbers, key=lambda method: numbers[method]["mean"])
+    assert f"Highest is {best} ({numbers[best]['mean']:.2f}\xa0%)" in page
+    assert "accuracy, last epoch" in page
+    assert "top-1" not in page
 
 
 def test_the_best_checkpoint_is_the_one_of_the_lowest_loss(
