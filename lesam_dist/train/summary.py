@@ -29,6 +29,8 @@ def describe_run(task: Task, model: nn.Module, steps_per_epoch: int, step: int) 
         method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
         samples = samples_per_perturbation(config, world)
         method += "" if samples is None else f", m = {samples} samples per perturbation"
+    if (attack := config.adversarial).norm is not None:
+        method += f", images attacked ({attack.norm} {attack.epsilon:g}, {attack.steps} steps)"
     processes = f"{world.world_size} x {world.device.type}"
     if world.world_size > 1:
         processes += f", {config.parallel.strategy}"
