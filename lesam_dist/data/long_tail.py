@@ -4,8 +4,8 @@ Of class c of C, with at least n images each and an imbalance factor F::
 
     n_c = floor(n F^(-c / (C - 1)))
 
-for c = 0 .. C - 1 in label order (Cui et al., 2019; Cao et al., 2019), so that n_0 = F n_(C-1). On CIFAR-100, factor 100
-leaves 10,847 images, 500 to 5 of a class. Which ones is a convention too: two published ones are here.
+for c = 0 .. C - 1 in label order (Cui et al., 2019; Cao et al., 2019), so that n_0 = F n_(C-1). On CIFAR-100, a factor
+of 100 leaves 10,847 images, 500 to 5 of a class. Which ones is a convention too: two published ones are here.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def long_tailed(split: Images, imbalance_factor: float, subset: Subset) -> Image
     """
     if not imbalance_factor >= 1:
         raise UserError(
-            f"long_tail.imbalance_factor is {imbalance_factor}: it is how many times the first class is as large as the "
-            "last, at least 1."
+            f"long_tail.imbalance_factor is {imbalance_factor}: it is how many times as large as the last class the "
+            "first one is, so at least 1."
         )
     labels = np.asarray(split.labels)
     num_classes = len(split.classes)
     largest = int(class_counts(labels, num_classes).min())
     if largest == 0:
         empty = split.classes[int(class_counts(labels, num_classes).argmin())]
-        raise UserError(f"'{split.root}' has no training images of class '{empty}': there is no long tail to make of it.")
+        raise UserError(f"'{split.root}' has no training images of class '{empty}': no long tail can be made of it.")
     counts = long_tailed_counts(largest, num_classes, imbalance_factor)
     if 0 in counts:
         first = counts.index(0)

@@ -5,7 +5,7 @@ sample, class c with a probability of p_c over all its images::
 
     p_c ~ n_c^(1 - r)        r = 0: as the data has them; r = 1: all classes alike
 
-so each image of class c has n_c^-r of the weight. Of each image there are two views, each cropped and flipped by itself.
+so each image of class c has a weight of n_c^-r. Of each image there are two views, cropped and flipped by themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lesam_dist.data.sampling import Sampling
 from lesam_dist.errors import UserError
 
 _VIEWS = 4  # two of each batch
-_NUMBERS = 1 + (_VIEWS - 1) * DRAWS  # of each position: the second batch's sample, and crops; the first view has its own
+_NUMBERS = 1 + (_VIEWS - 1) * DRAWS  # the second batch's sample, and the draws of all views but the first
 
 
 class PairLoader:
@@ -75,17 +75,18 @@ class PairLoader:
             u = position_uniforms(PAIRS_STREAM, _NUMBERS, positions, seed=sampling.seed, epoch=index).T
             others = self._others(u[0])
             crops = [first, *(draws_of(self._transform, u[1 + k * DRAWS :][:DRAWS]) for k in range(_VIEWS - 1))]
-            numbers = [np.stack([who, *how]) for who, how in zip((samples, samples, others, others), crops, strict=True)]
-            images, labels = self._images.batch(np.concatenate(numbers, axis=1))
+            of_views = zip((samples, samples, others, others), crops, strict=True)
+            numbers = np.concatenate([np.stack([each, *draws]) for each, draws in of_views], axis=1)
+            images, labels = self._images.batch(numbers)
             names = ("images", "second_view", "other_images", "other_second_view")
             of_first, _, of_other, _ = labels.chunk(_VIEWS)
             yield {**dict(zip(names, images.chunk(_VIEWS), strict=True)), "labels": of_first, "other_labels": of_other}
 
     def _others(self, u: NDArray[np.float64]) -> NDArray[np.int64]:
         """The samples of the second batch, from uniform numbers."""
-        total = self._cumulative[-1]
-        found = np.searchsorted(self._cumulative, u * total, side="right")
-        return np.minimum(found, len(self._cumulative) - 1)  # u * total may round up to the total
+        cumulative = self._cumulative
+        found: NDArray[np.int64] = np.searchsorted(cumulative, u * cumulative[-1], side="right")
+        return found.clip(max=len(cumulative) - 1)  # u * total may round up to the total
 
     def state_dict(self) -> dict[str, Any]:
         return self._sampling.state_dict() | {"resample": self._resample}
@@ -94,8 +95,8 @@ class PairLoader:
         self._sampling.load_state_dict(state)
         if state.get("resample", self._resample) != self._resample:
             raise UserError(
-                f"cannot continue this run exactly: long_tail.resample was {state['resample']} in the checkpoint and is "
-                f"{self._resample} now. Go back to the former, or start a new run."
+                f"cannot continue this run exactly: long_tail.resample was {state['resample']} in the checkpoint and "
+                f"is {self._resample} now. Go back to the former, or start a new run."
             )
 
     def close(self) -> None:
