@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.parallel.wrapping import reshard
-from lesam_dist.train.passes import average_over_ranks
+from lesam_dist.train.batchnorm import average_over_ranks
 
 
 class WeightAverage:
