@@ -11,7 +11,7 @@ of 100 leaves 10,847 images, 500 to 5 of a class. Which ones is a convention too
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from lesam_dist.data.folder import ImageFolder
 from lesam_dist.errors import UserError
 
 Subset = Literal["ldam", "glmc"]
-Images = TypeVar("Images", ImageFolder, CifarSplit)
+Images = ImageFolder | CifarSplit
 
 
 def class_counts(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:

@@ -58,9 +58,11 @@ class LdamDrw(Method):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels, weights = batch
-        logits = model(images)
+        logits: Tensor = model(images)
         lower = F.one_hot(labels, logits.shape[1]) * self._margins
-        return F.cross_entropy(logits - lower, labels, reduction="none") * (weights / weights.mean())
+        losses = F.cross_entropy(logits - lower, labels, reduction="none")
+        weighted: Tensor = losses * weights / weights.mean()
+        return weighted
 
     def count(self, batch: Batch) -> Tensor:
         weights: Tensor = batch[2]
