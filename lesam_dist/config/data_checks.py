@@ -29,7 +29,8 @@ def check_data(config: Config) -> None:
     for name in FOLDERS_ONLY if is_cifar else CIFAR_ONLY:
         value = getattr(config.data, name)
         if value != getattr(default, name):
-            kind = "class folders" if is_cifar else "cifar10 and cifar100, and built-in data with task long_tail,"
+            folders = "class folders" if config.task != "long_tail" else "class folders of your own"
+            kind = folders if is_cifar else "cifar10 and cifar100"
             raise UserError(
                 f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
                 f"augmented that way. Leave it at {getattr(default, name)}."
