@@ -17,8 +17,8 @@ class LongTailConfig:
     subset: Literal["ldam", "glmc"] = "ldam"
     """who chooses the images: the code of LDAM-DRW, as most of the field has it, or that of GLMC"""
     method: LongTailMethod = "cross_entropy"
-    """what is done about it: nothing; LDAM's margins with deferred reweighting; logit adjustment; or GLMC, which has
-    two batches and two views of them in a step, so about four times the work"""
+    """what is done about it: nothing; LDAM's margins with deferred reweighting; logit adjustment; or GLMC, whose step
+    mixes two batches in two ways, and so makes two forwards where others make one"""
     max_margin: float = 0.5
     """margin of the rarest class, of others by count ** -1/4 (ldam_drw)"""
     scale: float = 30.0

@@ -52,8 +52,6 @@ class LongTail(ImageTask):
     def open_data(self) -> tuple[Images, Images]:
         train, val = super().open_data()
         part = long_tailed(train, self.config.long_tail.imbalance_factor, self.config.long_tail.subset)
-        if self.world.is_main:
-            print(_described(part, len(train)), flush=True)
         return (_kept(part), _kept(val)) if self.config.on_device else (part, val)
 
     @cached_property
@@ -85,6 +83,8 @@ class LongTail(ImageTask):
 
     def loaders(self) -> tuple[Loader, Loader]:
         train, val = self.splits
+        if self.world.is_main:
+            print(_described(self.counts), flush=True)
         if self.config.long_tail.method != "glmc":
             return super().loaders()
         assert isinstance(train, CifarSplit), "refused by check_long_tail"
@@ -146,10 +146,9 @@ def _kept(split: Images) -> CifarSplit:
     return in_memory(split) if isinstance(split, ImageFolder) else split
 
 
-def _described(part: Images, whole: int) -> str:
-    counts = torch.from_numpy(class_counts(np.asarray(part.labels), len(part.classes)))
+def _described(counts: Tensor) -> str:
     sizes = ", ".join(f"{int(group.sum())} {name}" for name, group in groups_of(counts).items())
     return (
-        f"long_tail: {len(part)} of {whole} training images, {int(counts.max())} to {int(counts.min())} of a class; "
+        f"long_tail: {int(counts.sum())} training images, {int(counts.max())} to {int(counts.min())} of a class; "
         f"classes: {sizes}"
     )
