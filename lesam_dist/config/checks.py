@@ -14,6 +14,7 @@ from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.data_checks import check_data, check_loss
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.label_noise_checks import check_label_noise
+from lesam_dist.config.long_tail_checks import check_long_tail
 from lesam_dist.config.methods import settle
 from lesam_dist.config.optimizer_checks import check_optimizer
 from lesam_dist.config.schema import (
@@ -158,6 +159,7 @@ def _check(config: Config) -> None:
     if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
         raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
     check_task(config)
+    check_long_tail(config)
     check_loss(config.loss)
     check_data(config)
     check_label_noise(config.data)

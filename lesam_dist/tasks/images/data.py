@@ -24,6 +24,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.mixing import require_pairs
 
+_COMMON = ("image_size", "horizontal_flip", "mean", "std")  # of all transforms
 _DRY_BATCHES = 2
 _DRY_CLASSES = {"cifar100": 100, None: 1000}  # as the data has them; the others have 10
 Images = ImageFolder | CifarSplit
@@ -163,15 +164,14 @@ def _loader_here(config: Config, world: Distributed) -> Callable[..., Loader]:
 
 def _loader(config: Config) -> Callable[..., Loader]:
     """`CifarLoader` or `build_loader` with its own part of the config."""
+    if config.on_device:
+        return partial(CifarLoader, transform=device_transform(config))
     data, sizes = config.data, config.schedule.image_size
 
     def named(*names: str) -> dict[str, Any]:
         return {name: getattr(data, name) for name in names}
 
-    common = named("image_size", "horizontal_flip", "mean", "std")
-    if data.builtin in DATASETS:
-        own = named(*CIFAR_ONLY)
-        return partial(CifarLoader, transform=CifarTransform(**common, **own))
+    common = named(*_COMMON)
     own = named("val_resize", *FOLDERS_ONLY) | {"sizes": None if sizes is None else tuple(map(tuple, sizes))}
     transform = Transform(**common, **own)
     dali = {name.removeprefix("dali_"): value for name, value in named(*DALI_ONLY).items()}
@@ -181,6 +181,11 @@ def _loader(config: Config) -> Callable[..., Loader]:
         "dali": DaliOptions(**dali, channels_last=config.precision.channels_last),
     }
     return partial(build_loader, transform=transform, **own)
+
+
+def device_transform(config: Config) -> CifarTransform:
+    """What is done to batches of images that stay on the device."""
+    return CifarTransform(**{name: getattr(config.data, name) for name in (*_COMMON, *CIFAR_ONLY)})
 
 
 def build_synthetic_loaders(config: Config, num_classes: int, world: Distributed) -> tuple[Loader, Loader]:
