@@ -29,12 +29,19 @@ class _Kind(NamedTuple):
 
 
 _CURVES = (
+    _Kind("val", "robust_acc1", "Validation accuracy under attack", "top-1, %"),
     _Kind("val", "loss", "Validation loss", "loss"),
     _Kind("train", "loss", "Training loss", "loss of a step's batch"),
     _Kind("val", "ece", "Calibration error", "ECE"),
     _Kind("train", "lr", "Learning rate", "learning rate"),
 )
-_LAST = {"acc5": "top-5", "loss": "loss", "ece": "ECE", "ema_loss": "loss, averaged weights"}
+_LAST = {
+    "acc5": "top-5",
+    "robust_acc1": "top-1 under attack",
+    "loss": "loss",
+    "ece": "ECE",
+    "ema_loss": "loss, averaged weights",
+}
 
 
 def curves(results: Sequence[Result]) -> Section:
