@@ -50,6 +50,10 @@ class CifarSplit:
         digest.update(self.labels.data)
         return digest.hexdigest()
 
+    def with_labels(self, labels: NDArray[Any]) -> CifarSplit:
+        """The same images with other labels."""
+        return replace(self, labels=labels.astype(np.int64, copy=False))
+
     def take(self, samples: NDArray[np.int64]) -> CifarSplit:
         """Some of its samples alone."""
         return replace(self, images=self.images[samples], labels=self.labels[samples])

@@ -15,6 +15,7 @@ from torchvision.models import VisionTransformer
 from lesam_dist.errors import UserError, unknown_name
 from lesam_dist.models.cifar_resnet import CIFAR_RESNETS, PADDED_RESNETS, cifar_resnet
 from lesam_dist.models.drop_path import set_drop_path
+from lesam_dist.models.preact_resnet import PreActResNet18
 from lesam_dist.models.pretrained import fetch_weights, load_pretrained
 from lesam_dist.models.pyramidnet import PyramidNet
 from lesam_dist.models.timm_models import PREFIX, build_timm, require_timm
@@ -25,6 +26,7 @@ __all__ = ["build_model", "fetch_weights", "model_names", "require_input", "requ
 # Networks of one size, by number of classes.
 _FIXED: dict[str, Callable[..., nn.Module]] = {
     "wide_resnet28_10": lambda num_classes: WideResNet(28, 10, num_classes),
+    "preact_resnet18": PreActResNet18,
     "pyramidnet110_270": lambda num_classes: PyramidNet(110, 270, num_classes),
     **PADDED_RESNETS,
 }

@@ -56,11 +56,23 @@ BEYOND: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Label noise: kind, rate, and SAM's rho of Foret et al. (2021) where they have one.
+LABEL_NOISE = {
+    "cifar10_sym20_resnet32": ("symmetric", 0.2, 0.1),
+    "cifar10_sym40_resnet32": ("symmetric", 0.4, 0.1),
+    "cifar10_sym60_resnet32": ("symmetric", 0.6, 0.1),
+    "cifar10_sym80_resnet32": ("symmetric", 0.8, 0.05),
+    "cifar10_asym40_resnet32": ("asymmetric", 0.4, 0.1),
+}
+
+
 def test_every_row_of_the_paper_has_a_name() -> None:
     expected = {f"{data}_{model}_{m}" for data in ("cifar10", "cifar100") for model in CIFAR_MODELS for m in TABLE_1}
     expected |= {f"imagenet_{model}_{m}" for model in ("resnet50", "resnet101") for m in TABLE_1}
     expected |= {f"{d}_vit_b16_finetune_{m}" for d in ("cifar10", "cifar100") for m in ("sgd", "sam", "lesam")}
     expected |= {f"cifar100_{model}_{m}" for model in CIFAR_MODELS for m in ("sam", "lesam", "lesam_plus")}
+    expected |= {f"{data}_preactresnet18_{m}" for data in ("cifar10", "cifar100") for m in ("sgd", "sam", "lesam")}
+    expected |= {f"{base}_{m}" for base in LABEL_NOISE for m in ("sgd", "sam", "lesam")}
     for model, (own, *_) in BEYOND.items():
         expected |= {f"imagenet_{model}_{m}" for m in ("sgd", "sam", "lesam", "looksam", own)}
     assert expected | {"digits", "digits_noisy", "mnist5k", "mnist5k_noisy"} <= set(recipes())
@@ -76,9 +88,10 @@ def test_a_method_without_a_file_has_its_own_defaults() -> None:
 
 
 def usually(base: str) -> Any:
-    """Of the recipes beyond the paper a test of their own takes some methods."""
-    beyond = base.removeprefix("imagenet_") in BEYOND or ("_lt" in base and base not in TABLE_7)
-    return pytest.param(base, marks=pytest.mark.full if beyond else ())
+    """Of the recipes beyond the paper tests of their own take a few methods."""
+    is_beyond = base.removeprefix("imagenet_") in BEYOND or base in LABEL_NOISE
+    is_beyond |= "_lt" in base and base not in TABLE_7
+    return pytest.param(base, marks=pytest.mark.full if is_beyond else ())
 
 
 @pytest.mark.parametrize("base", [usually(base) for base in bases()])
@@ -115,6 +128,23 @@ def test_recipes_beyond_the_paper(model: str) -> None:
     assert configs["lesam"].schedule.anneal_start_epoch == pytest.approx(configs["lesam"].epochs * 2 / 3, abs=0.5)
     named = parse(["--config", f"imagenet_{model}_{base}"])
     assert replace(named, run_dir="") == replace(configs["sgd"], run_dir=""), "one baseline under both names"
+
+
+@pytest.mark.parametrize("base", LABEL_NOISE)
+def test_label_noise(base: str) -> None:
+    config = parse(["--config", f"{base}_sam"])
+    noise = config.data.label_noise
+    assert (noise.kind, noise.rate, config.optimizer.args["rho"]) == LABEL_NOISE[base]
+    assert (config.model.name, config.epochs, config.data.builtin) == ("cifar_resnet32", 200, "cifar10")
+
+
+def test_table_5() -> None:
+    """Section 6.3 of the paper, and the authors' code that it follows."""
+    for data, sigma in (("cifar10", 0.2), ("cifar100", 0.4)):
+        sam, lesam = (parse(["--config", f"{data}_preactresnet18_{m}"]) for m in ("sam", "lesam"))
+        assert (sam.optimizer.args["rho"], lesam.optimizer.args["sigma"]) == (0.4, sigma)
+        found = (sam.epochs, sam.data.batch_size, sam.optimizer.lr, sam.optimizer.weight_decay, sam.model.name)
+        assert found == (100, 128, 0.1, 5e-4, "preact_resnet18")
 
 
 @pytest.mark.parametrize("base", TABLE_7)

@@ -72,6 +72,15 @@ def wide_resnet28_10(classes: int) -> int:
     return count + bn(640) + linear(640, classes)
 
 
+def preact_resnet18(classes: int) -> int:
+    count = conv3(3, 64) + bn(512)
+    for inplanes, planes in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        count += conv3(inplanes, planes) + 3 * conv3(planes, planes)  # two blocks of two convolutions
+        count += bn(inplanes) + 3 * bn(planes)  # before each convolution
+        count += inplanes * planes if inplanes != planes else 0
+    return count + linear(512, classes)
+
+
 def pyramidnet110_270(classes: int) -> int:
     count = conv3(3, 16) + bn(16)
     for planes in range(16, 286, 5):  # 54 blocks, each of 270 / 54 channels more
@@ -101,6 +110,7 @@ NETWORKS: list[tuple[str, Callable[[int], int], int, int, str]] = [
     ("cifar_resnet18", resnet18, 8, 100, "11.2"),
     ("wide_resnet28_10", wide_resnet28_10, 12, 10, "36.5"),
     ("wide_resnet28_10", wide_resnet28_10, 12, 100, "36.5"),
+    ("preact_resnet18", preact_resnet18, 8, 10, "11.2"),
     ("pyramidnet110_270", pyramidnet110_270, 54, 100, "28.5"),
     ("cifar_resnet32_pad", partial(padded_resnet32, 16), 15, 100, "0.5"),
     ("cifar_resnet32x4_pad", partial(padded_resnet32, 64), 15, 100, "7.4"),

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lesam_dist.config.schema.adversarial import AdversarialConfig
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
+from lesam_dist.config.schema.label_noise import HUMAN_LABELS, LabelNoiseConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lesam_dist.config.schema.long_tail import OF_LONG_TAIL_METHOD, LongTailConfig, LongTailMethod
 from lesam_dist.config.schema.running import (
@@ -26,7 +28,9 @@ __all__ = [
     "CIFAR_ONLY",
     "DALI_ONLY",
     "FOLDERS_ONLY",
+    "HUMAN_LABELS",
     "OF_LONG_TAIL_METHOD",
+    "AdversarialConfig",
     "AnalysisConfig",
     "CheckpointConfig",
     "ChecksConfig",
@@ -35,6 +39,7 @@ __all__ = [
     "DataConfig",
     "EmaConfig",
     "GuardConfig",
+    "LabelNoiseConfig",
     "LoggingConfig",
     "LongTailConfig",
     "LongTailMethod",
@@ -57,6 +62,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     long_tail: LongTailConfig = field(default_factory=LongTailConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

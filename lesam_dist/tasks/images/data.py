@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar,
 from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import remarks
+from lesam_dist.data.label_noise import with_label_noise
 from lesam_dist.data.opening import data_root, open_splits
 from lesam_dist.data.scans import Scans, holds, prepare
 from lesam_dist.data.skip_list import read_skip_list
@@ -29,11 +31,30 @@ Images = ImageFolder | CifarSplit
 
 
 def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
-    """The training and validation images; writes a built-in data set first where it is missing.
+    """The training images, with the labels that the run trains on, and the validation images.
+
+    A built-in data set is written first where it is missing.
 
     Raises:
-        UserError: for a data root that is missing, or holds something else than the data set; for a single class.
+        UserError: for a data root that is missing, or holds something else than the data set; for a single class; for
+            labels that cannot be read.
     """
+    train, val = _open_data(config, world)
+    noise = config.data.label_noise
+    if noise.kind is None:
+        return train, val
+    noisy = with_label_noise(train, seed=config.seed, **asdict(noise))
+    if world.is_main:
+        changed = int((noisy.labels != train.labels).sum())
+        which = noise.labels if noise.kind == "human" else f"rate {noise.rate:g}"
+        print(
+            f"data.label_noise: {changed:,} of {len(train):,} training labels are changed ({noise.kind}, {which})",
+            flush=True,
+        )
+    return noisy, val
+
+
+def _open_data(config: Config, world: Distributed) -> tuple[Images, Images]:
     _loader(config)  # whose transform is checked, before anything is downloaded
     builtin = config.data.builtin
     if config.data.root is None:
