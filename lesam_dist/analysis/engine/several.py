@@ -14,7 +14,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 
 _LONGEST = 100  # characters of names in a file's name
-_OF_IMAGES = ("root", "builtin", "skip_list", "image_size", "val_resize", "val_crop", "mean", "std")
+_OF_IMAGES = ("root", "builtin", "skip_list", "image_size", "val_resize", "val_crop", "val_keep_aspect", "mean", "std")
 
 
 def read_sources(

@@ -36,6 +36,9 @@ class DataConfig:
     """short side that evaluation resizes to before the centre crop, in pixels (class folders)"""
     val_crop: int | None = None
     """side of that crop, in pixels; null takes image_size (class folders)"""
+    val_keep_aspect: bool = True
+    """false: evaluation resizes all of an image to that square, whatever its aspect, and crops nothing (class
+    folders)"""
     random_area: tuple[float, float] = (0.08, 1.0)
     """range of the random crop's share of the image area (class folders)"""
     random_aspect_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -55,6 +58,11 @@ class DataConfig:
     """operations on each image (randaugment)"""
     randaugment_magnitude: int = 9
     """how strong each is, 0 to 30 (randaugment)"""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """change brightness, contrast and saturation of each training image by up to this share, and turn its hue by up to
+    this share of the circle (0.5 at most), in a random order; after auto_augment (class folders)"""
+    grayscale: float = 0.0
+    """share of the training images that become grey, 0 to 1; after color_jitter (class folders)"""
     random_erasing: float = 0.0
     """share of the training images of which a rectangle is set to the mean colour, 0 to 1 (class folders)"""
     mixup: float = 0.0
@@ -106,11 +114,14 @@ class DataConfig:
 
 FOLDERS_ONLY = (
     "val_crop",
+    "val_keep_aspect",
     "random_area",
     "random_aspect_ratio",
     "auto_augment",
     "randaugment_ops",
     "randaugment_magnitude",
+    "color_jitter",
+    "grayscale",
     "random_erasing",
 )
 CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")
