@@ -50,6 +50,7 @@ _AT_MOST = {
     "data.max_bad_files": 10**9,
     "optimizer.ascent_interval": 1_000_000,
     "optimizer.lr_reference_batch": 1 << 24,
+    "ema.uniform_from": 10**9,
     "parallel.timeout_s": 10_000_000,
     "checkpoint.every_minutes": 10_000_000,
     "checkpoint.grace_seconds": 10_000_000,
@@ -84,6 +85,7 @@ _AT_LEAST = {
     "optimizer.momentum": 0,
     "optimizer.weight_decay": 0,
     "optimizer.start_epoch": 0,
+    "ema.uniform_from": 1,
     "schedule.lr_warmup_epochs": 0,
     "schedule.sigma_warmup_epochs": 0,
     "schedule.anneal_start_epoch": 0,
@@ -160,6 +162,11 @@ def _check(config: Config) -> None:
     _check_parallel(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
         raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
+    if config.ema.decay is not None and config.ema.uniform_from is not None:
+        raise UserError(
+            f"ema.decay is {config.ema.decay} and ema.uniform_from is {config.ema.uniform_from}: there is one average, "
+            "exponential or uniform. Leave one of them at null."
+        )
     _check_precision(config)
     _check_schedule(config)
     _check_measuring(config)

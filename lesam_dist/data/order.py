@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 ORDER_STREAM, CROP_STREAM, CIFAR_STREAM, SYNTHETIC_STREAM, REPLACEMENT_STREAM = range(5)
 AUGMENT_STREAM, ERASING_STREAM, MIXING_STREAM = range(5, 8)
 COLOR_STREAM, DOMAIN_STREAM = 11, 12
+DOMAIN_SPLIT_STREAM = 14
 
 _PHILOX_WORDS = 4  # random numbers of 64 bits that one value of Philox's counter gives
 
