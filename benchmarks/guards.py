@@ -56,6 +56,7 @@ def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Na
     """The steps of a run of a variant on random images, one at each turn."""
     from lesam_dist.config.command_line import parse
     from lesam_dist.data import SyntheticLoader
+    from lesam_dist.tasks.classification.task import Classification
     from lesam_dist.train.build import build_network
     from lesam_dist.train.run_dir import claim
     from lesam_dist.train.trainer import Trainer
@@ -77,7 +78,8 @@ def trainer_steps(world: Distributed, folder: Path, name: str, args: argparse.Na
         "device": world.device,
     }
     loaders = SyntheticLoader(**images, batches=STEPS, seed=0), SyntheticLoader(**images, batches=1, seed=1)
-    trainer = Trainer(config, world, build_network(config, CLASSES, world), loaders, CLASSES, claim(config, world))
+    model = build_network(config, CLASSES, world)
+    trainer = Trainer(Classification(config, world), model, loaders, claim(config, world))
     try:
         yield from trainer.steps()
     finally:

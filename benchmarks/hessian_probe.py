@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lesam_dist.data import Transform, build_loader, scan_split
 from lesam_dist.data.digits import prepare_digits
 from lesam_dist.models import build_model
-from lesam_dist.train.passes import frozen_batchnorm
+from lesam_dist.train.batchnorm import frozen_batchnorm
 
 Product = Callable[[Tensor], Tensor]
 _STEPS = 5  # of EigenSAM's power iteration

@@ -32,7 +32,7 @@ from lib.traffic import BASES, Base
 from torch import Tensor, nn
 
 from lesam_dist.optim.simple import SimpleLESAM
-from lesam_dist.train.passes import frozen_batchnorm
+from lesam_dist.train.batchnorm import frozen_batchnorm
 
 # A small rate: every step sees the same batch, which must not be learned by heart until its gradient vanishes.
 LESAM_HYPER = Hyper(sigma=0.3, rho_max=0.2, lr=1e-4)

@@ -19,6 +19,7 @@ from lesam_dist.config.schema import (
     DataBackend,
     DataConfig,
 )
+from lesam_dist.config.tasks import check_task
 from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
 
@@ -155,6 +156,7 @@ def _check(config: Config) -> None:
             raise UserError(f"{path} is {values[path]}: it must be at most {high}.")
     if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
         raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
+    check_task(config)
     check_loss(config.loss)
     check_data(config)
     check_augmentation(config)

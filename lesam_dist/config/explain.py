@@ -54,7 +54,8 @@ def unknown_key(paths: Iterable[str], also: Iterable[Method | None] = ()) -> str
         also: methods whose arguments are known beside those of the registry.
     """
     known = {*_kinds(), *argument_paths(also), "help", "print_config"}
-    return next((nearest_key(path, also) for path in paths if path.removesuffix("+") not in known), None)
+    unknown = (path for path in paths if path.removesuffix("+") not in known and not path.startswith("task_args."))
+    return next((nearest_key(path, also) for path in unknown), None)
 
 
 def is_optional(path: str) -> bool:

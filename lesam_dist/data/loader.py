@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cycles import Cycles
@@ -15,6 +14,7 @@ from lesam_dist.data.folder import ImageFolder
 from lesam_dist.data.plan import Plan
 from lesam_dist.data.transform import Transform
 from lesam_dist.errors import UserError, unknown_name
+from lesam_dist.parallel.batch import Batch
 
 BACKENDS = ("dali", "torchvision")
 
@@ -31,9 +31,10 @@ class Loader(Protocol):
         """Batches per epoch on this rank; for training the same on all ranks."""
         ...
 
-    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(images, labels)`` on the device: normalised float32 ``(B, 3, S, S)`` and int64 ``(B,)``.
+    def epoch(self, index: int, start: int = 0) -> Iterator[Batch]:
+        """Yield batches on the device, see `lesam_dist.parallel.batch`.
 
+        Of images, those of this package: ``(images, labels)``, normalised float32 ``(B, 3, S, S)`` and int64 ``(B,)``.
         A batch is the caller's: it stays valid for as long as it is referenced, so two passes can read it.
 
         Args:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lesam_dist.data.loader import Loader
+from lesam_dist.parallel.batch import Batch, transform
 
 
 class ReplayLoader:
@@ -22,21 +23,21 @@ class ReplayLoader:
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self._batch: Batch | None = None
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, index: int, start: int = 0) -> Iterator[Batch]:
         if start < 0:
             raise ValueError(f"start is {start}: it is a number of batches, at least 0")
         if self._batch is None:
-            images, labels = next(self._loader.epoch(0))
-            self._batch = images.clone(), labels.clone()  # the other loader's own memory goes with it
+            self._batch = transform(
+                next(self._loader.epoch(0)), Tensor.clone
+            )  # the other loader's own memory goes with it
             self._loader.close()
         for _ in range(start, len(self)):
-            images, labels = self._batch
-            yield images.clone(), labels.clone()
+            yield transform(self._batch, Tensor.clone)
 
     def state_dict(self) -> dict[str, Any]:
         return self._loader.state_dict()

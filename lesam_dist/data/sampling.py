@@ -14,13 +14,27 @@ from lesam_dist.data.urls import Url
 from lesam_dist.errors import UserError
 
 
-class Split(Protocol):
-    """The training or the evaluation part of a data set: sample ``i`` has the label ``labels[i]``."""
+class Samples(Protocol):
+    """The training or the evaluation part of a data set."""
 
     @property
-    def root(self) -> Path | Url:
+    def root(self) -> Path | Url | str:
         """Where it came from, for messages."""
         ...
+
+    @property
+    def digest(self) -> str:
+        """A text that differs for any other data, and stays the same where the data has only moved."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class Split(Samples, Protocol):
+    """One of images: sample ``i`` has the label ``labels[i]``."""
+
+    @property
+    def root(self) -> Path | Url: ...
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -31,13 +45,6 @@ class Split(Protocol):
     def labels(self) -> NDArray[Any]:
         """Integers ``(N,)``."""
         ...
-
-    @property
-    def digest(self) -> str:
-        """A text that differs for any other data, and stays the same where the data has only moved."""
-        ...
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Sampling:
         UserError: the batch size cannot be used for this many images or processes, or the seed is negative.
     """
 
-    folder: Split
+    folder: Samples
     train: bool
     batch_size: int
     seed: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -12,8 +12,11 @@ from lesam_dist.config.flags import flags_for
 from lesam_dist.config.methods import PLAIN, complete, defaults, method_of
 from lesam_dist.config.recipes import base_optimizer, bases, compose_parts, merge, method_part, methods, split
 from lesam_dist.errors import UserError, one_line, unknown_name
-from lesam_dist.experiments.report import NOTE, number, outcome_numbers, plot, plus_minus, report
+from lesam_dist.experiments.report import note, number, outcome_numbers, plot, plus_minus, report
 from lesam_dist.experiments.runs import ExperimentParser, Outcome, make_setting, paired_difference, run_all
+
+if TYPE_CHECKING:
+    from lesam_dist.tasks.task import Metric
 
 _PREFERRED = "sam"  # what the others are measured against
 
@@ -34,33 +37,35 @@ def compare(argv: Sequence[str]) -> None:
         make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags, step), run_dir, arguments.seeds)
         for n, o in zip(names, optimizers, strict=True)
     ]
-    outcomes, world = run_all(settings)
+    outcomes, metric, world = run_all(settings)
     if not world.is_main:
         return
     reference = _PREFERRED if _PREFERRED in names else names[0]
-    rows, numbers = compared(outcomes, reference)
+    rows, numbers = compared(outcomes, reference, metric)
     epochs = settings[0].runs[0].epochs
     title = f"{arguments.config}, {epochs} epochs, {arguments.seeds} seed{'s' * (arguments.seeds > 1)}"
-    note = f"{title}. {NOTE} Difference: to {reference} with the same seed, mean and standard error."
+    text = f"{title}. {note(metric)} Difference: to {reference} with the same seed, mean and standard error."
     if reference != _PREFERRED:
-        note += f" ({_PREFERRED} is not among the methods, so the first one takes its place.)"
-    header = ("method", "top-1 (%)", f"difference to {reference}", "cost (SGD steps)")
+        text += f" ({_PREFERRED} is not among the methods, so the first one takes its place.)"
+    header = ("method", metric.title, f"difference to {reference}", "cost (SGD steps)")
     described = {"config": arguments.config, "flags": flags, "epochs": epochs, "seeds": arguments.seeds}
-    plot(run_dir / "compare.png", outcomes, title, "method", None)
-    report(run_dir, "compare", header, rows, note, {**described, "reference": reference, "methods": numbers})
+    plot(run_dir / "compare.png", outcomes, metric, title, "method", None)
+    report(run_dir, "compare", header, rows, text, {**described, "reference": reference, "methods": numbers})
 
 
-def compared(outcomes: Sequence[Outcome], reference: str) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
+def compared(
+    outcomes: Sequence[Outcome], reference: str, metric: Metric
+) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
     """The rows of the table, and the same numbers by method; ``reference`` is the method that differences are to."""
     base = next(outcome for outcome in outcomes if outcome.name == reference)
     rows: list[tuple[str, ...]] = []
     numbers: dict[str, Any] = {}
     for outcome in outcomes:
-        mean, error = paired_difference(outcome.acc1, base.acc1)
+        mean, error = paired_difference(outcome.values, base.values)
         shown = "-" if outcome is base else plus_minus(mean, error, signed=True)
         rows.append((outcome.name, plus_minus(outcome.mean, outcome.std), shown, f"{outcome.cost:.2f}"))
         difference = {"mean": number(mean), "standard_error": number(error)}
-        numbers[outcome.name] = outcome_numbers(outcome) | {"difference": difference}
+        numbers[outcome.name] = outcome_numbers(outcome, metric) | {"difference": difference}
     return rows, numbers
 
 

@@ -7,17 +7,26 @@ import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lesam_dist.errors import UserError
 from lesam_dist.experiments.runs import Outcome
 
+if TYPE_CHECKING:
+    from lesam_dist.tasks.task import Metric
+
 _POINTS: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.5, "color": "tab:blue"}
 _MEANS: dict[str, Any] = {"capsize": 4, "marker": "D", "markersize": 6, "color": "black", "zorder": 3}
-NOTE = (
-    "Top-1 on the validation images after the last epoch (not the best epoch): mean and standard deviation over seeds. "
-    "Cost: forward and backward passes of a step; SGD makes one."
-)
+
+
+def note(metric: Metric) -> str:
+    """What the numbers of a table are."""
+    what = metric.label[:1].upper() + metric.label[1:]
+    samples = "images" if metric.name == "acc1" else "samples"
+    return (
+        f"{what} on the validation {samples} after the last epoch (not the best epoch): mean and standard deviation "
+        "over seeds. Cost: forward and backward passes of a step; SGD makes one."
+    )
 
 
 def plus_minus(value: float, spread: float, *, signed: bool = False) -> str:
@@ -28,10 +37,10 @@ def plus_minus(value: float, spread: float, *, signed: bool = False) -> str:
     return text if math.isnan(spread) else f"{text} ± {spread:.2f}"
 
 
-def outcome_numbers(outcome: Outcome) -> dict[str, Any]:
+def outcome_numbers(outcome: Outcome, metric: Metric) -> dict[str, Any]:
     """An outcome for JSON, which has no nan."""
-    acc1, (mean, std) = [number(value) for value in outcome.acc1], map(number, (outcome.mean, outcome.std))
-    return {"acc1": acc1, "mean": mean, "std": std, "cost": outcome.cost}
+    values, (mean, std) = [number(value) for value in outcome.values], map(number, (outcome.mean, outcome.std))
+    return {metric.name: values, "mean": mean, "std": std, "cost": outcome.cost}
 
 
 def number(value: float) -> float | None:
@@ -85,12 +94,20 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
 
 
-def plot(target: Path, outcomes: Sequence[Outcome], title: str, xlabel: str, values: Sequence[float] | None) -> None:
-    """Every seed's top-1 as a point, and each setting's mean with its standard deviation.
+def plot(
+    target: Path,
+    outcomes: Sequence[Outcome],
+    metric: Metric,
+    title: str,
+    xlabel: str,
+    values: Sequence[float] | None,
+) -> None:
+    """Every seed's value as a point, and each setting's mean with its standard deviation.
 
     Args:
         target: the PNG to write.
         outcomes: one for each place on the x axis.
+        metric: what they are of.
         title, xlabel: texts.
         values: where each outcome is, joined by a line; None writes their names side by side.
     """
@@ -101,7 +118,7 @@ def plot(target: Path, outcomes: Sequence[Outcome], title: str, xlabel: str, val
     places = [float(i) for i in range(len(outcomes))] if values is None else values
     for x, outcome in zip(places, outcomes, strict=True):
         label = "one seed" if outcome is outcomes[0] else None
-        axes.plot([x] * len(outcome.acc1), outcome.acc1, label=label, **_POINTS)
+        axes.plot([x] * len(outcome.values), outcome.values, label=label, **_POINTS)
     spread = [0.0 if math.isnan(outcome.std) else outcome.std for outcome in outcomes]
     line = "none" if values is None else "-"
     means = [outcome.mean for outcome in outcomes]
@@ -110,7 +127,7 @@ def plot(target: Path, outcomes: Sequence[Outcome], title: str, xlabel: str, val
         axes.set_xticks(places, [outcome.name for outcome in outcomes], rotation=30 if len(outcomes) > 8 else 0)
         axes.set_xlim(-0.5, len(outcomes) - 0.5)
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
+    axes.set(xlabel=xlabel, ylabel=metric.title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(target, dpi=110)

@@ -27,6 +27,7 @@ from lesam_dist.errors import DivergedError, UserError
 
 if TYPE_CHECKING:
     from lesam_dist.parallel.processes import Distributed
+    from lesam_dist.tasks.task import Metric
 
 _MOST_SEEDS = 1000
 
@@ -42,23 +43,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a setting: final top-1 in per cent by seed, nan where that run diverged.
+    """The result of a setting: the task's metric after the last epoch by seed, nan where that run diverged.
 
     ``cost`` is that of a step, see `sgd_steps`.
     """
 
     name: str
-    acc1: list[float]
+    values: list[float]
     cost: float
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.acc1)
+        return statistics.fmean(self.values)
 
     @property
     def std(self) -> float:
         """Standard deviation over seeds (n - 1); nan for one seed."""
-        return _std(self.acc1)
+        return _std(self.values)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
@@ -131,21 +132,23 @@ def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_di
     return Setting(name, runs, first.notes)
 
 
-def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
+def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Metric, Distributed]:
     """Train every run that is not finished. A run that diverges has no result, and the others go on.
 
     Returns:
-        The outcome of each setting, and this process among all.
+        The outcome of each setting, what they are compared by, and this process among all.
 
     Raises:
         UserError: as `lesam_dist.train.run.train`; a finished run whose config differs.
     """
     from lesam_dist.experiments.cost import sgd_steps
     from lesam_dist.parallel.processes import process_group  # here: --help and what is refused need no torch
+    from lesam_dist.tasks.loading import task_class
     from lesam_dist.train.run import train_here
 
+    metric = task_class(settings[0].runs[0].task).metric
     costs = [sgd_steps(setting.runs[0]) for setting in settings]  # first, since it checks the hyper-parameters
-    acc1: dict[str, list[float]] = {setting.name: [] for setting in settings}
+    values: dict[str, list[float]] = {setting.name: [] for setting in settings}
     seeds = len(settings[0].runs)
     parallel = settings[0].runs[0].parallel
     with process_group(parallel.device, parallel.timeout_s) as world:
@@ -160,12 +163,13 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Distributed]:
                 if world.is_main:
                     print(f"{label}: finished before" if evaluation else label, flush=True)
                 try:
-                    acc1[setting.name].append((evaluation or train_here(config, world))["acc1"])
+                    values[setting.name].append((evaluation or train_here(config, world))[metric.name])
                 except DivergedError as error:
-                    acc1[setting.name].append(math.nan)
+                    values[setting.name].append(math.nan)
                     if world.is_main:
                         print(f"{config.run_dir}: {error}", flush=True)
-    return [Outcome(s.name, acc1[s.name], cost) for s, cost in zip(settings, costs, strict=True)], world
+    outcomes = [Outcome(s.name, values[s.name], cost) for s, cost in zip(settings, costs, strict=True)]
+    return outcomes, metric, world
 
 
 def _finished(config: Config, world: Distributed) -> dict[str, float] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from lesam_dist.config.explain import unknown_key
 from lesam_dist.config.values import get
 from lesam_dist.errors import UserError, one_line
-from lesam_dist.experiments.report import NOTE, outcome_numbers, plot, plus_minus, report
+from lesam_dist.experiments.report import note, outcome_numbers, plot, plus_minus, report
 from lesam_dist.experiments.runs import ExperimentParser, make_setting, run_all
 
 
@@ -32,7 +32,7 @@ def sweep(argv: Sequence[str]) -> None:
     ]
     values = [get(setting.runs[0], field) for setting in settings]
     _check_distinct(field, values)
-    outcomes, world = run_all(settings)
+    outcomes, metric, world = run_all(settings)
     if not world.is_main:
         return
     epochs = settings[0].runs[0].epochs
@@ -41,11 +41,11 @@ def sweep(argv: Sequence[str]) -> None:
         (text, plus_minus(outcome.mean, outcome.std), f"{outcome.cost:.2f}")
         for text, outcome in zip(texts, outcomes, strict=True)
     ]
-    results = [{"value": v, **outcome_numbers(o)} for v, o in zip(values, outcomes, strict=True)]
+    results = [{"value": v, **outcome_numbers(o, metric)} for v, o in zip(values, outcomes, strict=True)]
     described = {"config": arguments.config, "flags": flags, "epochs": epochs, "seeds": arguments.seeds}
-    plot(run_dir / "sweep.png", outcomes, title, field, _numbers(values))
-    header = (field, "top-1 (%)", "cost (SGD steps)")
-    report(run_dir, "sweep", header, rows, f"{title}. {NOTE}", {**described, "field": field, "values": results})
+    plot(run_dir / "sweep.png", outcomes, metric, title, field, _numbers(values))
+    header = (field, metric.title, "cost (SGD steps)")
+    report(run_dir, "sweep", header, rows, f"{title}. {note(metric)}", {**described, "field": field, "values": results})
 
 
 def _parser() -> ExperimentParser:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train.build import build_folders, build_loaders
+from lesam_dist.tasks.images.data import build_folders, build_loaders
 
 SECONDS = 6.0
 _IMAGES, _BATCH = 192, 32

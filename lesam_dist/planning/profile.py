@@ -22,9 +22,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lesam_dist.config.schema import Config
+from lesam_dist.errors import UserError
 from lesam_dist.parallel.blocks import find_blocks
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train.build import build_network, resolve_num_classes
+from lesam_dist.tasks.images.data import resolve_num_classes
+from lesam_dist.train.build import build_network
 
 _BATCHES = (2, 4)  # BatchNorm needs two images
 _FREE = ("empty", "new_empty", "detach", "_unsafe_view", "_local_scalar_dense")
@@ -90,6 +92,8 @@ def profile(config: Config, processes: int) -> Profile:
     Raises:
         UserError: as `lesam_dist.train.build.build_network`.
     """
+    if config.task != "classification":
+        raise UserError(f"task is {config.task}: plan knows what passes cost for classification alone.")
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         world = Distributed(0, 0, processes, torch.device("meta"))
         offline = replace(config, dry_run=True, model=replace(config.model, compile=False))  # no weights are fetched

@@ -24,7 +24,7 @@ from lesam_dist.config.schema import EmaConfig
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.parallel.wrapping import reshard
-from lesam_dist.train.passes import average_over_ranks
+from lesam_dist.train.batchnorm import average_over_ranks
 
 
 def build_average(model: nn.Module, config: EmaConfig) -> WeightAverage | None:

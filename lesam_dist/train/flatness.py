@@ -18,7 +18,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard, shard_of
 from lesam_dist.parallel.wrapping import reshard
-from lesam_dist.train import build
+from lesam_dist.tasks.images.data import Images, build_evaluation_loader
 from lesam_dist.train.numerics import numerics
 from lesam_dist.train.passes import uncompiled
 from lesam_dist.train.randomness import LPF_NOISE, normal, some_of
@@ -26,10 +26,10 @@ from lesam_dist.train.randomness import LPF_NOISE, normal, some_of
 SEED = 0
 """Of images and noise, whatever the run's own is: the same for all runs, and those that `lesam-dist analyze` takes."""
 
-Batch = tuple[Tensor, Tensor]
+LabelledBatch = tuple[Tensor, Tensor]
 
 
-def read_images(config: Config, images: build.Images, world: Distributed) -> list[Batch]:
+def read_images(config: Config, images: Images, world: Distributed) -> list[LabelledBatch]:
     """This process's part of each batch, on the host; some parts may be empty, not all.
 
     The images are those of `lesam-dist analyze --samples N`: without augmentation, chosen by `SEED`. A batch is
@@ -64,7 +64,7 @@ def read_images(config: Config, images: build.Images, world: Distributed) -> lis
     own = np.concatenate(mine)
     ascending = np.argsort(own)  # as they lie on the disk
     with torch.random.fork_rng(devices=[]):  # a loader may draw a seed
-        loader = build.build_evaluation_loader(config, images.take(own[ascending]), world.alone())
+        loader = build_evaluation_loader(config, images.take(own[ascending]), world.alone())
         try:
             read = [(x.cpu(), y.cpu()) for x, y in loader.epoch(0)]
         finally:
@@ -92,7 +92,7 @@ class Flatness:
         config: of the run.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], world: Distributed, config: Config) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[LabelledBatch], world: Distributed, config: Config) -> None:
         self._model, self._batches, self._world = model, batches, world
         # Found before any forward, after which FSDP2 may leave gathered ones in their place.
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -124,7 +124,7 @@ class Flatness:
         noisy, loss, samples = sums.tolist()
         return {"lpf": noisy / samples, "lpf_loss": loss / samples}
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: LabelledBatch) -> Tensor:
         """The sum over a part of a batch, which may be empty: a sharded forward is one of all processes."""
         self._world.move("measuring how flat the loss is")
         images, labels = (part.to(self._world.device) for part in batch)

@@ -24,9 +24,9 @@ from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.report import name_of
 from lesam_dist.parallel.scope import Scope
 from lesam_dist.parallel.shards import shard_axes
+from lesam_dist.train.batchnorm import batchnorms
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.ema import WeightAverage
-from lesam_dist.train.passes import batchnorms
 
 Place = tuple[tuple[int, int], ...]
 """Which part of a tensor a process holds: (index, of how many) along each axis that splits it; () for all of it."""

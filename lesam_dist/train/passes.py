@@ -8,38 +8,38 @@ first pass may move: later passes see perturbed weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.autograd import Variable
-from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lesam_dist.optim.engine import capturing
 from lesam_dist.optim.engine.products import NotTwiceDifferentiableError, hessian_backward
+from lesam_dist.parallel.batch import Batch, parts, rows, samples_in, tensors
 from lesam_dist.parallel.bucket_rounding import rounding_of
-from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.replicas import Sync, replica_average
+from lesam_dist.train.batchnorm import average_over, frozen_batchnorm
 from lesam_dist.train.phases import AVERAGING, UPDATING
 
+LossOf = Callable[[nn.Module, Any], Tensor]
 
-class BatchPasses:
-    """The passes over one batch; call it once per pass.
+
+class Passes:
+    """The passes over one batch of any kind; call it once per pass.
 
     In a CUDA graph the device's random numbers cannot be put back, so the passes of a step then draw different ones.
 
     Args:
         model: in training mode, wrapped (DDP, FSDP2) or not.
-        criterion: ``criterion(logits, labels)`` gives a 0-d loss, the mean over the samples.
-        images: (B, C, H, W), labels: (B,) int64, or what else of B rows the criterion takes, as (B, K) mixed targets.
-            They must stay unchanged until the step is over.
+        loss: ``loss(model, batch)`` gives a 0-d mean of the batch's losses, from one forward of the model.
+        batch: see `lesam_dist.parallel.batch`; it must stay unchanged until the step is over.
         autocast: dtype of the forward under `torch.autocast`; None computes in the weights' dtype.
         scaler: scales the loss before ``backward`` (float16); whoever steps unscales.
         micro_batches: each pass goes through the batch in so many parts of equal size, to save memory. Gradients are
@@ -48,27 +48,37 @@ class BatchPasses:
             backward that reduces, when this process has all gradients of its own.
         may_round: asked when a pass begins: whether its gradient may be reduced in a smaller dtype, where the model was
             wrapped so. None answers no.
+        losses: ``losses(model, batch)`` gives the loss of each sample, (B,), for methods that ask for them.
+        count: ``count(batch)`` is what ``loss`` is the mean over, a number or a 0-d tensor: the weight of a micro-batch
+            among others. None takes the samples.
+        share: what the loss of a pass that is reduced over all processes is multiplied by here, 0-d, or a number. It
+            makes of a mean over processes, as DDP and FSDP2 take it, one over all that is counted.
 
     Attributes:
-        forwards, backwards: images that have gone through the model so far; a product with the Hessian counts as the
+        forwards, backwards: samples that have gone through the model so far; a product with the Hessian counts as the
             four backwards that its multiplications are.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module,
-        images: Tensor,
-        labels: Tensor,
+        loss: LossOf,
+        batch: Batch,
         autocast: torch.dtype | None = None,
         scaler: GradScaler | None = None,
         micro_batches: int = 1,
         on_pass: Callable[[str], object] | None = None,
         may_round: Callable[[], bool] | None = None,
+        *,
+        losses: LossOf | None = None,
+        count: Callable[[Batch], int | Tensor] | None = None,
+        share: Tensor | float = 1.0,
     ) -> None:
-        self.model, self.criterion = model, criterion
-        self.images, self.labels = images, labels
+        self.model, self.batch = model, batch
         self.autocast, self.scaler, self.micro_batches = autocast, scaler, micro_batches
+        self._loss_of, self._losses_of, self._count, self._share = loss, losses, count or samples_in, share
+        self._samples = samples_in(batch)
+        self._device = tensors(batch)[0].device
         self._rng: list[Tensor] | None = None
         self._on_pass, self._passes = on_pass, 0
         self._may_round = may_round
@@ -95,22 +105,26 @@ class BatchPasses:
             backward: False only evaluates the loss.
 
         Returns:
-            The mean loss of this rank's samples, 0-d, detached, not scaled; with ``per_sample`` all of them, (B,).
+            The mean loss of this rank's samples times ``share``, 0-d, detached, not scaled; with ``per_sample`` all of
+            them, (B,).
         """
         self._tell_of_a_pass()
-        count = math.ceil(fraction * len(self.labels))
-        images, labels = (t[:count] if subset is None else t[subset] for t in (self.images, self.labels))
-        self.forwards += len(labels)
-        self.backwards += backward * len(labels)
-        parts = list(zip(images.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))
+        batch = self.batch
+        if subset is not None:
+            batch = rows(batch, subset)
+        elif fraction < 1:
+            batch = rows(batch, slice(math.ceil(fraction * self._samples)))
+        samples = samples_in(batch)
+        self.forwards += samples
+        self.backwards += backward * samples
+        pieces = self._weighted(batch, self._share if sync is True else 1.0)
         rounded = self._may_round is not None and self._may_round()
-        with self._alike(images.device), nullcontext() if backward else torch.no_grad():
+        with self._alike(), nullcontext() if backward else torch.no_grad():
             losses = []
-            for index, part in enumerate(parts):
-                reduces = sync if index == len(parts) - 1 else False
+            for index, (piece, weight) in enumerate(pieces):
+                reduces = sync if index == len(pieces) - 1 else False
                 with gradient_sync(self.model, reduces, rounded):
-                    share = len(part[1]) / len(labels)
-                    losses.append(self._part(*part, share, per_sample, backward, tells=bool(reduces)))
+                    losses.append(self._part(piece, weight, per_sample, backward, tells=bool(reduces)))
         if self._on_pass is not None:
             self._on_pass(UPDATING)
         if per_sample:
@@ -133,20 +147,26 @@ class BatchPasses:
         """
         self._require_twice()
         self._tell_of_a_pass()
-        self.forwards += len(self.labels)
-        self.backwards += 4 * len(self.labels)
+        self.forwards += self._samples
+        self.backwards += 4 * self._samples
         model: nn.Module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        with self._alike(self.images.device), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(model):
-            parts = zip(self.images.chunk(self.micro_batches), self.labels.chunk(self.micro_batches), strict=True)
-            for images, labels in parts:
-                loss = self._loss(model, images, labels) * (len(labels) / len(self.labels))
+        with self._alike(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(model):
+            for piece, weight in self._weighted(self.batch, self._share):
+                loss = self._loss(self._loss_of, model, piece) * weight
                 hessian_backward(loss if self.scaler is None else self.scaler.scale(loss), along)
         if isinstance(self.model, DistributedDataParallel):
             if self._on_pass is not None:
                 self._on_pass(AVERAGING)
-            _average([p.grad for p in along if p.grad is not None], self.model.process_group)
+            average_over([p.grad for p in along if p.grad is not None], self.model.process_group)
         if self._on_pass is not None:
             self._on_pass(UPDATING)
+
+    def _weighted(self, batch: Batch, share: Tensor | float) -> list[tuple[Batch, Tensor | float]]:
+        """The micro-batches, each with its weight in this process's mean times ``share``."""
+        pieces = parts(batch, self.micro_batches)
+        counts = [self._count(piece) for piece in pieces]
+        total = self._count(batch)
+        return [(piece, count / total * share) for piece, count in zip(pieces, counts, strict=True)]
 
     def _require_twice(self) -> None:
         if isinstance(self.model, FSDPModule):
@@ -162,32 +182,34 @@ class BatchPasses:
             self._on_pass(f"pass {self._passes}")
 
     @contextmanager
-    def _alike(self, device: torch.device) -> Iterator[None]:
+    def _alike(self) -> Iterator[None]:
         """Inside, the same random numbers in every pass, and BatchNorm's statistics moved by the first alone."""
         if self._rng is None:
-            self._rng = _rng_state(device)
+            self._rng = _rng_state(self._device)
             yield
             return
-        _set_rng_state(self._rng, device)
+        _set_rng_state(self._rng, self._device)
         with frozen_batchnorm(self.model):
             yield
 
-    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            loss: Tensor = self.criterion(model(images), labels)
-        return loss
+    def _loss(self, loss_of: LossOf, model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None):
+            return loss_of(model, batch)
 
-    def _part(
-        self, images: Tensor, labels: Tensor, share: float, per_sample: bool, backward: bool, tells: bool
-    ) -> Tensor:
-        """Forward and backward of a part of the batch, ``share`` of its samples; ``tells`` when backward reduces.
+    def _part(self, batch: Batch, weight: Tensor | float, per_sample: bool, backward: bool, tells: bool) -> Tensor:
+        """Forward and backward of a part of the batch; ``tells`` when backward reduces.
 
         Returns:
-            The part's mean loss times ``share``, or with ``per_sample`` the loss of each of its samples.
+            The part's mean loss times its weight, or with ``per_sample`` the loss of each of its samples.
         """
-        with unreduced(self.criterion) if per_sample else nullcontext():
-            losses = self._loss(self.model, images, labels)
-        loss = (losses.mean() if per_sample else losses) * share
+        if per_sample and self._losses_of is None:
+            raise TypeError(
+                "the loss of each sample was asked for, and there is only their mean: give losses=, or choose a method "
+                "that does not select samples."
+            )
+        loss_of = self._losses_of if per_sample and self._losses_of else self._loss_of
+        losses = self._loss(loss_of, self.model, batch)
+        loss = (losses.mean() if per_sample else losses) * weight
         if backward:
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             if tells and self._on_pass is not None and isinstance(self.model, DistributedDataParallel):
@@ -203,6 +225,43 @@ class BatchPasses:
     def _tell_of_the_reduction(self) -> None:
         if self._on_pass is not None:
             self._on_pass(AVERAGING)
+
+
+class BatchPasses(Passes):
+    """The passes over one batch of images and labels; call it once per pass.
+
+    Args:
+        model: in training mode, wrapped (DDP, FSDP2) or not.
+        criterion: ``criterion(logits, labels)`` gives a 0-d loss, the mean over the samples.
+        images: (B, C, H, W), labels: (B,) int64, or what else of B rows the criterion takes, as (B, K) mixed targets.
+            They must stay unchanged until the step is over.
+        autocast, scaler, micro_batches, on_pass, may_round: see `Passes`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        autocast: torch.dtype | None = None,
+        scaler: GradScaler | None = None,
+        micro_batches: int = 1,
+        on_pass: Callable[[str], object] | None = None,
+        may_round: Callable[[], bool] | None = None,
+    ) -> None:
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            value: Tensor = criterion(model(batch[0]), batch[1])
+            return value
+
+        def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            with unreduced(criterion):
+                return loss(model, batch)
+
+        self.criterion, self.images, self.labels = criterion, images, labels
+        super().__init__(
+            model, loss, (images, labels), autocast, scaler, micro_batches, on_pass, may_round, losses=losses
+        )
 
 
 @contextmanager
@@ -266,53 +325,6 @@ def unreduced(criterion: nn.Module) -> Iterator[None]:
         yield
     finally:
         criterion.reduction = before
-
-
-@contextmanager
-def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises with the batch as in training, but its running statistics stand still. Re-entrant.
-
-    `num_batches_tracked` stands still too, unlike with the usual ``momentum = 0``, so that a cumulative average
-    (``momentum=None``) is not disturbed either.
-    """
-    layers = list(batchnorms(model))
-    tracked = [layer.track_running_stats for layer in layers]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, tracked, strict=True):
-            layer.track_running_stats = value
-
-
-def batchnorms(model: nn.Module) -> Iterable[_BatchNorm]:
-    """Every BatchNorm layer (1d, 2d, 3d, Sync) of a model."""
-    return (module for module in model.modules() if isinstance(module, _BatchNorm))
-
-
-@torch.no_grad()
-def average_batchnorm(model: nn.Module, world: Distributed) -> None:
-    """Give every rank the mean of all ranks' running means and variances, in one collective."""
-    buffers = [b for layer in batchnorms(model) for b in (layer.running_mean, layer.running_var) if b is not None]
-    average_over_ranks(buffers, world)
-
-
-def average_over_ranks(tensors: list[Tensor], world: Distributed) -> None:
-    """Give every rank the mean of all ranks' tensors, in place and in one collective."""
-    if world.world_size > 1:
-        _average(tensors, None)
-
-
-@torch.no_grad()
-def _average(tensors: list[Tensor], group: ProcessGroup | None) -> None:
-    if not tensors:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(value.view(tensor.shape))
 
 
 def _rng_state(device: torch.device) -> list[Tensor]:

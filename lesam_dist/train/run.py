@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+import torch
 
 from lesam_dist.config.checks import checked
 from lesam_dist.config.schema import Config
+from lesam_dist.data.loader import Loader
+from lesam_dist.data.replay import ReplayLoader
 from lesam_dist.errors import UserError
-from lesam_dist.models import require_model
 from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.tasks.classification.task import Classification
+from lesam_dist.tasks.images.task import ImageTask
+from lesam_dist.tasks.loading import build_task
+from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.boards.boards import require_boards
 from lesam_dist.train.dry_run import shorten
-from lesam_dist.train.flatness import read_images
+from lesam_dist.train.flatness import LabelledBatch, read_images
 from lesam_dist.train.flops import flops_of
 from lesam_dist.train.numerics import explain_nondeterminism, numerics
 from lesam_dist.train.out_of_memory import explain_memory
@@ -62,9 +69,9 @@ def _train_here(config: Config, world: Distributed, given: Collection[str]) -> d
     agree_on_setup(config, world)
     if world.is_main:  # the others learn of an error from it
         require_boards(config.logging)
-    require_model(config.model.name)  # before a data set of millions of files is scanned
+    task = build_task(config, world)  # refuses what it can before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)
-    trainer = _dry_trainer(config, world, given) if config.dry_run else build_trainer(config, world)
+    trainer = _dry_trainer(task, given) if config.dry_run else build_trainer(config, world, task)
     with preemption(world, config.checkpoint.grace_seconds, active=not config.dry_run):
         try:
             return trainer.fit()
@@ -79,35 +86,70 @@ def _train_here(config: Config, world: Distributed, given: Collection[str]) -> d
             trainer.close()
 
 
-def build_trainer(config: Config, world: Distributed) -> Trainer:
+def build_trainer(config: Config, world: Distributed, task: Task | None = None) -> Trainer:
     """The trainer of a run that is no dry run; claims the run's folder, which `Trainer.close` releases.
+
+    Args:
+        config: the run.
+        world: this process among all.
+        task: what the config's task is; None builds it.
 
     Raises:
         UserError: as `train`.
     """
     _require_reduction(config, world)
+    task = task or build_task(config, world)
     world.move("listing the images")
-    folders = build.build_folders(config, world)
+    train, val = task.splits
     world.move("building the network and what reads the images")
-    agree_on_data(dict(zip(("train", "val"), folders, strict=True)), world)
-    num_classes = build.resolve_num_classes(config, folders[0].classes)
-    bad_files = build.build_bad_files(config, folders, world)
-    measured = read_images(config, folders[0], world) if config.analysis.every_epochs else None
-    loaders = build.build_loaders(config, folders, world, bad_files)
-    model = build.build_network(config, num_classes, world)
+    agree_on_data({"train": train, "val": val}, world)
+    loaders = _loaders(task, task.loaders())
+    measured = _measured(task)
+    torch.manual_seed(config.seed)
+    model = build.placed(task.build_model(), config, world)
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
-    flops = flops_of(config, num_classes, world.device) if world.is_main else None
-    return Trainer(config, world, model, loaders, num_classes, run_dir, len(folders[1]), bad_files, flops, measured)
+    flops = None
+    if isinstance(task, Classification) and world.is_main:
+        flops = flops_of(config, task.num_classes, world.device)
+    return Trainer(task, model, loaders, run_dir, len(val), flops, measured)
 
 
-def _dry_trainer(config: Config, world: Distributed, given: Collection[str]) -> Trainer:
-    shorten(config, world, given)
-    num_classes = build.resolve_num_classes(config, None)
-    loaders = build.build_synthetic_loaders(config, num_classes, world)
-    model = build.build_network(config, num_classes, world)
-    return Trainer(config, world, model, loaders, num_classes, run_dir=None)
+def _loaders(task: Task, loaders: tuple[Loader, Loader]) -> tuple[Loader, Loader]:
+    """As the config has them read.
+
+    Raises:
+        UserError: a process's share of a batch cannot be divided into micro-batches.
+    """
+    data, (train, val) = task.config.data, loaders
+    share = data.batch_size // task.world.world_size
+    if share % data.micro_batches:
+        raise UserError(
+            f"data.micro_batches {data.micro_batches} does not divide the {share} images that each process takes of a "
+            f"batch of {data.batch_size}: choose a divisor."
+        )
+    return ReplayLoader(train) if data.replay else train, val
+
+
+def _measured(task: Task) -> Sequence[LabelledBatch] | None:
+    if not task.config.analysis.every_epochs:
+        return None
+    if not isinstance(task, ImageTask):
+        raise UserError(
+            f"analysis.every_epochs is {task.config.analysis.every_epochs}, but the task {type(task).__name__} is none "
+            "on images: leave it null."
+        )
+    return read_images(task.config, task.splits[0], task.world)
+
+
+def _dry_trainer(task: Task, given: Collection[str]) -> Trainer:
+    shorten(task.config, task.world, given)
+    loaders = task.dry_loaders()
+    train, val = loaders
+    torch.manual_seed(task.config.seed)
+    model = build.placed(task.build_model(), task.config, task.world)
+    return Trainer(task, model, (ReplayLoader(train) if task.config.data.replay else train, val), run_dir=None)
 
 
 def _require_reduction(config: Config, world: Distributed) -> None:

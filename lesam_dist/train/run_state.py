@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lesam_dist.errors import SharedError
 from lesam_dist.optim import CosineBudget, SharpnessAware
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
+from lesam_dist.tasks.task import Metric
 from lesam_dist.train.divergence import NonFiniteSteps
 from lesam_dist.train.ema import WeightAverage
 
@@ -42,6 +43,7 @@ class RunState:
     scaler: GradScaler | None
     ema: WeightAverage | None
     nonfinite: NonFiniteSteps
+    metric: Metric
 
     def progress(self) -> dict[str, Any]:
         """JSON, equal on all processes."""
@@ -51,6 +53,7 @@ class RunState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "data": self.loader.state_dict(),
             "config": flatten(self.config),
+            "metric": asdict(self.metric),
         }
 
     def own(self) -> dict[str, Tensor]:

@@ -10,14 +10,17 @@ from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.tasks.images.task import ImageTask
+from lesam_dist.tasks.task import Metric, Task
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import COMMUNICATION, OPTIMIZER, PASS_1, PASS_2
 
 _REPLAY = "\ndata.replay: every step trains on one and the same batch. This measures speed; the network is of no use."
 
 
-def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per_epoch: int, step: int) -> str:
+def describe_run(task: Task, model: nn.Module, steps_per_epoch: int, step: int) -> str:
     """Model, method, precision, processes and length of a run that goes on after ``step`` steps; and its plan."""
+    config, world = task.config, task.world
     params = sum(p.numel() for p in model.parameters())
     method = config.optimizer.name
     if method not in PLAIN:
@@ -27,10 +30,11 @@ def describe_run(config: Config, world: Distributed, model: nn.Module, steps_per
     processes = f"{world.world_size} x {world.device.type}"
     if world.world_size > 1:
         processes += f", {config.parallel.strategy}"
+    name = config.model.name if isinstance(task, ImageTask) else type(model).__name__
     epoch, rest = divmod(step, steps_per_epoch)
     start = f", from step {step} (epoch {step / steps_per_epoch:.2f})" if rest else f", from epoch {epoch}" * (step > 0)
     return (
-        f"{config.model.name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, {processes}, "
+        f"{name} ({params / 1e6:.2f} M parameters), {method}, {config.precision.compute}, {processes}, "
         f"batch {config.data.batch_size}{_lr(config)}, {config.epochs} epochs of {steps_per_epoch} steps{start}"
         f"{_plan(config)}{_REPLAY * config.data.replay}"
     )
@@ -44,11 +48,13 @@ def _lr(config: Config) -> str:
     return f" (lr {optimizer.lr:g} for {optimizer.lr_reference_batch}, {optimizer.lr_scaling}: {peak_lr(config):g})"
 
 
-def describe_results(evaluation: Mapping[str, float], epoch: int) -> str:
+def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric) -> str:
     """The last evaluation, which was made after so many epochs."""
     top5 = f", top-5 {evaluation['acc5']:.2f} %" if "acc5" in evaluation else ""
-    images = f"{evaluation['samples']:.0f} validation images after epoch {epoch}"
-    return f"top-1 {evaluation['acc1']:.2f} %{top5} of {images}"
+    number = f"{evaluation[metric.name]:.2f} {metric.unit}" if metric.unit else f"{evaluation[metric.name]:.4g}"
+    samples = "images" if metric.name == "acc1" else "samples"
+    samples = f"{evaluation['samples']:.0f} validation {samples} after epoch {epoch}"
+    return f"{metric.label} {number}{top5} of {samples}"
 
 
 def replay_verdict(images_per_s: float) -> str:

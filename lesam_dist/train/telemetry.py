@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lesam_dist.tasks.task import Metric
 from lesam_dist.train.boards.board import Outcome
 from lesam_dist.train.boards.boards import Boards
 from lesam_dist.train.lines import Lines
@@ -125,8 +126,8 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return None
 
 
-def plot_curves(run_dir: Path) -> Path:
-    """Draw loss, accuracy, rho and sigma over the steps into RUN_DIR/curves.png."""
+def plot_curves(run_dir: Path, metric: Metric) -> Path:
+    """Draw loss, the task's metric, rho and sigma over the steps into RUN_DIR/curves.png."""
     from matplotlib.figure import Figure  # no pyplot: no global state and no display
 
     lines = read_metrics(run_dir)
@@ -142,7 +143,7 @@ def plot_curves(run_dir: Path) -> Path:
                 ("val", "lpf_loss", "train, the same images"),
             ],
         ),
-        ("top-1 accuracy (%)", [("val", "acc1", "val"), ("val", "ema_acc1", "val, averaged weights")]),
+        (metric.title, [("val", metric.name, "val"), ("val", f"ema_{metric.name}", "val, averaged weights")]),
         ("radius rho", [("train", "rho", "rho")]),
         ("loss budget sigma", [("train", "sigma", "sigma")]),
     ]

@@ -13,26 +13,28 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from lesam_dist.config.learning_rate import peak_lr
-from lesam_dist.config.schema import Config, GuardConfig
+from lesam_dist.config.schema import GuardConfig
 from lesam_dist.data import Loader
-from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.errors import PreemptedError, SharedError
-from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.batch import Batch
 from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.tasks.loading import is_built_in
+from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
+from lesam_dist.train.batchnorm import average_batchnorm
 from lesam_dist.train.boards.board import Outcome
 from lesam_dist.train.boards.boards import open_boards
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps
 from lesam_dist.train.ema import build_average
-from lesam_dist.train.flatness import Batch, Flatness
+from lesam_dist.train.flatness import Flatness, LabelledBatch
 from lesam_dist.train.flops import Flops
+from lesam_dist.train.formats import in_format
 from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.input_bound import InputBound
 from lesam_dist.train.integrity import ReplicaCheck
 from lesam_dist.train.meter import Meter
-from lesam_dist.train.passes import average_batchnorm
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import LOGGING, WAITING, Clock, Phases, event_of
 from lesam_dist.train.profiling import profiling
@@ -50,32 +52,27 @@ class Trainer:
     """One run: it owns the model, the optimizer and the loop, and `build` makes its parts.
 
     Args:
-        config: the run.
-        world: this process among all.
+        task: what is learned; its config and world are the run's.
         model: on the device, equal on every rank, not wrapped.
-        loaders: of training and validation images for this rank.
-        num_classes: size of the model's output.
+        loaders: of training and validation samples for this rank.
         run_dir: where to write, released by `close`; None writes nothing (a dry run).
-        val_samples: number of validation images over all ranks, to check that evaluation counted them all.
-        bad_files: the loaders', whose number is logged.
+        val_samples: number of validation samples over all ranks, to check that evaluation counted them all.
         flops: of the model, to be logged.
         measured: images of `flatness.read_images`, where ``analysis.every_epochs`` asks for it.
     """
 
     def __init__(
         self,
-        config: Config,
-        world: Distributed,
+        task: Task,
         model: nn.Module,
         loaders: tuple[Loader, Loader],
-        num_classes: int,
         run_dir: RunDir | None,
         val_samples: int | None = None,
-        bad_files: BadFiles | None = None,
         flops: Flops | None = None,
-        measured: Sequence[Batch] | None = None,
+        measured: Sequence[LabelledBatch] | None = None,
     ) -> None:
-        self.config, self.world, self._claim = config, world, run_dir
+        config, world = task.config, task.world
+        self.task, self.config, self.world, self._claim = task, config, world, run_dir
         self.run_dir = None if run_dir is None else run_dir.path
         self.train_loader, self.val_loader = loaders
         self.steps_per_epoch = len(self.train_loader)
@@ -104,7 +101,7 @@ class Trainer:
         self.meter = Meter(self.phases.clock, config.data.batch_size, world.world_size, shares_of(config, world), flops)
         self.input_bound = InputBound(config, world)
         self.updates = Updates(
-            config,
+            task,
             self.phases,
             self.meter,
             self.wrapped,
@@ -112,10 +109,10 @@ class Trainer:
             self.scaler,
             autocast,
             self.steps_per_epoch,
-            num_classes,
         )
         self.memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.validation = Validation(
+            task,
             model,
             self.val_loader,
             world,
@@ -129,7 +126,7 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_evaluation: dict[str, float] | None = None  # of the weights after `step` steps
         self.nonfinite = NonFiniteSteps(config, world)
-        self.readings = Readings(world, self.optimizer, self.nonfinite, bad_files)
+        self.readings = Readings(world, self.optimizer, self.nonfinite, task.bad_files)
         self.guard = LossGuard(GuardConfig() if run_dir is None else config.guard, world)
         self.check = None
         if config.checks.every_steps is not None:
@@ -145,6 +142,7 @@ class Trainer:
             self.scaler,
             self.ema,
             self.nonfinite,
+            task.metric,
         )
         self.checkpoints = (
             None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", world, config.checkpoint)
@@ -171,13 +169,15 @@ class Trainer:
         if self.world.is_main:
             boards = None if self.run_dir is None else open_boards(self.config, self.run_dir, self.step)
             self.log = RunLog(self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated)
-            self.log.print(describe_run(self.config, self.world, self.model, self.steps_per_epoch, self.step))
+            self.log.print(describe_run(self.task, self.model, self.steps_per_epoch, self.step))
             if self.check and (remark := self.check.remark()):
                 self.log.print(remark)
         if not evaluated:  # it was cut off after its checkpoint
             self._evaluate()
         if self.run_dir and self.step < self.total_steps:
             self.validation.try_out()
+            if not is_built_in(self.task):
+                self._try_out()
         if self.guard.is_on and self.step == 0:
             self._save(final=False)  # to go back to
         if self.check:
@@ -209,9 +209,9 @@ class Trainer:
                 curves = "" if self.world.agreed.stopping else "curves.png, "  # there are seconds left
                 with suppress(OSError):  # a full disk has been reported by now
                     if curves:
-                        plot_curves(self.run_dir)
+                        plot_curves(self.run_dir, self.task.metric)
                 if self.last_evaluation:
-                    self.log.print(describe_results(self.last_evaluation, self.epoch))
+                    self.log.print(describe_results(self.last_evaluation, self.epoch, self.task.metric))
                 self.log.print(f"results: {self.run_dir}  (metrics.jsonl, {curves}checkpoints/, tensorboard/)")
             self.log = None
         if self._claim:
@@ -229,21 +229,29 @@ class Trainer:
         batches = self.train_loader.epoch(epoch, start)
         for _ in range(start, self.steps_per_epoch):
             self.phases.begin(WAITING, self.step + 1)
-            images, labels = next(batches)
+            batch = next(batches)
             self.meter.count_step()
-            self._train_step(images, labels)
+            self._train_step(batch)
             went_back = self._after_step()
             yield self.step
             if went_back:
                 return  # to batches that begin elsewhere
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+    def _try_out(self) -> None:
+        """The loss of the batch that comes next, which changes nothing."""
+        self.world.move("trying the task's loss")
+        self.wrapped.train()
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        seed_step(self.config.seed, self.step, self.world.rank)
+        self.updates.try_out(self.step, in_format(next(self.train_loader.epoch(epoch, start)), self.memory_format))
+
+    def _train_step(self, batch: Batch) -> None:
         """One update with all that belongs to it; of a batch that is left out, all but the update."""
         seed_step(self.config.seed, self.step, self.world.rank)
         used = self._schedule_values()
         loss = None
         if not self.guard.leaves_out(self.step + 1):
-            loss = self._step(images.to(memory_format=self.memory_format), labels)
+            loss = self._step(in_format(batch, self.memory_format))
             if self.ema:
                 self.ema.update(self.optimizer.overflow)
         self.lr_schedule.step()
@@ -307,8 +315,8 @@ class Trainer:
         if self.log:
             self.log.go_back(self.step, evaluated=self._is_evaluated())
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.updates.make(self.step, images, labels, logged=self._logs(self.step + 1))
+    def _step(self, batch: Batch) -> Tensor:
+        return self.updates.make(self.step, batch, logged=self._logs(self.step + 1))
 
     def _logs(self, step: int) -> bool:
         return step % self.config.logging.every_steps == 0

@@ -20,6 +20,7 @@ from lesam_dist.experiments.compare import compared
 from lesam_dist.experiments.cost import sgd_steps
 from lesam_dist.experiments.report import markdown
 from lesam_dist.experiments.runs import Outcome, paired_difference
+from lesam_dist.tasks.classification.task import ACC1
 from lesam_dist.train import trainer
 from lesam_dist.train.telemetry import read_metrics
 from tests.conftest import Command
@@ -194,14 +195,14 @@ def test_table() -> None:
         Outcome("sam", [83.0, 84.0], 2.0),
         Outcome("esam", [84.0, 85.5], 1.8333),
     ]
-    rows, numbers = compared(outcomes, "sam")
+    rows, numbers = compared(outcomes, "sam", ACC1)
     assert rows == [
         ("sgd", "81.00 ± 1.41", "-2.50 ± 0.50", "1.00"),
         ("sam", "83.50 ± 0.71", "-", "2.00"),
         ("esam", "84.75 ± 1.06", "+1.25 ± 0.25", "1.83"),
     ]
     assert numbers["esam"]["difference"] == {"mean": 1.25, "standard_error": pytest.approx(0.25)}
-    assert compared([Outcome("sam", [83.0], 2.0)], "sam")[0] == [("sam", "83.00", "-", "2.00")]
+    assert compared([Outcome("sam", [83.0], 2.0)], "sam", ACC1)[0] == [("sam", "83.00", "-", "2.00")]
     assert markdown(["a", "bc"], [["long", "1"]]) == "| a    | bc |\n|------|----|\n| long | 1  |\n"
 
 

@@ -14,7 +14,8 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.batchnorm import synchronized
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train import build
-from lesam_dist.train.passes import BatchPasses, batchnorms, frozen_batchnorm
+from lesam_dist.train.batchnorm import batchnorms, frozen_batchnorm
+from lesam_dist.train.passes import BatchPasses
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 ON_GPU = Distributed(0, 0, 2, torch.device("cuda", 0))  # nothing of it is asked for

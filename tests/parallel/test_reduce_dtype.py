@@ -19,6 +19,7 @@ from lesam_dist.config.schema import Config
 from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.tasks.classification.task import Classification
 from lesam_dist.train.passes import gradient_sync
 from lesam_dist.train.updates import Updates
 from tests.parallel.processes import run
@@ -69,10 +70,10 @@ def updates(world: Distributed, seed: int, method: str, fields: dict[str, Any]) 
         optimizer: Any = Plain(net.parameters(), SGD, lr=0.1)
     else:
         optimizer = LESAM(net.parameters(), SGD, lr=0.1, scope=fields.get("scope", "global"))
-    made = Updates(config, *told(world), model, optimizer, None, None, 1, 2)
+    made = Updates(Classification(config, world), *told(world), model, optimizer, None, None, 1)
     passes: list[dict[str, int]] = []
     with counted() as found:
-        made.make(0, x, y, logged=False)
+        made.make(0, (x, y), logged=False)
 
         def moved(self: Distributed, what: str, *rest: Any) -> None:
             if not what.startswith("pass"):
@@ -83,13 +84,13 @@ def updates(world: Distributed, seed: int, method: str, fields: dict[str, Any]) 
             passes.append({})
 
         with mock.patch.object(Distributed, "move", moved):
-            made.make(0, x, y, logged=False)
+            made.make(0, (x, y), logged=False)
         passes[-1] = dict(found)
     weights = [p.detach().numpy().copy() for p in net.parameters()]
     if world.rank == 0:
         x = x.clone()
         x[0, 0] = float("inf")
-    made.make(0, x, y, logged=False)
+    made.make(0, (x, y), logged=False)
     after = [p.detach().numpy() for p in net.parameters()]
     return {"passes": passes, "weights": weights, "skipped": optimizer.telemetry["skipped"].item(), "after": after}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lesam_dist.data.cifar import load_cifar
-from lesam_dist.train import build
+from lesam_dist.tasks.images import data, network
 from lesam_dist.train.telemetry import read_metrics
 from tests.cifar_files import write_cifar
 from tests.conftest import Command
@@ -40,14 +40,14 @@ def test_a_run_on_cifar_and_its_resumption(
     assert "of 33 validation images after epoch 2" in out
     with monkeypatch.context() as patch:
         calls = iter([True, False])
-        real = build.CifarLoader.epoch
+        real = data.CifarLoader.epoch
 
-        def interrupted(self: build.CifarLoader, index: int, start: int = 0) -> object:
+        def interrupted(self: data.CifarLoader, index: int, start: int = 0) -> object:
             if self._sampling.train and not next(calls):
                 raise KeyboardInterrupt
             return real(self, index, start)
 
-        patch.setattr(build.CifarLoader, "epoch", interrupted)
+        patch.setattr(data.CifarLoader, "epoch", interrupted)
         assert command(*cifar, "--run_dir", broken)[0] == 130
     status, _, err = command(*cifar, "--run_dir", broken, "--resume", "auto")
     assert (status, err) == (0, "")
@@ -63,9 +63,9 @@ def test_options_reach_the_loader(cifar: tuple[str, ...], tmp_path: Path) -> Non
     flags = ("--data.mean", "[0.1,0.2,0.3]", "--data.horizontal_flip", "false", "--data.eval_batch_size", "10")
     config = parse([*cifar, *flags])
     splits = load_cifar("cifar100", tmp_path / "data")
-    train, val = build.build_loaders(config, splits, world)
-    assert isinstance(train, build.CifarLoader)
-    assert train._transform == build.CifarTransform(32, 2, False, 8, 0.5, mean=(0.1, 0.2, 0.3))
+    train, val = data.build_loaders(config, splits, world)
+    assert isinstance(train, data.CifarLoader)
+    assert train._transform == data.CifarTransform(32, 2, False, 8, 0.5, mean=(0.1, 0.2, 0.3))
     assert (train._sampling.rank, train._sampling.world_size, train._sampling.batch_size) == (1, 2, 20)
     assert [len(labels) for _, labels in train.epoch(0)] == [10, 10]
     assert [len(labels) for _, labels in val.epoch(0)] == [10, 7]
@@ -120,6 +120,6 @@ def test_a_dry_run_needs_no_pretrained_weights(command: Command, monkeypatch: py
     def fetch(name: str) -> None:
         raise AssertionError(f"weights of {name} were fetched")
 
-    monkeypatch.setattr(build, "fetch_weights", fetch)
+    monkeypatch.setattr(network, "fetch_weights", fetch)
     flags = ("--model.name", "mobilenet_v3_small", "--model.pretrained", "true", "--data.batch_size", "2")
     assert command(*flags, "--data.image_size", "32", "--dry_run")[0] == 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lesam_dist.train.calibration import (
+from lesam_dist.tasks.classification.calibration import (
     BINS,
     Calibration,
     calibration_of,

@@ -19,9 +19,10 @@ from lesam_dist.config.command_line import parse
 from lesam_dist.config.schema import CheckpointConfig
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import Strategy, wrap
+from lesam_dist.train.batchnorm import batchnorms
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.ema import WeightAverage
-from lesam_dist.train.passes import BatchPasses, batchnorms
+from lesam_dist.train.passes import BatchPasses
 from lesam_dist.train.run import build_trainer
 from tests.parallel.processes import run
 

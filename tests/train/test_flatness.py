@@ -18,6 +18,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.tasks.images.data import build_folders
 from lesam_dist.train import build, trainer
 from lesam_dist.train.checkpoint.weights import checkpoint_in
 from lesam_dist.train.flatness import SEED, Flatness, read_images
@@ -67,7 +68,7 @@ def test_a_run_with_it_is_the_run_without_and_an_analysis_finds_the_same(
     subject = load(read_source(measured), ALONE, samples=53, seed=SEED)
     objective = subject.objective()
     assert found[9]["lpf_loss"] == pytest.approx(objective.loss(), rel=ROUNDING)
-    train = build.build_folders(subject.source.config, ALONE)[0]
+    train = build_folders(subject.source.config, ALONE)[0]
     batches = read_images(subject.source.config, train, ALONE)
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 5]
     assert all(len(labels.unique()) == 3 for _, labels in batches[:3]), "each has all classes"
@@ -93,7 +94,7 @@ def network(config: Config, world: Distributed, seed: int) -> torch.nn.Module:
 
 def measure(world: Distributed, images: str, seed: int) -> dict[str, dict[str, float]]:
     config = setting(images)
-    batches = read_images(config, build.build_folders(config, world)[0], world)
+    batches = read_images(config, build_folders(config, world)[0], world)
     found = {}
     for strategy in ("ddp", "fsdp", "hsdp") if world.world_size > 1 else ("none",):
         model = network(setting(images, strategy), world, seed).train()
@@ -114,7 +115,7 @@ def measure(world: Distributed, images: str, seed: int) -> dict[str, dict[str, f
 def direct(images: str, seed: int) -> tuple[float, float]:
     """The definition, batch by batch."""
     config = setting(images)
-    batches = read_images(config, build.build_folders(config, ALONE)[0], ALONE)
+    batches = read_images(config, build_folders(config, ALONE)[0], ALONE)
     model = network(config, ALONE, seed).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     weights = parameters_to_vector(model.parameters()).detach()
 
@@ -148,7 +149,7 @@ def test_what_cannot_be_measured_is_refused(images: Path) -> None:
         setting(str(images), "none", "--analysis.lpf_sigma", "0")
     many = Distributed(0, 0, 64, torch.device("cpu"))
     config = setting(str(images))
-    train = build.build_folders(config, ALONE)[0]
+    train = build_folders(config, ALONE)[0]
     with pytest.raises(UserError, match=r"analysis\.samples is 53, of 60 training images: each of 64 processes"):
         read_images(config, train, many)
     config.data.eval_batch_size = 4

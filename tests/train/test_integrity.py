@@ -17,9 +17,10 @@ from lesam_dist.optim.plain import Plain
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.parallel.wrapping import wrap
+from lesam_dist.train.batchnorm import average_batchnorm
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.integrity import ReplicaCheck
-from lesam_dist.train.passes import BatchPasses, average_batchnorm
+from lesam_dist.train.passes import BatchPasses
 from tests.halves import Halved
 from tests.parallel.processes import run
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lesam_dist.config.schema import LossConfig
-from lesam_dist.train.loss import ClassificationLoss
+from lesam_dist.tasks.classification.loss import ClassificationLoss
 from lesam_dist.train.passes import unreduced
 
 SAMPLES, CLASSES = 9, 7

@@ -13,6 +13,7 @@ import torch
 from lesam_dist.config.command_line import parse
 from lesam_dist.data import SyntheticLoader
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.tasks.classification.task import Classification
 from lesam_dist.train import trainer
 from lesam_dist.train.build import build_network
 from lesam_dist.train.flops import Flops
@@ -156,7 +157,9 @@ def small_trainer(world: Distributed) -> trainer.Trainer:
     loader = SyntheticLoader(
         num_classes=10, image_size=8, batch_size=4, batches=7, seed=0, rank=world.rank, device=world.device
     )
-    return trainer.Trainer(config, world, build_network(config, 10, world), (loader, loader), 10, run_dir=None)
+    return trainer.Trainer(
+        Classification(config, world), build_network(config, 10, world), (loader, loader), run_dir=None
+    )
 
 
 def test_only_a_logged_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from lesam_dist.config.schema import Config, DataConfig
 from lesam_dist.errors import UserError
 from lesam_dist.optim import SAM
 from lesam_dist.parallel.processes import Distributed
-from lesam_dist.train.mixing import Mix, Mixing, draw_mix, mix, require_pairs
+from lesam_dist.tasks.classification.task import Classification
+from lesam_dist.tasks.images.mixing import Mix, Mixing, draw_mix, mix, require_pairs
 from lesam_dist.train.updates import Updates
 from tests.parallel import processes
 from tests.told import told
@@ -135,10 +136,12 @@ def one_step(
         for p in model.parameters():
             p.copy_(torch.linspace(-0.1, 0.1, p.numel(), dtype=p.dtype).view_as(p))
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
-    updates = Updates(config, *told(world), model, optimizer, None, None, 10, CLASSES)
+    task = Classification(config, world)
+    task.num_classes = CLASSES
+    updates = Updates(task, *told(world), model, optimizer, None, None, 10)
     share = BATCH // world.world_size
     part = slice(world.rank * share, (world.rank + 1) * share)
-    loss = updates.make(step, images[part], labels[part], logged=False)
+    loss = updates.make(step, (images[part], labels[part]), logged=False)
     return model.images, float(loss)
 
 

@@ -21,6 +21,8 @@ from lesam_dist.data.torchvision_loader import TorchvisionLoader
 from lesam_dist.errors import UserError
 from lesam_dist.parallel import blocks
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.tasks.images import network
+from lesam_dist.tasks.images.data import build_folders, build_loaders
 from lesam_dist.train import build
 from lesam_dist.train.telemetry import read_metrics
 from tests.conftest import Command
@@ -78,7 +80,7 @@ def test_recomputation_reaches_the_model(monkeypatch: pytest.MonkeyPatch, seed: 
     def tiny(*_: object, **__: object) -> VisionTransformer:
         return VisionTransformer(8, 4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
 
-    monkeypatch.setattr(build, "build_model", tiny)
+    monkeypatch.setattr(network, "build_model", tiny)
     world = Distributed(0, 0, 1, torch.device("cpu"))
     kept = []
     for flag in ("false", "true"):
@@ -98,7 +100,7 @@ def test_augmentation_reaches_the_loader(images: Path) -> None:
         "--data.random_erasing 0.2 --data.val_resize 48 --data.val_crop 40 --schedule.image_size [[0,24],[2,40]]"
     )
     config = parse([*flags.split(), "--data.root", str(images)])
-    loaders = build.build_loaders(config, build.build_folders(config, world), world)
+    loaders = build_loaders(config, build_folders(config, world), world)
     for loader, repeats in zip(loaders, (5, 1), strict=True):
         assert isinstance(loader, TorchvisionLoader)
         transform = loader._plan.transform
@@ -115,7 +117,7 @@ def test_sizes_that_a_model_does_not_take(monkeypatch: pytest.MonkeyPatch) -> No
     def tiny(*_: object, image_size: int, **__: object) -> VisionTransformer:
         return VisionTransformer(image_size, 4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
 
-    monkeypatch.setattr(build, "build_model", tiny)
+    monkeypatch.setattr(network, "build_model", tiny)
     world = Distributed(0, 0, 1, torch.device("cpu"))
     for field, flags in (
         ("schedule.image_size", ["--schedule.image_size", "[[0,8],[1,16]]"]),

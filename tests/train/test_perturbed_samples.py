@@ -16,6 +16,7 @@ from lesam_dist import LESAM
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.tasks.classification.task import Classification
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.updates import Updates
 from tests.conftest import Command
@@ -82,8 +83,8 @@ def test_m_is_what_the_first_passes_see(seed: int, mode: str, parts: int) -> Non
     run = config("--data.batch_size", str(batch), "--optimizer.ascent_fraction", str(fraction), *flags)
     net = Counting()
     net.optimizer = LESAM(net.parameters(), SGD, lr=0.1, ascent_fraction=fraction)
-    updates = Updates(run, *told(world(1)), net, net.optimizer, None, None, 1, 2)
-    updates.make(0, torch.randn(batch, 3), torch.randint(2, (batch,)), logged=False)
+    updates = Updates(Classification(run, world(1)), *told(world(1)), net, net.optimizer, None, None, 1)
+    updates.make(0, (torch.randn(batch, 3), torch.randint(2, (batch,))), logged=False)
     perturbations = parts if mode == "micro" else 1
     m = samples_per_perturbation(run, world(1))
     assert m is not None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lesam_dist.analysis.engine.objective import Batch, Objective
-from lesam_dist.train.calibration import calibration_sums, over_processes
+from lesam_dist.tasks.classification.calibration import calibration_sums, over_processes
 
 
 @dataclass(frozen=True)

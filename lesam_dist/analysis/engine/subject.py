@@ -20,6 +20,9 @@ from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.tasks.images.data import build_evaluation_loader
+from lesam_dist.tasks.images.task import ImageTask
+from lesam_dist.tasks.loading import build_task
 from lesam_dist.train import build
 from lesam_dist.train.checkpoint.weights import checkpoint_in, weights_of
 from lesam_dist.train.randomness import some_of
@@ -144,15 +147,16 @@ def load(
     if not whole and samples is not None and samples < world.world_size:
         raise UserError(f"samples is {samples}: each of {world.world_size} processes needs an image.")
     config = plain(source.config)
-    train, val = build.build_folders(config, world)
+    task = _image_task(source, config, world)
+    train, val = task.splits
     images = train if split == "train" else val
     if samples is not None and samples < len(images):
         images = images.take(some_of(len(images), samples, seed, train=split == "train"))
     if not whole and len(images) < world.world_size:
         raise UserError(f"there are {len(images)} {split} images for {world.world_size} processes: start fewer.")
-    num_classes = build.resolve_num_classes(config, train.classes)
+    num_classes = task.num_classes
     model = build_with(source, num_classes, world)
-    loader = build.build_evaluation_loader(config, images, world.alone() if whole else world)
+    loader = build_evaluation_loader(config, images, world.alone() if whole else world)
     try:
         batches = list(loader.epoch(0))
     finally:
@@ -181,7 +185,10 @@ def build_with(source: Source, num_classes: int, world: Distributed) -> nn.Modul
         UserError: they are not of that model.
     """
     config = plain(source.config)
-    model = build.build_network(config, num_classes, world)
+    task = _image_task(source, config, world)
+    task.num_classes = num_classes
+    torch.manual_seed(config.seed)
+    model = build.placed(task.build_model(), config, world)
     if wrong := misfit(model.state_dict(), source.weights):
         raise UserError(
             f"{source.name} in '{source.folder}' is not of model.name {config.model.name} with {num_classes} classes: "
@@ -189,6 +196,16 @@ def build_with(source: Source, num_classes: int, world: Distributed) -> nn.Modul
         )
     model.load_state_dict(source.weights)
     return model.float().eval()
+
+
+def _image_task(source: Source, config: Config, world: Distributed) -> ImageTask:
+    task = build_task(config, world)
+    if not isinstance(task, ImageTask):
+        raise UserError(
+            f"{source.name} in '{source.folder}' is of the task {config.task}, which is none on images: analyses are "
+            "of image classifiers."
+        )
+    return task
 
 
 def plain(config: Config) -> Config:

@@ -28,7 +28,7 @@ from lesam_dist.analysis.engine.objective import Batch, Objective
 from lesam_dist.analysis.engine.pgd import Scale
 from lesam_dist.analysis.engine.randomness import some_of
 from lesam_dist.errors import UserError
-from lesam_dist.train.calibration import Calibration, calibration_of
+from lesam_dist.tasks.classification.calibration import Calibration, calibration_of
 
 Batches = Callable[[str, int], Iterator[Batch]]
 """This process's normalised images of a kind and severity."""

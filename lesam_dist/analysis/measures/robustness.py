@@ -16,7 +16,7 @@ from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.analysis.engine.pgd import Norm, Scale, pgd, random_starts
 from lesam_dist.analysis.measures.corruption import Corrupted, corruptions_of
 from lesam_dist.errors import UserError
-from lesam_dist.train.calibration import (
+from lesam_dist.tasks.classification.calibration import (
     Calibration,
     calibration_of,
     over_processes,

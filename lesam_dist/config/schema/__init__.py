@@ -7,6 +7,7 @@ Plain data: `lesam_dist.config.checks.checked` is called where a config is read 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
@@ -44,7 +45,7 @@ __all__ = [
 
 @dataclass
 class Config:
-    """Train an image classifier."""
+    """Train an image classifier, or a task of your own."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -59,6 +60,10 @@ class Config:
     checks: ChecksConfig = field(default_factory=ChecksConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    task: str = "classification"
+    """what is learned: classification, or a class of your own by package.module.Class (docs/tasks.md)"""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """arguments of a task of your own: --task_args.NAME VALUE"""
     epochs: int = 90
     """passes over the training images"""
     seed: int = 0

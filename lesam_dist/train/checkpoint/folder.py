@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -126,11 +126,22 @@ class Folder:
         return isinstance(ended, int) and ended > 0 and ended % every == 0
 
 
-def score(progress: dict[str, Any]) -> float:
-    """The top-1 accuracy in a checkpoint's progress, in per cent; -inf where it has none that is a number."""
-    evaluation = progress.get("evaluation")
-    found = evaluation.get("ema_acc1", evaluation.get("acc1")) if isinstance(evaluation, dict) else None
-    return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else -math.inf
+def result(progress: Mapping[str, Any]) -> tuple[str, float | None, bool]:
+    """What a checkpoint's run is compared by: its name, its value where there is one, and whether more is better.
+
+    Of the averaged weights, where the run has some. It is the top-1 accuracy where a progress does not say.
+    """
+    metric, evaluation = progress.get("metric"), progress.get("evaluation")
+    metric = metric if isinstance(metric, dict) else {}
+    name, higher = str(metric.get("name", "acc1")), metric.get("higher_is_better", True) is True
+    found = evaluation.get(f"ema_{name}", evaluation.get(name)) if isinstance(evaluation, dict) else None
+    return name, float(found) if isinstance(found, (int, float)) and math.isfinite(found) else None, higher
+
+
+def score(progress: Mapping[str, Any]) -> float:
+    """The same as a number that is higher for a better checkpoint; -inf where there is none."""
+    _, value, higher = result(progress)
+    return -math.inf if value is None else value if higher else -value
 
 
 def remove(path: Path) -> None:

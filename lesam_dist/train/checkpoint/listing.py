@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.checkpoint import manifest
 from lesam_dist.train.checkpoint.arguments import Parser
-from lesam_dist.train.checkpoint.folder import Folder, folder_in, name_of, remove, score
+from lesam_dist.train.checkpoint.folder import Folder, folder_in, name_of, remove, result
 from lesam_dist.train.checkpoint.loading import verified
 from lesam_dist.train.checkpoint.manifest import DamagedError
 
 _TEXT = """
-List a run's checkpoints, newest first. acc1 is the top-1 accuracy in per cent, of the averaged weights where the run
-has them; a checkpoint is finite where its weights and the steps before it were numbers. Use --prune and --delete when
-the run is not going on.
+List a run's checkpoints, newest first. acc1 is the top-1 accuracy in per cent, in whose place another task has what it
+is compared by, of the averaged weights where the run has some; a checkpoint is finite where its weights and the steps
+before it were numbers. Use --prune and --delete when the run is not going on.
 """
 _HEADER = ("checkpoint", "epoch", "processes", "size", "saved", "acc1", "finite", "", "state")
 
@@ -124,11 +123,12 @@ def _deletable(rows: Sequence[_Row], wanted: str, gone: Sequence[str]) -> str:
 
 def _table(folder: Folder, rows: Sequence[_Row]) -> str:
     latest, best = folder.latest(), folder.best(row.name for row in rows if not row.fault)
-    lines = [_HEADER]
+    metric = next((result(row.content)[0] for row in rows if row.content), "acc1")
+    lines = [tuple(metric if cell == "acc1" else cell for cell in _HEADER)]
     for row in rows:
         marks = [text for text, name in (("latest", latest), ("best", best)) if name == row.name]
         state = "damaged" if row.fault else "verified" if row.is_verified else "complete"
-        acc1 = score(row.content)
+        _, value, _ = result(row.content)
         lines.append(
             (
                 row.name,
@@ -136,7 +136,7 @@ def _table(folder: Folder, rows: Sequence[_Row]) -> str:
                 str(row.content.get("world_size", "-")),
                 _size(folder.path / row.name),
                 _saved(folder.path / row.name, row.content),
-                f"{acc1:.2f}" if acc1 > -math.inf else "-",
+                "-" if value is None else f"{value:.2f}",
                 "yes" if row.content.get("finite") is True else "no" if row.content else "-",
                 " ".join(marks),
                 state,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,14 +26,12 @@ class ClassificationLoss(nn.Module):
 
     Args:
         config: which, and with what smoothing.
-
-    Attributes:
-        reduction: "mean" over the samples, or "none", as torch's losses have it; methods that select samples set it.
+        reduction: "mean" over the samples, or "none", as torch's losses have it.
     """
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, reduction: Literal["mean", "none"] = "mean") -> None:
         super().__init__()
-        self.reduction = "mean"
+        self.reduction: str = reduction
         self._binary = config.name == "binary"
         self._smoothing, self._threshold = config.label_smoothing, config.binary_threshold
 
