@@ -11,6 +11,7 @@ from typing import Any
 
 from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.data_checks import check_data, check_loss
+from lesam_dist.config.domain_checks import check_domains
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.methods import settle
 from lesam_dist.config.optimizer_checks import check_optimizer
@@ -45,6 +46,8 @@ _AT_MOST = {
     "data.cutout": 1 << 14,
     "data.workers": 1024,
     "data.shuffle_window": 10**9,
+    "domains.steps_per_epoch": 10**9,
+    "domains.head_steps": 10**9,
     "data.dali_device_padding": 1 << 20,
     "data.dali_host_padding": 1 << 20,
     "data.dali_prefetch": 1000,
@@ -77,6 +80,8 @@ _AT_LEAST = {
     "data.repeats": 1,
     "data.workers": 1,
     "data.shuffle_window": 1,
+    "domains.steps_per_epoch": 1,
+    "domains.head_steps": 0,
     "data.dali_device_padding": 0,
     "data.dali_host_padding": 0,
     "data.dali_prefetch": 1,
@@ -159,6 +164,7 @@ def _check(config: Config) -> None:
     check_task(config)
     check_loss(config.loss)
     check_data(config)
+    check_domains(config)
     check_augmentation(config)
     check_optimizer(config)
     _check_parallel(config)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError, unknown_name
 
-BUILT_IN = {"classification": "lesam_dist.tasks.classification.task.Classification"}
+BUILT_IN = {
+    "classification": "lesam_dist.tasks.classification.task.Classification",
+    "domains": "lesam_dist.tasks.domains.task.DomainGeneralisation",
+}
 
 
 def import_path(name: str) -> tuple[str, str]:

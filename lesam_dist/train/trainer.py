@@ -142,7 +142,7 @@ class Trainer:
             self.scaler,
             self.ema,
             self.nonfinite,
-            task.metric,
+            task.chosen_by or task.metric,
         )
         self.checkpoints = (
             None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", world, config.checkpoint)

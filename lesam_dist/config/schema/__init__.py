@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
+from lesam_dist.config.schema.domains import DomainsConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lesam_dist.config.schema.running import (
     AnalysisConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "Config",
     "DataBackend",
     "DataConfig",
+    "DomainsConfig",
     "EmaConfig",
     "GuardConfig",
     "LoggingConfig",
@@ -53,6 +55,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    domains: DomainsConfig = field(default_factory=DomainsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -61,7 +64,7 @@ class Config:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     task: str = "classification"
-    """what is learned: classification, or a class of your own by package.module.Class (docs/tasks.md)"""
+    """what is learned: classification, domains, or a class of your own by package.module.Class (docs/tasks.md)"""
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of a task of your own: --task_args.NAME VALUE"""
     epochs: int = 90

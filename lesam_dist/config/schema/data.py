@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DataBackend = Literal["auto", "dali", "torchvision"]
+Builtin = Literal["digits", "digits_noisy", "mnist5k", "mnist5k_noisy", "digit_domains", "cifar10", "cifar100"]
 
 
 @dataclass
@@ -15,10 +16,11 @@ class DataConfig:
     root: str | None = None
     """folder that holds train/ and val/, or packed shards, or the address of these (s3://BUCKET/FOLDER); for cifar10
     and cifar100 the folder that torchvision keeps them in"""
-    builtin: Literal["digits", "digits_noisy", "mnist5k", "mnist5k_noisy", "cifar10", "cifar100"] | None = None
+    builtin: Builtin | None = None
     """write this data set to root first if it is not there: scikit-learn's scanned digits; 300 of them with 20 % wrong
     labels and the same validation images; 5,000 images of MNIST (pip install 'lesam-dist[mnist]'), or 1,000 to train on
-    with 20 % wrong labels; or CIFAR, which is downloaded, and kept on the device"""
+    with 20 % wrong labels; both, and printed digits, as three domains (task: domains); or CIFAR, which is
+    downloaded, and kept on the device"""
     backend: DataBackend = "auto"
     """who reads, decodes and augments class folders; CIFAR needs neither. auto takes DALI where it is installed"""
     batch_size: int = 256

@@ -90,7 +90,9 @@ class ScheduleConfig:
     """Learning rate and loss budget over the run, changed every step."""
 
     lr_warmup_epochs: float = 0.0
-    """linear warm-up of the learning rate, then cosine to zero"""
+    """linear warm-up of the learning rate"""
+    lr_decay: Literal["cosine", "none"] = "cosine"
+    """what follows: a cosine to zero at the end of the run, or the peak rate to the end"""
     sigma_warmup_epochs: float = 0.0
     """linear warm-up of the loss budget sigma (none in the paper, 10 in the authors' code)"""
     anneal_start_epoch: float | None = None
