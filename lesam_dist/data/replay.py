@@ -32,9 +32,8 @@ class ReplayLoader:
         if start < 0:
             raise ValueError(f"start is {start}: it is a number of batches, at least 0")
         if self._batch is None:
-            self._batch = transform(
-                next(self._loader.epoch(0)), Tensor.clone
-            )  # the other loader's own memory goes with it
+            first = next(self._loader.epoch(0))
+            self._batch = transform(first, Tensor.clone)  # the other loader's own memory goes with it
             self._loader.close()
         for _ in range(start, len(self)):
             yield transform(self._batch, Tensor.clone)

@@ -96,8 +96,8 @@ class Updates:
         self._buffers.undo_if(torch.ones(()))
         if not loss.isfinite():
             raise UserError(
-                f"the task {type(self._task).__name__}: loss(model, batch) is {loss.item()} for the first batch, before "
-                "any update: look at what build_model and the loaders give."
+                f"the task {type(self._task).__name__}: loss(model, batch) is {loss.item()} for the first batch, "
+                "before any update: look at what build_model and the loaders give."
             )
 
     def _at(self, step: int) -> At:

@@ -68,11 +68,11 @@ def _spoil_second_step(this: trainer.Trainer) -> None:
     """An image of the last process is not a number: no process may keep anything of that step."""
     original = this._step
 
-    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         bad = this.step == 1 and this.world.rank == this.world.world_size - 1
-        images = images.clone()
+        images = batch[0].clone()
         images[0] *= float("nan") if bad else 1.0
-        return original(images, labels)
+        return original((images, batch[1]))
 
     this._step = step  # type: ignore[method-assign]
 

@@ -34,11 +34,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss, and a gradient, that is far too large whenever these steps are made."""
     original = module.Trainer._step
 
-    def spoilt(self: module.Trainer, images: Tensor, labels: Tensor) -> Tensor:
+    def spoilt(self: module.Trainer, batch: Any) -> Tensor:
         with monkeypatch.context() as patch:
             if self.step + 1 in JUMPS:
-                patch.setattr(self.updates, "criterion", Spoilt())
-            return original(self, images, labels)
+                patch.setattr(self.task, "_criteria", (Spoilt(), Spoilt()))
+            return original(self, batch)
 
     monkeypatch.setattr(module.Trainer, "_step", spoilt)
 
@@ -83,8 +83,8 @@ def flip_a_bit(world: Distributed, root: str, folder: str) -> str:
     """A momentum of rank 1 changes by a bit after step 4; replicas are compared every 3 steps."""
     original = module.Trainer._step
 
-    def flipping(self: module.Trainer, images: Tensor, labels: Tensor) -> Tensor:
-        loss = original(self, images, labels)
+    def flipping(self: module.Trainer, batch: Any) -> Tensor:
+        loss = original(self, batch)
         if self.step == 3 and world.rank == 1:
             state: dict[str, Any] = list(self.optimizer.state.values())[1]  # of a vector
             state["momentum_buffer"].view(torch.int32)[5] ^= 1

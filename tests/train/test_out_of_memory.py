@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lesam_dist.config.schema import Config
 from lesam_dist.train.out_of_memory import explain_memory
-from lesam_dist.train.passes import BatchPasses
+from lesam_dist.train.passes import Passes
 
 # What CUDA's allocator says (c10/cuda/CUDACachingAllocator.cpp); there may be no GPU here.
 ON_A_GPU = (
@@ -183,7 +183,7 @@ def test_a_run_says_it_in_one_line(
     draw = random.Random(seed)
     left, evaluates = draw.randrange(12), draw.random() < 0.3
 
-    def fail_later(self: BatchPasses, **options: Any) -> Any:
+    def fail_later(self: Passes, **options: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
@@ -195,11 +195,11 @@ def test_a_run_says_it_in_one_line(
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    step, pass_over = 1 + left // 2, BatchPasses.__call__
+    step, pass_over = 1 + left // 2, Passes.__call__
     if evaluates:
         monkeypatch.setattr("lesam_dist.train.validation.evaluate", fail)
     else:
-        monkeypatch.setattr(BatchPasses, "__call__", fail_later)
+        monkeypatch.setattr(Passes, "__call__", fail_later)
     status, _, err = command(*small, "--run_dir", str(tmp_path / "run"), "--parallel.device", "cpu")
     assert status == 2, err
     phase = "evaluating one batch." if evaluates else f"step {step}: pass 1 or 2 (90.95 TiB asked for)."

@@ -49,10 +49,10 @@ def test_a_bad_batch_changes_nothing(
     original = trainer.Trainer._step
     states: dict[int, dict[str, Any]] = {}
 
-    def step(self: trainer.Trainer, images: Tensor, labels: Tensor) -> Tensor:
+    def step(self: trainer.Trainer, batch: Any) -> Tensor:
         states[self.step] = state_of(self)
-        images[: 1 if self.step == 4 else 0] *= math.nan  # one image is enough
-        return original(self, images, labels)
+        batch[0][: 1 if self.step == 4 else 0] *= math.nan  # one image is enough
+        return original(self, batch)
 
     monkeypatch.setattr(trainer.Trainer, "_step", step)
     evaluation = this.fit()

@@ -276,8 +276,9 @@ def test_diverged_run_keeps_the_last_finite_checkpoint(
     """From step 5 on every image is nan: too late for the limit, but the run does not end well, nor when it goes on."""
     original = module.Trainer._step
 
-    def poisoned(self: module.Trainer, images: Tensor, labels: Tensor) -> Tensor:
-        return original(self, images * math.nan if self.step >= 4 else images, labels)
+    def poisoned(self: module.Trainer, batch: Any) -> Tensor:
+        images, labels = batch
+        return original(self, (images * math.nan if self.step >= 4 else images, labels))
 
     monkeypatch.setattr(module.Trainer, "_step", poisoned)
     flags = (*small, "--checkpoint.keep", "1", "--run_dir", tmp_path / "run")
