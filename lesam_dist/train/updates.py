@@ -73,6 +73,8 @@ class Updates:
         self._buffers.save()
         at = self._at(step)
         self._resting = [self._parameters[name] for name in self._task.resting(self._parameters, at)]
+        if self._resting and not optimizer.state:
+            self._create_state()
         closures = self._closures(self._task.draw(batch, at))
         loss: Tensor = optimizer.step(closures if len(closures) > 1 else closures[0])
         for passes in closures:
@@ -99,6 +101,13 @@ class Updates:
                 f"the task {type(self._task).__name__}: loss(model, batch) is {loss.item()} for the first batch, "
                 "before any update: look at what build_model and the loaders give."
             )
+
+    def _create_state(self) -> None:
+        """The optimizer's, of all parameters: a checkpoint holds that of those too that have rested so far."""
+        for p in self._parameters.values():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        self._optimizer.step(None)
+        self._optimizer.zero_grad()
 
     def _at(self, step: int) -> At:
         return At(step, self._steps_per_epoch, self._config.epochs)
