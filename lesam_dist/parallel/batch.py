@@ -82,5 +82,9 @@ def structure(batch: Batch) -> str:
 
 
 def empty_like(batch: Batch, device: torch.device) -> Batch:
-    """A batch of the same structure without samples."""
-    return transform(batch, lambda tensor: tensor.new_empty((0, *tensor.shape[1:]), device=device))
+    """A batch of the same structure without samples, on another device."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.new_empty((0, *tensor.shape[1:]), device=device) if tensor.ndim else tensor.to(device)
+
+    return transform(batch, empty)

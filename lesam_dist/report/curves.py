@@ -14,6 +14,7 @@ from lesam_dist.report.grouping import Group
 from lesam_dist.report.results import Result
 from lesam_dist.report.statistics import Spread
 from lesam_dist.report.summary import percent, plain
+from lesam_dist.tasks.task import Metric
 
 _WINDOWS = 300  # of a training curve, at most: more is not seen
 _STEEP = 30.0  # highest over lowest loss from which a logarithm shows more
@@ -28,26 +29,18 @@ class _Kind(NamedTuple):
 
 
 _CURVES = (
-    _Kind("val", "acc1", "Validation accuracy", "top-1, %"),
-    _Kind("val", "ema_acc1", "Validation accuracy of the averaged weights", "top-1, %"),
     _Kind("val", "loss", "Validation loss", "loss"),
     _Kind("train", "loss", "Training loss", "loss of a step's batch"),
     _Kind("val", "ece", "Calibration error", "ECE"),
     _Kind("train", "lr", "Learning rate", "learning rate"),
 )
-_LAST = {
-    "acc5": "top-5",
-    "loss": "loss",
-    "ece": "ECE",
-    "ema_acc1": "top-1, averaged weights",
-    "ema_loss": "loss, averaged weights",
-}
+_LAST = {"acc5": "top-5", "loss": "loss", "ece": "ECE", "ema_loss": "loss, averaged weights"}
 
 
 def curves(results: Sequence[Result]) -> Section:
     """A chart for each quantity that was logged, and the table of last and best."""
     section = Section("curves", "Curves")
-    for kind in _CURVES:
+    for kind in (*_of_metric(results[0].metric), *_CURVES):
         lines = [line for result in results if (line := _line(result.group, kind))]
         if lines:
             section.blocks.append(_chart(kind, lines))
@@ -57,15 +50,26 @@ def curves(results: Sequence[Result]) -> Section:
     return section
 
 
+def _of_metric(metric: Metric) -> list[_Kind]:
+    if metric.name == "loss":
+        return []  # which is drawn anyway
+    name = "accuracy" if metric.name == "acc1" else metric.label
+    kind = _Kind("val", metric.name, f"Validation {name}", f"{metric.label}, {metric.unit}".rstrip(", "))
+    return [kind, kind._replace(key=f"ema_{metric.name}", title=f"{kind.title} of the averaged weights")]
+
+
 def _ends(results: Sequence[Result]) -> Table:
-    """What the last evaluation said beside the top-1 of the summary."""
-    columns = [name for name in _LAST if any(result.last(name) for result in results)]
-    header = ["method", "best epoch", *(_LAST[name] for name in columns)]
+    """What the last evaluation said beside the metric of the summary."""
+    metric = results[0].metric
+    titles = _LAST | {f"ema_{metric.name}": f"{metric.label}, averaged weights"}
+    columns = [name for name in titles if name != metric.name and any(result.last(name) for result in results)]
+    header = ["method", "best epoch", *(titles[name] for name in columns)]
     rows = []
     for result in results:
         cells = [percent(result.last(n)) if "acc" in n else plain(result.last(n)) for n in columns]
         rows.append([result.name, plain(result.best_epoch()), *cells])
-    note = "After the last epoch, mean ± standard deviation over the seeds that finished; best epoch: of the top-1."
+    note = "After the last epoch, mean ± standard deviation over the seeds that finished; best epoch: of the "
+    note += f"{metric.label}."
     return Table(header, rows, note, [result.group.style for result in results])
 
 

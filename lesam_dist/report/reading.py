@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +17,8 @@ from lesam_dist.config.schema import Config
 from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
 from lesam_dist.report.paths import CONFIG
+from lesam_dist.tasks.classification.task import ACC1
+from lesam_dist.tasks.task import Metric
 from lesam_dist.train.checkpoint.folder import Folder
 from lesam_dist.train.run_lock import Holder
 from lesam_dist.train.telemetry import METRICS, read_metrics
@@ -53,6 +56,7 @@ class Run:
         left_out: a line for each file that was not understood.
         holder: who had the folder last; None where nothing says so.
         state: how far it came.
+        metric: what it is compared by, as its checkpoints say.
     """
 
     path: Path
@@ -66,6 +70,7 @@ class Run:
     left_out: list[str]
     holder: Holder | None
     state: State
+    metric: Metric
 
     @property
     def seed(self) -> int:
@@ -88,9 +93,17 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read each run.
 
     Raises:
-        UserError: one has no config that this version understands, or has logged nothing.
+        UserError: one has no config that this version understands, or has logged nothing; they are not compared by the
+            same metric.
     """
-    return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    runs = [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    for run in runs:
+        if run.metric != runs[0].metric:
+            raise UserError(
+                f"'{runs[0].path}' is compared by {runs[0].metric.label} and '{run.path}' by {run.metric.label}: make "
+                "a report of each."
+            )
+    return runs
 
 
 def printable(text: str) -> str:
@@ -117,8 +130,17 @@ def _read(path: Path, name: str) -> Run:
     documents, left_out = _documents(path / "analysis")
     holder = Holder.read(path / _LOCK)
     state = _state(config, lines, holder, metrics)
-    values = flatten(config)
-    return Run(path, name, config, values, lines, unreadable, checkpoints, documents, left_out, holder, state)
+    values, metric = flatten(config), _metric(checkpoints.values())
+    return Run(path, name, config, values, lines, unreadable, checkpoints, documents, left_out, holder, state, metric)
+
+
+def _metric(checkpoints: Iterable[dict[str, Any] | None]) -> Metric:
+    """Top-1, where no checkpoint says: version 0.1 had nothing else."""
+    for content in checkpoints:
+        with suppress(TypeError):  # of another version
+            if content and isinstance(content.get("metric"), dict):
+                return Metric(**content["metric"])
+    return ACC1
 
 
 def _config(file: Path) -> Config:

@@ -10,8 +10,7 @@ from lesam_dist.experiments.cost import sgd_steps
 from lesam_dist.report.grouping import Group
 from lesam_dist.report.reading import Run
 from lesam_dist.report.statistics import Difference, Spread, difference
-
-ACC1 = "acc1"
+from lesam_dist.tasks.task import Metric
 
 
 def last(run: Run, key: str) -> float | None:
@@ -20,10 +19,11 @@ def last(run: Run, key: str) -> float | None:
     return found[-1][1] if found else None
 
 
-def best(run: Run, key: str = ACC1) -> tuple[float, float] | None:
-    """The highest value of all evaluations, and its epoch: the first where several are as high."""
-    known = [(value, line["epoch"]) for line, value in run.of("val", key) if value is not None]
-    return max(known, key=lambda pair: (pair[0], -pair[1]), default=None)
+def best(run: Run) -> tuple[float, float] | None:
+    """The best value of the metric in all evaluations, and its epoch: the first where several are as good."""
+    sign = 1 if run.metric.higher_is_better else -1
+    known = [(value, line["epoch"]) for line, value in run.of("val", run.metric.name) if value is not None]
+    return max(known, key=lambda pair: (sign * pair[0], -pair[1]), default=None)
 
 
 def steps(run: Run) -> int:
@@ -42,6 +42,11 @@ class Result:
         """Of the group."""
         return self.group.name
 
+    @property
+    def metric(self) -> Metric:
+        """What it is compared by."""
+        return self.group.runs[0].metric
+
     @cached_property
     def cost(self) -> float:
         """Of an average step, in forward and backward passes over the batch; SGD makes one."""
@@ -49,16 +54,16 @@ class Result:
 
     @cached_property
     def by_seed(self) -> dict[int, float]:
-        """Top-1 in per cent after the last epoch, by seed."""
-        found = {run.seed: last(run, ACC1) for run in self.group.finished}
+        """The metric after the last epoch, by seed."""
+        found = {run.seed: last(run, self.metric.name) for run in self.group.finished}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def last(self, key: str = ACC1) -> Spread | None:
-        """After the last epoch."""
-        return _spread([last(run, key) for run in self.group.finished])
+    def last(self, key: str | None = None) -> Spread | None:
+        """Of a key, or of the metric, after the last epoch."""
+        return _spread([last(run, key or self.metric.name) for run in self.group.finished])
 
     def best(self) -> Spread | None:
-        """Top-1 of each run's best epoch, which flatters: it is chosen by the images that it is measured on."""
+        """The metric of each run's best epoch, which flatters: it is chosen by the images that it is measured on."""
         return _spread([found[0] if (found := best(run)) else None for run in self.group.finished])
 
     def best_epoch(self) -> Spread | None:
@@ -72,16 +77,16 @@ class Result:
 
 
 def compare(results: Sequence[Result]) -> dict[tuple[str, str], Difference]:
-    """First minus second top-1, of each pair of groups with results, highest mean first."""
+    """First minus second metric, of each pair of groups with results, best mean first."""
     ranked = rank(results)
     pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
     return {(a.name, b.name): difference(a.by_seed, b.by_seed, len(pairs)) for a, b in pairs}
 
 
 def rank(results: Sequence[Result]) -> list[Result]:
-    """Those that have results, highest mean first."""
+    """Those that have results, best mean first."""
     known = [(found.mean, result) for result in results if (found := result.last())]
-    return [result for _, result in sorted(known, key=lambda pair: -pair[0])]
+    return [r for _, r in sorted(known, key=lambda pair: -pair[0] if pair[1].metric.higher_is_better else pair[0])]
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:

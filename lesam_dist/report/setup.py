@@ -17,6 +17,7 @@ from lesam_dist.report.grouping import changed, differing, nearest_recipe
 from lesam_dist.report.paths import CONFIG
 from lesam_dist.report.reading import Run, printable
 from lesam_dist.report.results import Result, best, last
+from lesam_dist.tasks.task import Metric
 
 _METHOD, _ARGS = "optimizer.name", "optimizer.args."
 
@@ -34,14 +35,15 @@ def runs_section(results: Sequence[Result], paths: Sequence[Path]) -> Section:
                     result.name,
                     str(run.seed),
                     run.state.text,
-                    _percent(last(run, "acc1")),
-                    "-" if top is None else f"{top[0]:.2f} % (epoch {top[1]:g})",
+                    _value(last(run, run.metric.name), run.metric),
+                    "-" if top is None else f"{_value(top[0], run.metric)} (epoch {top[1]:g})",
                     number(last(run, "loss")) if run.of("val", "loss") else "-",
                     _checkpoint(run),
                 ]
             )
             styles.append(result.group.style)
-    header = ("run", "method", "seed", "state", "top-1, last", "top-1, best", "loss, last", "latest checkpoint")
+    label = results[0].metric.label
+    header = ("run", "method", "seed", "state", f"{label}, last", f"{label}, best", "loss, last", "latest checkpoint")
     section.blocks.append(Table(header, rows, "", styles, kind="words"))
     section.blocks.extend(_configs(results))
     section.blocks.extend(_commands(results, paths))
@@ -163,5 +165,7 @@ def _date(text: str) -> str:
     return text.replace("T", " ").replace("+00:00", " UTC")
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
+def _value(value: float | None, metric: Metric) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f} {metric.unit}" if metric.unit else number(value)

@@ -28,9 +28,9 @@ def task_class(name: str) -> type[Task]:
             "(PYTHONPATH, or pip install -e)."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise UserError(f"task '{name}' is no task: derive it from lesam_dist.tasks.task.Task.")
+        raise UserError(f"task '{name}' is no task: derive it from lesam_dist.tasks.Task.")
     if missing := sorted(cls.__abstractmethods__):
-        raise UserError(f"task '{name}' has no {', no '.join(missing)}: write what lesam_dist.tasks.task.Task lists.")
+        raise UserError(f"task '{name}' has no {', no '.join(missing)}: write what lesam_dist.tasks.Task lists.")
     return cls
 
 
@@ -41,12 +41,14 @@ def build_task(config: Config, world: Distributed) -> Task:
         UserError: as `task_class`; it does not take these arguments, or refuses the config.
     """
     cls = task_class(config.task)
+    signature = inspect.signature(cls)
     try:
-        inspect.signature(cls).bind(config, world, **config.task_args)
+        signature.bind(config, world, **config.task_args)
     except TypeError as error:
-        own = list(inspect.signature(cls).parameters)[2:]
+        own = [name for name, one in signature.parameters.items() if one.kind == one.KEYWORD_ONLY]
         raise UserError(
-            f"task_args is {config.task_args}, but the task {cls.__name__} takes {', '.join(own) or 'none'}: {error}."
+            f"task_args is {config.task_args}, but the task {cls.__name__} takes {', '.join(own) or 'none'}: {error}. "
+            "Its arguments are the keywords of its __init__ behind a *."
         ) from error
     task = cls(config, world, **config.task_args)
     task.check()

@@ -181,4 +181,10 @@ class Task(ABC):
 
         The mean of each over the samples, unless a task says otherwise.
         """
+        for name, total in sums.items():
+            if total.ndim:
+                raise UserError(
+                    f"the task {type(self).__name__}: measure(model, batch) gives {name} of shape {list(total.shape)}: "
+                    "sum it over the samples, or write report(sums)."
+                )
         return {name: float(total / sums["samples"]) for name, total in sums.items() if name != "samples"}
