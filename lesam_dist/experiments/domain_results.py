@@ -47,7 +47,7 @@ Runs = Mapping[tuple[str, str], Sequence[Tested | None]]
 """By source domain and method, and then by seed; None where a run diverged."""
 
 
-def tested_of(run_dir: Path) -> Tested:
+def outcome_on_targets(run_dir: Path) -> Tested:
     """What a finished run's log says, of its averaged weights where it has some."""
     from lesam_dist.train.telemetry import read_metrics  # which needs torch
 

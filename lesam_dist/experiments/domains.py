@@ -12,7 +12,7 @@ from lesam_dist.config.domain_checks import BUILTIN
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.compare import known_methods, method_names, method_settings
-from lesam_dist.experiments.domain_results import NOTE, by_source, numbers, over_sources, pairs, tested_of
+from lesam_dist.experiments.domain_results import NOTE, by_source, numbers, outcome_on_targets, over_sources, pairs
 from lesam_dist.experiments.report import markdown, number, plot, report
 from lesam_dist.experiments.runs import ExperimentParser, Outcome, run_all
 
@@ -40,7 +40,7 @@ def domains(argv: Sequence[str]) -> None:
         return
     tested = {
         key: [
-            None if math.isnan(value) else tested_of(Path(run.run_dir))
+            None if math.isnan(value) else outcome_on_targets(Path(run.run_dir))
             for run, value in zip(setting.runs, outcome.values, strict=True)
         ]
         for (key, setting), outcome in zip(settings.items(), outcomes, strict=True)

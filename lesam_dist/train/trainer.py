@@ -142,7 +142,8 @@ class Trainer:
             self.scaler,
             self.ema,
             self.nonfinite,
-            task.chosen_by or task.metric,
+            task.metric,
+            task.chosen_by,
         )
         self.checkpoints = (
             None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", world, config.checkpoint)
