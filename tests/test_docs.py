@@ -154,6 +154,7 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
     run = {"compare": compare, "sweep": sweep, "domains": domains, "plan": plan}[command]
     first = "planning.command.predict_and_report" if command == "plan" else f"experiments.{command}.run_all"
     monkeypatch.setattr(f"lesam_dist.{first}", start)
+    monkeypatch.setattr("lesam_dist.experiments.domains._folders", lambda _: ["photo", "LabelMe", "SUN09"])
     with pytest.raises(StartedError):
         run(arguments)
 

@@ -41,12 +41,6 @@ def check_domains(config: Config) -> None:
                 f"data.{name} is {getattr(data, name)} but task is domains, which has an order of its own: leave it at "
                 f"{value}."
             )
-    steps = config.epochs * domains.steps_per_epoch
-    if domains.head_steps >= steps:
-        raise UserError(
-            f"domains.head_steps is {domains.head_steps} but the run has {steps} steps ({config.epochs} epochs of "
-            f"domains.steps_per_epoch {domains.steps_per_epoch}): nothing but the last layer would learn."
-        )
 
 
 def _refuse_elsewhere(config: Config) -> None:

@@ -209,7 +209,6 @@ def test_on_many_processes(root: Path, tmp_path: Path) -> None:
         (("--data.builtin", "digits"), "data.builtin is digits but task is domains"),
         (("--domains.source", "[mnist, scans, print]"), "data.batch_size is 32 and domains.source names 3 domains"),
         (("--data.repeats", "2"), "data.repeats is 2 but task is domains"),
-        (("--domains.head_steps", "500"), "domains.head_steps is 500 but the run has 500 steps"),
         (("--task", "classification"), r"domains.source is \['mnist'\] but task is classification"),
         (("--ema.decay", "0.9"), "ema.decay is 0.9 and ema.uniform_from is 200: there is one average"),
     ],
