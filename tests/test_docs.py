@@ -263,7 +263,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_flags_and_paths_exist(page: Path) -> None:
     spans = re.findall(r"`([^`\n]+)`", prose(page))
-    for flag in (word for span in spans for word in re.findall(r"(?<!\S)--([a-z_]+\.[a-z_\d]+)", span)):
+    for flag in (word for span in spans for word in re.findall(r"(?<!\S)--([a-z_]+(?:\.[a-z_\d]+)+)", span)):
         assert unknown_key([flag]) is None, f"{name(page)}: --{flag}"
     names_of_files = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
     for span in spans:

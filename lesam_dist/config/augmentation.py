@@ -87,7 +87,7 @@ def _check_sizes(config: Config) -> None:
     if sizes is None:
         return
     field, shown = "schedule.image_size", [list(pair) for pair in sizes or ()]
-    if config.data.builtin in ("cifar10", "cifar100"):
+    if config.on_device:
         raise UserError(
             f"{field} is {shown} but data.builtin is {config.data.builtin}: only class folders are read in several "
             "sizes. Leave it at null."

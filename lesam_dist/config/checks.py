@@ -9,10 +9,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from lesam_dist.config.adversarial_checks import check_adversarial
 from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.data_checks import check_data, check_loss
 from lesam_dist.config.domain_checks import check_domains
 from lesam_dist.config.explain import expected, is_optional
+from lesam_dist.config.label_noise_checks import check_label_noise
+from lesam_dist.config.long_tail_checks import check_long_tail
 from lesam_dist.config.methods import settle
 from lesam_dist.config.optimizer_checks import check_optimizer
 from lesam_dist.config.schema import (
@@ -124,6 +127,8 @@ def checked(config: Config) -> Config:
     _check_values(flatten(replace(config, optimizer=replace(config.optimizer, args={}))))
     optimizer = replace(config.optimizer, args=settle(config.optimizer.name, config.optimizer.args))
     root, skip_list = config.data.root, config.data.skip_list
+    noise = config.data.label_noise
+    labels = None if noise.file is None else folder("data.label_noise.file", noise.file, "file")
     config = replace(
         config,
         optimizer=optimizer,
@@ -133,6 +138,7 @@ def checked(config: Config) -> Config:
             root=None if root is None else folder("data.root", root),
             backend=_data_backend(config.data),
             skip_list=None if skip_list is None else folder("data.skip_list", skip_list, "file"),
+            label_noise=replace(noise, file=labels),
         ),
     )
     _check(config)
@@ -162,9 +168,12 @@ def _check(config: Config) -> None:
     if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
         raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
     check_task(config)
+    check_long_tail(config)
     check_loss(config.loss)
     check_data(config)
     check_domains(config)
+    check_label_noise(config.data)
+    check_adversarial(config)
     check_augmentation(config)
     check_optimizer(config)
     _check_parallel(config)

@@ -196,9 +196,15 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def _filled(tree: Tree, name: str) -> Tree:
+def _filled(tree: Tree, name: str, prefix: str = "") -> Tree:
     """The tree without sections that have no fields."""
-    for section in sections().keys() & tree.keys():
-        if tree[section] is not None and not isinstance(tree[section], dict):
-            raise UserError(f"{name} has {section}: {shown(tree[section])}, but {section} is a section of fields.")
-    return {key: value for key, value in tree.items() if value is not None or key not in sections()}
+    filled: Tree = {}
+    for key, value in tree.items():
+        section = f"{prefix}{key}"
+        if section not in sections():
+            filled[key] = value
+        elif isinstance(value, dict):
+            filled[key] = _filled(value, name, f"{section}.")
+        elif value is not None:
+            raise UserError(f"{name} has {section}: {shown(value)}, but {section} is a section of fields.")
+    return filled

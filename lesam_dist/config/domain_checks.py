@@ -35,6 +35,11 @@ def check_domains(config: Config) -> None:
             f"data.batch_size is {data.batch_size} and domains.source names {len(domains.source)} domains, but a batch "
             "has as many images of each: choose a multiple."
         )
+    if data.label_noise.kind is not None:
+        raise UserError(
+            f"data.label_noise.kind is {data.label_noise.kind} but task is domains, whose labels stay as they are: leave "
+            "it null."
+        )
     for name, value in (("repeats", 1), ("order", "random")):
         if getattr(data, name) != value:
             raise UserError(

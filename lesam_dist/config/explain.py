@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -64,9 +64,15 @@ def is_optional(path: str) -> bool:
 
 
 def sections() -> dict[str, str]:
-    """The config's groups of fields, each with its first field."""
-    hints = get_type_hints(Config)
-    return {name: fields(kind)[0].name for name, kind in hints.items() if is_dataclass(kind)}
+    """The config's groups of fields by dotted path, each with its first field."""
+    return dict(_sections(Config, ""))
+
+
+def _sections(kind: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    for name, inner in get_type_hints(kind).items():
+        if is_dataclass(inner):
+            yield prefix + name, fields(inner)[0].name
+            yield from _sections(inner, f"{prefix}{name}.")
 
 
 def nearest_key(key: str, also: Iterable[Method | None] = ()) -> str:
@@ -103,13 +109,15 @@ def _nearest_choice(key: str, value: Any) -> str:
 @cache
 def _kinds() -> dict[str, Any]:
     """Each leaf's type by its dotted path."""
-    kinds: dict[str, Any] = {}
-    for name, kind in get_type_hints(Config).items():
-        if is_dataclass(kind):
-            kinds |= {f"{name}.{leaf}": k for leaf, k in get_type_hints(kind).items()}
+    return dict(_leaves(Config, ""))
+
+
+def _leaves(kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, inner in get_type_hints(kind).items():
+        if is_dataclass(inner):
+            yield from _leaves(inner, f"{prefix}{name}.")
         else:
-            kinds[name] = kind
-    return kinds
+            yield prefix + name, inner
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:

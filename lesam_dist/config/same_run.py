@@ -25,6 +25,7 @@ _FREE_ON_RESUME = (
     "data.dali_",
     "data.eval_batch_size",
     "data.skip_list",  # what it leaves out is compared with the images
+    "data.label_noise.file",  # as its labels are
     "data.max_bad_files",
     "parallel.timeout_s",
     "parallel.shard_size",

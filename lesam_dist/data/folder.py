@@ -39,6 +39,7 @@ class ImageFolder:
         skipped: how many images a skip list has left out.
         known_digest: where it is known without reading all paths.
         shards: where the images lie, if these are not files of their own.
+        relabelled: whether the labels are others than the folders say.
     """
 
     root: Path | Url
@@ -49,15 +50,22 @@ class ImageFolder:
     skipped: int = 0
     known_digest: str | None = None
     shards: Shards | None = None
+    relabelled: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @cached_property
     def digest(self) -> str:
-        """Of the file names below the root, in order: the dataset may move, but not change."""
-        if self.known_digest is not None:
-            return self.known_digest
+        """Of the file names below the root, in order: the dataset may move, but not change. With other labels, of these
+        too."""
+        names = self.known_digest or self._digest_of_names()
+        if not self.relabelled:
+            return names
+        labels = np.ascontiguousarray(self.labels, dtype="<i8")
+        return hashlib.blake2b(names.encode() + labels.tobytes(), digest_size=8).hexdigest()
+
+    def _digest_of_names(self) -> str:
         digest = hashlib.blake2b(digest_size=8)
         for path in self.paths:
             digest.update(b"/" + os.fsencode(below_root(self.root, path)) + b"\0")
@@ -86,6 +94,10 @@ class ImageFolder:
         if not len(kept):
             raise UserError(f"data.skip_list leaves out all images in '{self.root / split}': mend some of them.")
         return replace(self.take(kept), skipped=len(left_out))
+
+    def with_labels(self, labels: NDArray[Any]) -> ImageFolder:
+        """The same images with other labels."""
+        return replace(self, labels=labels, relabelled=True)
 
     def take(self, samples: NDArray[np.int64]) -> ImageFolder:
         """Some of its samples alone."""

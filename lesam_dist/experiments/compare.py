@@ -43,7 +43,7 @@ def compare(argv: Sequence[str]) -> None:
     text = f"{title}. {note(metric)} Difference: to {reference} with the same seed, mean and standard error."
     if reference != _PREFERRED:
         text += f" ({_PREFERRED} is not among the methods, so the first one takes its place.)"
-    header = ("method", metric.title, f"difference to {reference}", "cost (SGD steps)")
+    header = ("method", metric.title, "best epoch", f"difference to {reference}", "cost (SGD steps)")
     described = {"config": arguments.config, "flags": flags, "epochs": epochs, "seeds": arguments.seeds}
     plot(run_dir / "compare.png", outcomes, metric, title, "method", None)
     report(run_dir, "compare", header, rows, text, {**described, "reference": reference, "methods": numbers})
@@ -70,7 +70,8 @@ def compared(
     for outcome in outcomes:
         mean, error = paired_difference(outcome.values, base.values)
         shown = "-" if outcome is base else plus_minus(mean, error, signed=True)
-        rows.append((outcome.name, plus_minus(outcome.mean, outcome.std), shown, f"{outcome.cost:.2f}"))
+        last, best = plus_minus(outcome.mean, outcome.std), plus_minus(outcome.best_mean, outcome.best_std)
+        rows.append((outcome.name, last, best, shown, f"{outcome.cost:.2f}"))
         difference = {"mean": number(mean), "standard_error": number(error)}
         numbers[outcome.name] = outcome_numbers(outcome, metric) | {"difference": difference}
     return rows, numbers

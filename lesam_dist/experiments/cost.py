@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lesam_dist.config.adversarial_checks import attack_steps
 from lesam_dist.config.methods import complete
 from lesam_dist.config.schema import Config, OptimizerConfig
 from lesam_dist.optim.engine.products import COST, NotTwiceDifferentiableError
@@ -23,11 +24,13 @@ def sgd_steps(config: Config) -> float:
     """Cost of a run's average step, in forward and backward passes over its batch; 1.0 is SGD.
 
     The optimizer's own arithmetic is not in it, nor is communication. Epochs outside ``start_epoch`` to ``stop_epoch``
-    count as SGD's.
+    count as SGD's. Attacking the images counts for all: a forward, and a backward of as much, for each of its steps.
     """
+    attack = 2 * _FORWARD * attack_steps(config)
     optimizer, epochs = config.optimizer, float(config.epochs)
     stop = epochs if optimizer.stop_epoch is None else min(optimizer.stop_epoch, epochs)
-    return 1 + (passes_per_step(optimizer, config.parallel.is_sharded) - 1) * (stop - optimizer.start_epoch) / epochs
+    more = passes_per_step(optimizer, config.parallel.is_sharded) - 1
+    return attack + 1 + more * (stop - optimizer.start_epoch) / epochs
 
 
 def passes_per_step(config: OptimizerConfig, is_sharded: bool = False) -> float:

@@ -66,6 +66,11 @@ def over_sources(tested: Runs, method: str, field: str = "macro") -> list[float]
     return [statistics.fmean(of_seed) for of_seed in zip(*values, strict=True)]
 
 
+def as_outcome(name: str, values: Sequence[float], cost: float) -> Outcome:
+    """Of runs whose epoch has been chosen already."""
+    return Outcome(name, list(values), list(values), cost)
+
+
 def by_source(tested: Runs, outcomes: Sequence[Outcome]) -> Table:
     """The paper's table, with more columns; ``outcomes`` are the methods'."""
     sources = list(dict.fromkeys(source for source, _ in tested))
@@ -103,5 +108,5 @@ def _values(runs: Sequence[Tested | None], field: str) -> list[float]:
 
 
 def _shown(values: Sequence[float]) -> str:
-    outcome = Outcome("", list(values), 0.0)
+    outcome = as_outcome("", values, 0.0)
     return plus_minus(outcome.mean, outcome.std)

@@ -12,9 +12,17 @@ from lesam_dist.config.domain_checks import BUILTIN
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.compare import known_methods, method_names, method_settings
-from lesam_dist.experiments.domain_results import NOTE, by_source, numbers, outcome_on_targets, over_sources, pairs
+from lesam_dist.experiments.domain_results import (
+    NOTE,
+    as_outcome,
+    by_source,
+    numbers,
+    outcome_on_targets,
+    over_sources,
+    pairs,
+)
 from lesam_dist.experiments.report import markdown, number, plot, report
-from lesam_dist.experiments.runs import ExperimentParser, Outcome, run_all
+from lesam_dist.experiments.runs import ExperimentParser, run_all
 
 _BUILTIN_DOMAINS = ("mnist", "print", "scans")  # they may not be on disk yet
 
@@ -46,7 +54,7 @@ def domains(argv: Sequence[str]) -> None:
         for (key, setting), outcome in zip(settings.items(), outcomes, strict=True)
     }
     costs = {method: outcome.cost for (_, method), outcome in zip(settings, outcomes, strict=True)}
-    methods = [Outcome(name, over_sources(tested, name), costs[name]) for name in names]
+    methods = [as_outcome(name, over_sources(tested, name), costs[name]) for name in names]
     title = f"{arguments.config}, {config.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}"
     described = {
         "config": arguments.config,

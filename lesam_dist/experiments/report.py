@@ -24,8 +24,9 @@ def note(metric: Metric) -> str:
     what = metric.label[:1].upper() + metric.label[1:]
     samples = "images" if metric.name == "acc1" else "samples"
     return (
-        f"{what} on the validation {samples} after the last epoch (not the best epoch): mean and standard deviation "
-        "over seeds. Cost: forward and backward passes of a step; SGD makes one."
+        f"{what} on the validation {samples} after the last epoch: mean and standard deviation over seeds. Best epoch: "
+        f"of each run, chosen on the same {samples}, which flatters; it is not what is compared. Cost: forward and "
+        "backward passes of a step; SGD makes one."
     )
 
 
@@ -39,8 +40,12 @@ def plus_minus(value: float, spread: float, *, signed: bool = False) -> str:
 
 def outcome_numbers(outcome: Outcome, metric: Metric) -> dict[str, Any]:
     """An outcome for JSON, which has no nan."""
-    values, (mean, std) = [number(value) for value in outcome.values], map(number, (outcome.mean, outcome.std))
-    return {metric.name: values, "mean": mean, "std": std, "cost": outcome.cost}
+
+    def of(values: Sequence[float], mean: float, std: float) -> dict[str, Any]:
+        return {metric.name: [number(value) for value in values], "mean": number(mean), "std": number(std)}
+
+    best = of(outcome.best, outcome.best_mean, outcome.best_std)
+    return of(outcome.values, outcome.mean, outcome.std) | {"best_epoch": best, "cost": outcome.cost}
 
 
 def number(value: float) -> float | None:

@@ -45,11 +45,12 @@ class Setting:
 class Outcome:
     """The result of a setting: the task's metric after the last epoch by seed, nan where that run diverged.
 
-    ``cost`` is that of a step, see `sgd_steps`.
+    ``best`` is of each run's best epoch, see `best_evaluation`; ``cost`` is that of a step, see `sgd_steps`.
     """
 
     name: str
     values: list[float]
+    best: list[float]
     cost: float
 
     @property
@@ -60,6 +61,14 @@ class Outcome:
     def std(self) -> float:
         """Standard deviation over seeds (n - 1); nan for one seed."""
         return _std(self.values)
+
+    @property
+    def best_mean(self) -> float:
+        return statistics.fmean(self.best)
+
+    @property
+    def best_std(self) -> float:
+        return _std(self.best)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
@@ -144,11 +153,13 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Metric, Distrib
     from lesam_dist.experiments.cost import sgd_steps
     from lesam_dist.parallel.processes import process_group  # here: --help and what is refused need no torch
     from lesam_dist.tasks.loading import task_class
+    from lesam_dist.train.best import best_evaluation
     from lesam_dist.train.run import train_here
 
     metric = task_class(settings[0].runs[0].task).metric
     costs = [sgd_steps(setting.runs[0]) for setting in settings]  # first, since it checks the hyper-parameters
     values: dict[str, list[float]] = {setting.name: [] for setting in settings}
+    best: dict[str, list[float]] = {setting.name: [] for setting in settings}
     seeds = len(settings[0].runs)
     parallel = settings[0].runs[0].parallel
     with process_group(parallel.device, parallel.timeout_s) as world:
@@ -163,12 +174,16 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Metric, Distrib
                 if world.is_main:
                     print(f"{label}: finished before" if evaluation else label, flush=True)
                 try:
-                    values[setting.name].append((evaluation or train_here(config, world))[metric.name])
+                    value = (evaluation or train_here(config, world))[metric.name]
+                    found = best_evaluation(Path(config.run_dir), metric) if world.is_main else None
+                    values[setting.name].append(value)
+                    best[setting.name].append(found.value if found else value)
                 except DivergedError as error:
                     values[setting.name].append(math.nan)
+                    best[setting.name].append(math.nan)
                     if world.is_main:
                         print(f"{config.run_dir}: {error}", flush=True)
-    outcomes = [Outcome(s.name, values[s.name], cost) for s, cost in zip(settings, costs, strict=True)]
+    outcomes = [Outcome(s.name, values[s.name], best[s.name], cost) for s, cost in zip(settings, costs, strict=True)]
     return outcomes, metric, world
 
 

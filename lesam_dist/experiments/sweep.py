@@ -38,13 +38,18 @@ def sweep(argv: Sequence[str]) -> None:
     epochs = settings[0].runs[0].epochs
     title = f"{arguments.config}, {epochs} epochs, {arguments.seeds} seed{'s' * (arguments.seeds > 1)}"
     rows = [
-        (text, plus_minus(outcome.mean, outcome.std), f"{outcome.cost:.2f}")
+        (
+            text,
+            plus_minus(outcome.mean, outcome.std),
+            plus_minus(outcome.best_mean, outcome.best_std),
+            f"{outcome.cost:.2f}",
+        )
         for text, outcome in zip(texts, outcomes, strict=True)
     ]
     results = [{"value": v, **outcome_numbers(o, metric)} for v, o in zip(values, outcomes, strict=True)]
     described = {"config": arguments.config, "flags": flags, "epochs": epochs, "seeds": arguments.seeds}
     plot(run_dir / "sweep.png", outcomes, metric, title, field, _numbers(values))
-    header = (field, metric.title, "cost (SGD steps)")
+    header = (field, metric.title, "best epoch", "cost (SGD steps)")
     report(run_dir, "sweep", header, rows, f"{title}. {note(metric)}", {**described, "field": field, "values": results})
 
 

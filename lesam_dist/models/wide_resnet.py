@@ -17,7 +17,7 @@ from torchvision.models.resnet import conv1x1, conv3x3
 
 
 class WideBlock(nn.Module):
-    """(B, inplanes, H, W) to (B, planes, H / stride, W / stride)."""
+    """(B, inplanes, H, W) to (B, planes, H / stride, W / stride). Any pre-activation ResNet's of two convolutions."""
 
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()

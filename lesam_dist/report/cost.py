@@ -12,10 +12,11 @@ from lesam_dist.report.results import Result, steps
 from lesam_dist.report.statistics import Spread
 from lesam_dist.report.summary import plain
 from lesam_dist.train.meter import SHARE
-from lesam_dist.train.phases import COMMUNICATION, DATA, OPTIMIZER, PASS_1, PASS_2
+from lesam_dist.train.phases import COMMUNICATION, DATA, DRAW, OPTIMIZER, PASS_1, PASS_2
 
 _PHASES = {
     DATA: "waiting for data",
+    SHARE + DRAW: "attack on the images",
     SHARE + PASS_1: "pass 1",
     SHARE + PASS_2: "pass 2",
     SHARE + OPTIMIZER: "optimizer",

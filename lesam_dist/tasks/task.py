@@ -139,6 +139,11 @@ class Task(ABC):
         """
         return ()
 
+    @property
+    def draw_passes(self) -> tuple[float, float]:
+        """Forwards and backwards through the network that `draw` makes for each sample, for the log's FLOPs."""
+        return 0, 0
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a batch or a part of it, 0-d. Called in every pass, at the weights or beside them.

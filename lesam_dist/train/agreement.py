@@ -28,6 +28,7 @@ from lesam_dist.parallel.report import name_of
 _FREE = (
     "data.root",
     "data.skip_list",
+    "data.label_noise.file",
     "data.workers",
     "run_dir",
 )  # paths and cores are a node's own; what they hold is compared

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lesam_dist.train.flops import Flops
-from lesam_dist.train.phases import COMMUNICATION, DATA, OPTIMIZER, PASS_1, PASS_2, Clock
+from lesam_dist.train.phases import COMMUNICATION, DATA, DRAW, OPTIMIZER, PASS_1, PASS_2, Clock
 
 SHARE = "share_"
 TIMED = (
     *("images_per_s", "images_per_s_per_device", DATA, f"{DATA}_max"),
-    *(SHARE + phase for phase in (PASS_1, PASS_2, OPTIMIZER, COMMUNICATION)),
+    *(SHARE + phase for phase in (DRAW, PASS_1, PASS_2, OPTIMIZER, COMMUNICATION)),
     *("tflops_per_device", "mfu"),
 )
 """What a run logs of its speed: of two equal runs, all that differs."""
@@ -52,7 +52,7 @@ class Meter:
         """One more step has its batch."""
         self._steps += 1
 
-    def count_images(self, forward: int, backward: int) -> None:
+    def count_images(self, forward: float, backward: float) -> None:
         """So many images of this process went through the model, forward and backward, in the passes of a step."""
         if self._model is not None:
             self._flops += forward * self._model.forward + backward * self._model.backward

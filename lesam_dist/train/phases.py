@@ -15,11 +15,20 @@ from lesam_dist.parallel.processes import Distributed
 
 DATA, PASS_1, PASS_2 = "data_wait", "pass_1", "pass_2"
 OPTIMIZER, COMMUNICATION, OTHER = "optimizer", "communication", "other"
-PHASES = (DATA, PASS_1, PASS_2, OPTIMIZER, COMMUNICATION, OTHER)
+DRAW = "draw"
+PHASES = (DATA, DRAW, PASS_1, PASS_2, OPTIMIZER, COMMUNICATION, OTHER)
 
 WAITING, UPDATING, AVERAGING, LOGGING = "waiting for a batch", "updating the weights", "averaging gradients", "logging"
+DRAWING = "preparing its batch"
 """What a process says that it begins, beside "pass 1", "pass 2" and so on; see `Progress.move`."""
-_PHASE_OF = {WAITING: DATA, "pass 1": PASS_1, UPDATING: OPTIMIZER, AVERAGING: COMMUNICATION, LOGGING: OTHER}
+_PHASE_OF = {
+    WAITING: DATA,
+    DRAWING: DRAW,
+    "pass 1": PASS_1,
+    UPDATING: OPTIMIZER,
+    AVERAGING: COMMUNICATION,
+    LOGGING: OTHER,
+}
 
 
 class Event(Protocol):

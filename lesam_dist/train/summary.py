@@ -6,14 +6,16 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lesam_dist.config.adversarial_checks import attack_steps
 from lesam_dist.config.learning_rate import peak_lr
 from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.task import Metric, Task
+from lesam_dist.train.best import Best
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
-from lesam_dist.train.phases import COMMUNICATION, OPTIMIZER, PASS_1, PASS_2
+from lesam_dist.train.phases import COMMUNICATION, DRAW, OPTIMIZER, PASS_1, PASS_2
 
 _REPLAY = "\ndata.replay: every step trains on one and the same batch. This measures speed; the network is of no use."
 
@@ -27,6 +29,8 @@ def describe_run(task: Task, model: nn.Module, steps_per_epoch: int, step: int) 
         method += f" on {config.optimizer.base}, {config.optimizer.scope} scope"
         samples = samples_per_perturbation(config, world)
         method += "" if samples is None else f", m = {samples} samples per perturbation"
+    if (attack := config.adversarial).norm is not None:
+        method += f", images attacked ({attack.norm} {attack.epsilon:g}, {attack.steps} steps)"
     processes = f"{world.world_size} x {world.device.type}"
     if world.world_size > 1:
         processes += f", {config.parallel.strategy}"
@@ -48,13 +52,21 @@ def _lr(config: Config) -> str:
     return f" (lr {optimizer.lr:g} for {optimizer.lr_reference_batch}, {optimizer.lr_scaling}: {peak_lr(config):g})"
 
 
-def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric) -> str:
-    """The last evaluation, which was made after so many epochs."""
+def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric, best: Best | None = None) -> str:
+    """The last evaluation, which was made after so many epochs, and the best one of the run."""
     top5 = f", top-5 {evaluation['acc5']:.2f} %" if "acc5" in evaluation else ""
-    number = f"{evaluation[metric.name]:.2f} {metric.unit}" if metric.unit else f"{evaluation[metric.name]:.4g}"
+    number = _number(evaluation[metric.name], metric)
     samples = "images" if metric.name == "acc1" else "samples"
     samples = f"{evaluation['samples']:.0f} validation {samples} after epoch {epoch}"
-    return f"{metric.label} {number}{top5} of {samples}"
+    if best is None:
+        return f"{metric.label} {number}{top5} of {samples}"
+    others = ", the best of all" if best.epoch == epoch else ""
+    others = others or f"; best after epoch {best.epoch:g}: {_number(best.value, metric)}, chosen on the same ones"
+    return f"{metric.label} {number}{top5} of {samples}{others}"
+
+
+def _number(value: float, metric: Metric) -> str:
+    return f"{value:.2f} {metric.unit}" if metric.unit else f"{value:.4g}"
 
 
 def replay_verdict(images_per_s: float) -> str:
@@ -73,7 +85,8 @@ def shares_of(config: Config, world: Distributed) -> tuple[str, ...]:
     """
     passes = (PASS_1,) if config.optimizer.name in PLAIN else (PASS_1, PASS_2)
     reduces = world.world_size > 1 and config.parallel.strategy == "ddp"
-    return (*passes, OPTIMIZER, *([COMMUNICATION] if reduces else []))
+    draws = (DRAW,) if attack_steps(config) else ()
+    return (*draws, *passes, OPTIMIZER, *([COMMUNICATION] if reduces else []))
 
 
 def _plan(config: Config) -> str:

@@ -22,6 +22,7 @@ from lesam_dist.tasks.loading import is_built_in
 from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.batchnorm import average_batchnorm
+from lesam_dist.train.best import best_evaluation
 from lesam_dist.train.boards.board import Outcome
 from lesam_dist.train.boards.boards import open_boards
 from lesam_dist.train.cadence import Cadence
@@ -212,7 +213,8 @@ class Trainer:
                     if curves:
                         plot_curves(self.run_dir, self.task.metric)
                 if self.last_evaluation:
-                    self.log.print(describe_results(self.last_evaluation, self.epoch, self.task.metric))
+                    best = best_evaluation(self.run_dir, self.task.metric)
+                    self.log.print(describe_results(self.last_evaluation, self.epoch, self.task.metric, best))
                 self.log.print(f"results: {self.run_dir}  (metrics.jsonl, {curves}checkpoints/, tensorboard/)")
             self.log = None
         if self._claim:

@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from lesam_dist.errors import UserError
 from lesam_dist.optim import SharpnessAware
 from lesam_dist.optim.plain import Plain
-from lesam_dist.parallel.batch import Batch, parts
+from lesam_dist.parallel.batch import Batch, parts, samples_in
 from lesam_dist.tasks.guarded import guarded
 from lesam_dist.tasks.task import At, Task
 from lesam_dist.train.buffers import ModelBuffers
 from lesam_dist.train.meter import Meter
 from lesam_dist.train.passes import Passes, uncompiled
-from lesam_dist.train.phases import Phases
+from lesam_dist.train.phases import DRAWING, Phases
 
 
 class Updates:
@@ -71,11 +71,10 @@ class Updates:
         rounds = self._config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
         optimizer.measure_rho = rounds and logged
         self._buffers.save()
-        at = self._at(step)
-        self._resting = [self._parameters[name] for name in self._task.resting(self._parameters, at)]
+        self._resting = [self._parameters[name] for name in self._task.resting(self._parameters, self._at(step))]
         if self._resting and not optimizer.state:
             self._create_state()
-        closures = self._closures(self._task.draw(batch, at))
+        closures = self._closures(self._drawn(batch, step))
         loss: Tensor = optimizer.step(closures if len(closures) > 1 else closures[0])
         for passes in closures:
             self._meter.count_images(passes.forwards, passes.backwards)
@@ -83,6 +82,14 @@ class Updates:
         if self._scaler is not None:
             self._scaler.update()
         return loss
+
+    def _drawn(self, batch: Batch, step: int) -> Batch:
+        forwards, backwards = self._task.draw_passes
+        if forwards or backwards:
+            self._phases.begin(DRAWING)
+            samples = samples_in(batch)
+            self._meter.count_images(forwards * samples, backwards * samples)
+        return self._task.draw(batch, self._at(step))
 
     def try_out(self, step: int, batch: Batch) -> None:
         """Compute the loss of a batch, which changes nothing: what is broken shows before anything is written.

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lesam_dist.analysis.engine.accuracy import Accuracy
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Batch, Objective
-from lesam_dist.analysis.engine.pgd import Norm, Scale, random_starts
+from lesam_dist.analysis.engine.starts import random_starts
 from lesam_dist.analysis.measures.robustness import passes, robustness
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.tasks.classification.pgd import Norm, Scale
 from tests.analysis.corrupted_files import write_files
 from tests.analysis.nets import conv_net, state
 from tests.analysis.quadratics import F64, in_batches

@@ -60,5 +60,6 @@ def test_help_lists_recipes_by_parts(command: Command) -> None:
     status, out, _ = command("--help")
     text = " ".join(out.split())
     assert status == 0
-    assert "cifar10 or cifar100 with resnet18, wrn28_10, pyramidnet110, vit_b16_finetune;" in text
+    models = "resnet18, wrn28_10, pyramidnet110, preactresnet18, preactresnet18_at, vit_b16_finetune"
+    assert f"cifar10 or cifar100 with {models};" in text
     assert "cifar10_resnet18_sam" not in text

@@ -111,7 +111,7 @@ def test_compare(
     differences = np.subtract(values["lesam"], values["sam"])
     for method, found in values.items():
         entry = numbers["methods"][method]
-        assert entry["acc1"] == found
+        assert entry["acc1"] == entry["best_epoch"]["acc1"] == found, "of one epoch"
         assert entry["mean"] == pytest.approx(np.mean(found))
         assert entry["std"] == pytest.approx(np.std(found, ddof=1))
         assert entry["cost"] == pytest.approx(2)
@@ -191,18 +191,19 @@ def test_paired_difference(seed: int) -> None:
 
 def test_table() -> None:
     outcomes = [
-        Outcome("sgd", [80.0, 82.0], 1.0),
-        Outcome("sam", [83.0, 84.0], 2.0),
-        Outcome("esam", [84.0, 85.5], 1.8333),
+        Outcome("sgd", [80.0, 82.0], [81.0, 84.0], 1.0),
+        Outcome("sam", [83.0, 84.0], [83.0, 84.0], 2.0),
+        Outcome("esam", [84.0, 85.5], [84.0, 87.0], 1.8333),
     ]
     rows, numbers = compared(outcomes, "sam", ACC1)
     assert rows == [
-        ("sgd", "81.00 ± 1.41", "-2.50 ± 0.50", "1.00"),
-        ("sam", "83.50 ± 0.71", "-", "2.00"),
-        ("esam", "84.75 ± 1.06", "+1.25 ± 0.25", "1.83"),
+        ("sgd", "81.00 ± 1.41", "82.50 ± 2.12", "-2.50 ± 0.50", "1.00"),
+        ("sam", "83.50 ± 0.71", "83.50 ± 0.71", "-", "2.00"),
+        ("esam", "84.75 ± 1.06", "85.50 ± 2.12", "+1.25 ± 0.25", "1.83"),
     ]
+    assert numbers["esam"]["best_epoch"]["acc1"] == [84.0, 87.0]
     assert numbers["esam"]["difference"] == {"mean": 1.25, "standard_error": pytest.approx(0.25)}
-    assert compared([Outcome("sam", [83.0], 2.0)], "sam", ACC1)[0] == [("sam", "83.00", "-", "2.00")]
+    assert compared([Outcome("sam", [83.0], [83.5], 2.0)], "sam", ACC1)[0] == [("sam", "83.00", "83.50", "-", "2.00")]
     assert markdown(["a", "bc"], [["long", "1"]]) == "| a    | bc |\n|------|----|\n| long | 1  |\n"
 
 

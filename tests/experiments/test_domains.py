@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesam_dist.experiments.domain_results import by_source, outcome_on_targets, over_sources, pairs
-from lesam_dist.experiments.runs import Outcome
+from lesam_dist.experiments.domain_results import as_outcome, by_source, outcome_on_targets, over_sources, pairs
 from tests.conftest import Command
 
 Lines = list[dict[str, Any]]
@@ -65,7 +64,7 @@ def test_tables(tmp_path: Path) -> None:
     }
     assert over_sources(runs, "sam") == [40, 45]
     assert over_sources(runs, "sam", "micro") == [25, 30]
-    header, rows = by_source(runs, [Outcome("sam", [40, 45], 2.0)])
+    header, rows = by_source(runs, [as_outcome("sam", [40, 45], 2.0)])
     assert header[:4] == ("method", "a", "b", "mean")
     assert rows == [("sam", "30.00 ± 14.14", "55.00 ± 7.07", "42.50 ± 3.54", "27.50 ± 3.54", "42.50 ± 3.54", "2.00")]
     header, rows = pairs(runs)
@@ -74,7 +73,7 @@ def test_tables(tmp_path: Path) -> None:
     broken = {**runs, ("b", "sam"): [None, runs["b", "sam"][1]]}
     assert math.isnan(over_sources(broken, "sam")[0])
     assert pairs(broken)[1][1] == ("b", "sam", "diverged", "", "diverged", "-, 1")
-    assert "diverged" in by_source(broken, [Outcome("sam", [math.nan, 45], 2.0)])[1][0][2]
+    assert "diverged" in by_source(broken, [as_outcome("sam", [math.nan, 45], 2.0)])[1][0][2]
 
 
 @pytest.fixture

@@ -208,6 +208,14 @@ def test_on_many_processes(root: Path, tmp_path: Path) -> None:
         (("--domains.holdout", "1"), "domains.holdout is 1.0: it must be in"),
         (("--data.builtin", "digits"), "data.builtin is digits but task is domains"),
         (("--domains.source", "[mnist, scans, print]"), "data.batch_size is 32 and domains.source names 3 domains"),
+        (
+            ("--data.label_noise.kind", "symmetric", "--data.label_noise.rate", "0.2"),
+            "label_noise.kind is symmetric but",
+        ),
+        (
+            ("--adversarial.norm", "linf", "--adversarial.epsilon", "0.1"),
+            "adversarial.norm is linf but task is domains",
+        ),
         (("--data.repeats", "2"), "data.repeats is 2 but task is domains"),
         (("--task", "classification"), r"domains.source is \['mnist'\] but task is classification"),
         (("--ema.decay", "0.9"), "ema.decay is 0.9 and ema.uniform_from is 200: there is one average"),

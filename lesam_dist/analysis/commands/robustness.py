@@ -64,8 +64,8 @@ def _corruptions(arguments: argparse.Namespace) -> Corruptions | None:
 
 
 def _passes(arguments: argparse.Namespace, subject: Subject) -> tuple[int, int, str]:
-    from lesam_dist.analysis.engine.pgd import Scale
     from lesam_dist.analysis.measures.robustness import passes
+    from lesam_dist.tasks.classification.pgd import Scale
 
     several = len(arguments.linf) + len(arguments.l2)
     asked = _corruptions(arguments)

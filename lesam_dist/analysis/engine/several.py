@@ -14,7 +14,10 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 
 _LONGEST = 100  # characters of names in a file's name
-_OF_IMAGES = ("root", "builtin", "skip_list", "image_size", "val_resize", "val_crop", "val_keep_aspect", "mean", "std")
+_OF_IMAGES = (
+    *("root", "builtin", "skip_list", "image_size", "val_resize", "val_crop", "val_keep_aspect", "mean", "std"),
+    *("label_noise.kind", "label_noise.rate", "label_noise.file", "label_noise.labels"),
+)
 
 
 def read_sources(
@@ -64,7 +67,10 @@ def stem_of(sources: Sequence[Source]) -> str:
 
 
 def _require_alike(first_path: Path, first: Source, path: Path, other: Source) -> None:
-    for name in ("model.name", *(f"data.{field}" for field in _OF_IMAGES)):
+    names = ["model.name", *(f"data.{field}" for field in _OF_IMAGES)]
+    if first.config.data.label_noise.rate:  # whose wrong labels are drawn from it
+        names.append("seed")
+    for name in names:
         here, there = (attrgetter(name)(source.config) for source in (first, other))
         if here != there:
             which = "model" if name == "model.name" else "images"

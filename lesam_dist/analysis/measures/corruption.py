@@ -25,10 +25,10 @@ from lesam_dist.analysis.engine.corruption import (
 )
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Batch, Objective
-from lesam_dist.analysis.engine.pgd import Scale
 from lesam_dist.analysis.engine.randomness import some_of
 from lesam_dist.errors import UserError
 from lesam_dist.tasks.classification.calibration import Calibration, calibration_of
+from lesam_dist.tasks.classification.pgd import Scale
 
 Batches = Callable[[str, int], Iterator[Batch]]
 """This process's normalised images of a kind and severity."""

@@ -13,7 +13,7 @@ import torch
 from lesam_dist.analysis.engine.accuracy import Accuracy, predict
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Objective
-from lesam_dist.analysis.engine.pgd import Norm, Scale, pgd, random_starts
+from lesam_dist.analysis.engine.starts import random_starts
 from lesam_dist.analysis.measures.corruption import Corrupted, corruptions_of
 from lesam_dist.errors import UserError
 from lesam_dist.tasks.classification.calibration import (
@@ -22,6 +22,7 @@ from lesam_dist.tasks.classification.calibration import (
     over_processes,
     right,
 )
+from lesam_dist.tasks.classification.pgd import Norm, Scale, pgd
 
 _HALF_A_GREY_LEVEL = 0.5 / 255
 
@@ -64,7 +65,7 @@ def robustness(
     journal: Journal | None = None,
     on_passes: Callable[[float], None] | None = None,
 ) -> Robustness:
-    """Accuracy under PGD (`lesam_dist.analysis.engine.pgd.pgd`) and corruptions; NLL and ECE, clean and corrupted.
+    """Accuracy under PGD (`lesam_dist.tasks.classification.pgd.pgd`) and corruptions; NLL and ECE, clean and corrupted.
 
     The default attacks are those of the paper's Table 5. Each image has one random start in each norm, which depends on
     ``seed`` and on the image's index among those of all processes, rank 0's first: neither the number of processes nor

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from lesam_dist.config.schema.label_noise import LabelNoiseConfig
 
 DataBackend = Literal["auto", "dali", "torchvision"]
 Builtin = Literal["digits", "digits_noisy", "mnist5k", "mnist5k_noisy", "digit_domains", "cifar10", "cifar100"]
@@ -112,6 +114,8 @@ class DataConfig:
     max_bad_files: int = 10
     """training images that cannot be decoded and are replaced by others, over all processes and the whole run, before
     it stops; each is named and counted (class folders)"""
+    label_noise: LabelNoiseConfig = field(default_factory=LabelNoiseConfig)
+    """which training labels are wrong, if any"""
 
 
 FOLDERS_ONLY = (

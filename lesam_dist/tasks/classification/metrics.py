@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lesam_dist.tasks.classification.calibration import calibration_of, calibration_sums
 
 _TOP = 5
+_SHARES = ("acc1", "acc5", "robust_acc1")  # counts of the samples
 
 
 class ClassifierMetrics:
@@ -33,8 +34,9 @@ class ClassifierMetrics:
         return sums | {"loss": loss, "bins": calibration_sums(logits, labels), "samples": len(labels)}
 
     def report(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """``acc1`` and, for more than 5 classes, ``acc5`` in per cent, ``loss`` per sample (which is the negative
-        log-likelihood), and ``ece``, the expected calibration error from 0 to 1 (`lesam_dist.tasks.classification`)."""
+        """``acc1`` and, for more than 5 classes, ``acc5``, and ``robust_acc1`` where it was counted, in per cent;
+        ``loss`` per sample (which is the negative log-likelihood), and ``ece``, the expected calibration error from 0
+        to 1 (`lesam_dist.tasks.classification`)."""
         samples = float(sums["samples"])
-        result = {name: 100 * float(sums[name]) / samples for name in ("acc1", "acc5") if name in sums}
+        result = {name: 100 * float(sums[name]) / samples for name in _SHARES if name in sums}
         return result | {"loss": float(sums["loss"]) / samples, "ece": calibration_of(sums["bins"]).ece}

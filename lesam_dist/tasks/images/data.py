@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lesam_dist.data.cifar_transform import CifarTransform
 from lesam_dist.data.cycles import Cycles
 from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import remarks
+from lesam_dist.data.label_noise import with_label_noise
 from lesam_dist.data.opening import data_root, open_splits
 from lesam_dist.data.scans import Scans, holds, prepare
 from lesam_dist.data.skip_list import read_skip_list
@@ -23,17 +25,37 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.mixing import require_pairs
 
+_COMMON = ("image_size", "horizontal_flip", "mean", "std")  # of all transforms
 _DRY_BATCHES = 2
 _DRY_CLASSES = {"cifar100": 100, None: 1000}  # as the data has them; the others have 10
 Images = ImageFolder | CifarSplit
 
 
 def build_folders(config: Config, world: Distributed) -> tuple[Images, Images]:
-    """The training and validation images; writes a built-in data set first where it is missing.
+    """The training images, with the labels that the run trains on, and the validation images.
+
+    A built-in data set is written first where it is missing.
 
     Raises:
-        UserError: for a data root that is missing, or holds something else than the data set; for a single class.
+        UserError: for a data root that is missing, or holds something else than the data set; for a single class; for
+            labels that cannot be read.
     """
+    train, val = _open_data(config, world)
+    noise = config.data.label_noise
+    if noise.kind is None:
+        return train, val
+    noisy = with_label_noise(train, seed=config.seed, **asdict(noise))
+    if world.is_main:
+        changed = int((noisy.labels != train.labels).sum())
+        which = noise.labels if noise.kind == "human" else f"rate {noise.rate:g}"
+        print(
+            f"data.label_noise: {changed:,} of {len(train):,} training labels are changed ({noise.kind}, {which})",
+            flush=True,
+        )
+    return noisy, val
+
+
+def _open_data(config: Config, world: Distributed) -> tuple[Images, Images]:
     _loader(config)  # whose transform is checked, before anything is downloaded
     builtin = config.data.builtin
     if config.data.root is None:
@@ -150,15 +172,14 @@ def _loader_here(config: Config, world: Distributed) -> Callable[..., Loader]:
 
 def _loader(config: Config) -> Callable[..., Loader]:
     """`CifarLoader` or `build_loader` with its own part of the config."""
+    if config.on_device:
+        return partial(CifarLoader, transform=device_transform(config))
     data, sizes = config.data, config.schedule.image_size
 
     def named(*names: str) -> dict[str, Any]:
         return {name: getattr(data, name) for name in names}
 
-    common = named("image_size", "horizontal_flip", "mean", "std")
-    if data.builtin in DATASETS:
-        own = named(*CIFAR_ONLY)
-        return partial(CifarLoader, transform=CifarTransform(**common, **own))
+    common = named(*_COMMON)
     own = named("val_resize", *FOLDERS_ONLY) | {"sizes": None if sizes is None else tuple(map(tuple, sizes))}
     transform = Transform(**common, **own)
     dali = {name.removeprefix("dali_"): value for name, value in named(*DALI_ONLY).items()}
@@ -168,6 +189,11 @@ def _loader(config: Config) -> Callable[..., Loader]:
         "dali": DaliOptions(**dali, channels_last=config.precision.channels_last),
     }
     return partial(build_loader, transform=transform, **own)
+
+
+def device_transform(config: Config) -> CifarTransform:
+    """What is done to batches of images that stay on the device."""
+    return CifarTransform(**{name: getattr(config.data, name) for name in (*_COMMON, *CIFAR_ONLY)})
 
 
 def build_synthetic_loaders(config: Config, num_classes: int, world: Distributed) -> tuple[Loader, Loader]:

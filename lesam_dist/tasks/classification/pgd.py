@@ -8,9 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-from lesam_dist.analysis.engine.objective import summed_cross_entropy
-from lesam_dist.analysis.engine.randomness import generator
+from torch.nn import functional as F
 
 Norm = Literal["linf", "l2"]
 STEPS_PER_EPS: dict[Norm, int] = {"linf": 4, "l2": 8}
@@ -41,21 +39,7 @@ class Scale:
         return delta / _by_channel(self.std, delta)
 
 
-def random_starts(norm: Norm, images: Tensor, seed: int, first: int) -> Tensor:
-    """A random point of the unit box or ball for each image, in the shape of ``images``.
-
-    Uniform in the box; in the ball a random direction, with a length that is uniform from 0 to 1. Each is a function
-    of ``seed``, the norm and the image's index alone.
-
-    Args:
-        norm: of the box or the ball.
-        images: (B, ...), for shape, dtype and device.
-        seed: of all.
-        first: index of the first of the images.
-    """
-    return torch.stack([_start(norm, images.shape[1:], seed, first + i) for i in range(len(images))]).to(images)
-
-
+@torch.enable_grad()
 def pgd(
     model: nn.Module,
     images: Tensor,
@@ -66,6 +50,7 @@ def pgd(
     eps: float,
     steps: int,
     scale: Scale,
+    step_size: float | None = None,
 ) -> Tensor:
     """Perturbations that raise the cross entropy, in pixels, in the shape of ``images``.
 
@@ -80,32 +65,26 @@ def pgd(
         model: gives logits; in eval mode.
         images: normalised, (B, ...).
         labels: (B,).
-        starts: from `random_starts`.
+        starts: points of the unit box or ball, in the shape of ``images``; zeros begin at the images.
         norm: "linf" or "l2".
         eps: radius, in pixels from 0 to 1.
         steps: of the ascent, one forward and one backward each.
         scale: of the images.
+        step_size: of a step, in pixels; None takes the above.
     """
+    std = _by_channel(scale.std, images)
+    size = eps / STEPS_PER_EPS[norm] if step_size is None else step_size
     # Rounding leaves pixels a little outside of 0 to 1, where no perturbation, not even zero, would do.
     pixels = scale.pixels(images).clamp_(0, 1)
     lowest, highest = -pixels, 1 - pixels
     delta = (eps * starts).clamp(lowest, highest)
     for _ in range(steps):
         delta.requires_grad_()
-        loss = summed_cross_entropy(model(images + scale.normalised(delta)), labels)
+        loss = F.cross_entropy(model(images + delta / std), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, delta)
-        moved = delta.detach() + eps / STEPS_PER_EPS[norm] * _direction(norm, gradient)
+        moved = delta.detach() + size * _direction(norm, gradient)
         delta = _projected(norm, moved, eps).clamp(lowest, highest)
     return delta
-
-
-def _start(norm: Norm, shape: torch.Size, seed: int, index: int) -> Tensor:
-    random = generator(seed, f"start in {norm}", index)
-    if norm == "linf":
-        return 2 * torch.rand(shape, generator=random) - 1
-    direction = torch.randn(shape, generator=random)
-    length: Tensor = torch.linalg.vector_norm(direction)
-    return direction / length * torch.rand((), generator=random)
 
 
 def _direction(norm: Norm, gradient: Tensor) -> Tensor:
