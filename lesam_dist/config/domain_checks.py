@@ -37,8 +37,8 @@ def check_domains(config: Config) -> None:
         )
     if data.label_noise.kind is not None:
         raise UserError(
-            f"data.label_noise.kind is {data.label_noise.kind} but task is domains, whose labels stay as they are: leave "
-            "it null."
+            f"data.label_noise.kind is {data.label_noise.kind} but task is domains, which leaves labels as they "
+            "are: leave it null."
         )
     for name, value in (("repeats", 1), ("order", "random")):
         if getattr(data, name) != value:
