@@ -7,6 +7,7 @@ from lesam_dist.errors import UserError, unknown_name
 
 BUILT_IN = {
     "classification": "lesam_dist.tasks.classification.task.Classification",
+    "domains": "lesam_dist.tasks.domains.task.DomainGeneralisation",
     "long_tail": "lesam_dist.tasks.long_tail.task.LongTail",
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lesam_dist.config.schema.adversarial import AdversarialConfig
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
+from lesam_dist.config.schema.domains import DomainsConfig
 from lesam_dist.config.schema.label_noise import HUMAN_LABELS, LabelNoiseConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from lesam_dist.config.schema.long_tail import OF_LONG_TAIL_METHOD, LongTailConfig, LongTailMethod
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "DataBackend",
     "DataConfig",
+    "DomainsConfig",
     "EmaConfig",
     "GuardConfig",
     "LabelNoiseConfig",
@@ -62,6 +64,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    domains: DomainsConfig = field(default_factory=DomainsConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     long_tail: LongTailConfig = field(default_factory=LongTailConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -72,7 +75,8 @@ class Config:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     task: str = "classification"
-    """what is learned: classification, long_tail, or a class of your own by package.module.Class (docs/tasks.md)"""
+    """what is learned: classification, long_tail, domains, or a class of your own by package.module.Class
+    (docs/tasks.md)"""
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of a task of your own: --task_args.NAME VALUE"""
     epochs: int = 90

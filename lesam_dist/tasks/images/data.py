@@ -13,6 +13,7 @@ from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, bui
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
+from lesam_dist.data.cycles import Cycles
 from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import remarks
 from lesam_dist.data.label_noise import with_label_noise
@@ -138,15 +139,22 @@ def build_bad_files(config: Config, folders: tuple[Images, Images], world: Distr
 
 
 def build_loaders(
-    config: Config, folders: tuple[Images, Images], world: Distributed, bad_files: BadFiles | None = None
+    config: Config,
+    folders: tuple[Images, Images],
+    world: Distributed,
+    bad_files: BadFiles | None = None,
+    cycles: Cycles | None = None,
 ) -> tuple[Loader, Loader]:
     """Loaders of the training and the validation images for this process.
 
     Args:
         bad_files: of `build_bad_files`; without it a training image that cannot be decoded is an error.
+        cycles: how domains are sampled in training; None: all images once in an epoch.
     """
     data = config.data
     own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
+    if cycles is not None:
+        own["cycles"] = cycles
     train = _loader_here(config, world)(folders[0], train=True, batch_size=data.batch_size, **own)
     require_pairs(config, world)
     return train, build_evaluation_loader(config, folders[1], world)
