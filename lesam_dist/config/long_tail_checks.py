@@ -75,8 +75,8 @@ def _check_data(config: Config) -> None:
         )
     if data.label_noise.kind is not None:
         raise UserError(
-            f"data.label_noise.kind is {data.label_noise.kind} but task is long_tail, whose classes are counted by their "
-            "true labels: leave it null."
+            f"data.label_noise.kind is {data.label_noise.kind} but task is long_tail, whose classes are counted by "
+            "their true labels: leave it null."
         )
     for name in ("mixup", "cutmix", "repeats") if method == "glmc" else ("mixup", "cutmix"):
         default = getattr(DataConfig(), name)
