@@ -43,6 +43,12 @@ def _sweep(argv: Sequence[str]) -> None:
     sweep(argv)
 
 
+def _domains(argv: Sequence[str]) -> None:
+    from lesam_dist.experiments.domains import domains
+
+    domains(argv)
+
+
 def _plan(argv: Sequence[str]) -> None:
     from lesam_dist.planning.command import plan
 
@@ -101,6 +107,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "index": (_index, "list a large data set once, so that runs start at once (lesam-dist index --help)"),
     "pack": (_pack, "pack a data set into tar shards, smaller ones if you like (lesam-dist pack --help)"),
     "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
+    "domains": (_domains, "train on each domain in turn, and test on the others (lesam-dist domains --help)"),
     "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
     "analyze": (_analyze, "see how flat the loss is around a checkpoint (lesam-dist analyze --help)"),
     "report": (_report, "one HTML file about runs: curves, analyses, cost (lesam-dist report --help)"),
@@ -127,7 +134,7 @@ _TRAIN_EXTRA = {
 }
 
 
-_TRAINING = ("train", "compare", "sweep")
+_TRAINING = ("train", "compare", "sweep", "domains")
 _PIPE_CLOSED = 141  # as the shell has it of a program that SIGPIPE ends
 
 

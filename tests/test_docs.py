@@ -20,6 +20,7 @@ from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.explain import unknown_key
 from lesam_dist.errors import UserError
 from lesam_dist.experiments.compare import compare
+from lesam_dist.experiments.domains import domains
 from lesam_dist.experiments.sweep import sweep
 from lesam_dist.planning.command import plan
 
@@ -150,9 +151,10 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
     def start(*_: object) -> None:
         raise StartedError
 
-    run = {"compare": compare, "sweep": sweep, "plan": plan}[command]
+    run = {"compare": compare, "sweep": sweep, "domains": domains, "plan": plan}[command]
     first = "planning.command.predict_and_report" if command == "plan" else f"experiments.{command}.run_all"
     monkeypatch.setattr(f"lesam_dist.{first}", start)
+    monkeypatch.setattr("lesam_dist.experiments.domains._folders", lambda _: ["photo", "LabelMe", "SUN09"])
     with pytest.raises(StartedError):
         run(arguments)
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from lesam_dist.config.schema import Config, DataConfig
 from lesam_dist.errors import UserError
 
+_COLORS = ("brightness", "contrast", "saturation", "hue")
 _LARGEST = 1 << 14  # pixels; more is a typing error
 
 
@@ -17,6 +18,8 @@ def check_augmentation(config: Config) -> None:
         UserError: for the first such value, with the remedy.
     """
     _check_randaugment(config.data)
+    _check_color(config.data)
+    _check_squash(config.data)
     _check_mixing(config.data)
     _check_repeats(config.data)
     _check_sizes(config)
@@ -31,6 +34,25 @@ def _check_randaugment(data: DataConfig) -> None:
                 f"data.{name} is {value} but data.auto_augment is {data.auto_augment}: only randaugment has it. "
                 f"Choose randaugment, or leave it at {getattr(default, name)}."
             )
+
+
+def _check_color(data: DataConfig) -> None:
+    for name, amount in zip(_COLORS, data.color_jitter, strict=True):
+        most = 0.5 if name == "hue" else 100.0
+        if not 0 <= amount <= most:
+            raise UserError(
+                f"data.color_jitter is {list(data.color_jitter)}: {name} is {amount}, and must be at least 0 and at "
+                f"most {most:g}."
+            )
+
+
+def _check_squash(data: DataConfig) -> None:
+    default = DataConfig().val_resize
+    if not data.val_keep_aspect and data.val_resize != default:
+        raise UserError(
+            f"data.val_resize is {data.val_resize} but data.val_keep_aspect is false, which resizes to data.val_crop "
+            f"or data.image_size at once: leave val_resize at {default}, or val_keep_aspect at true."
+        )
 
 
 def _check_mixing(data: DataConfig) -> None:
@@ -65,7 +87,7 @@ def _check_sizes(config: Config) -> None:
     if sizes is None:
         return
     field, shown = "schedule.image_size", [list(pair) for pair in sizes or ()]
-    if config.data.builtin in ("cifar10", "cifar100"):
+    if config.on_device:
         raise UserError(
             f"{field} is {shown} but data.builtin is {config.data.builtin}: only class folders are read in several "
             "sizes. Leave it at null."

@@ -12,8 +12,10 @@ from typing import Any
 from lesam_dist.config.adversarial_checks import check_adversarial
 from lesam_dist.config.augmentation import check_augmentation
 from lesam_dist.config.data_checks import check_data, check_loss
+from lesam_dist.config.domain_checks import check_domains
 from lesam_dist.config.explain import expected, is_optional
 from lesam_dist.config.label_noise_checks import check_label_noise
+from lesam_dist.config.long_tail_checks import check_long_tail
 from lesam_dist.config.methods import settle
 from lesam_dist.config.optimizer_checks import check_optimizer
 from lesam_dist.config.schema import (
@@ -40,18 +42,22 @@ _AT_MOST = {
     "data.mixup": 1000,
     "data.cutmix": 1000,
     "data.mix_probability": 1,
+    "data.grayscale": 1,
     "data.random_erasing": 1,
     "data.repeats": 1 << 14,
     "data.crop_padding": 1 << 14,
     "data.cutout": 1 << 14,
     "data.workers": 1024,
     "data.shuffle_window": 10**9,
+    "domains.steps_per_epoch": 10**9,
+    "domains.head_steps": 10**9,
     "data.dali_device_padding": 1 << 20,
     "data.dali_host_padding": 1 << 20,
     "data.dali_prefetch": 1000,
     "data.max_bad_files": 10**9,
     "optimizer.ascent_interval": 1_000_000,
     "optimizer.lr_reference_batch": 1 << 24,
+    "ema.uniform_from": 10**9,
     "parallel.timeout_s": 10_000_000,
     "checkpoint.every_minutes": 10_000_000,
     "checkpoint.grace_seconds": 10_000_000,
@@ -72,10 +78,13 @@ _AT_LEAST = {
     "data.randaugment_magnitude": 0,
     "data.mixup": 0,
     "data.cutmix": 0,
+    "data.grayscale": 0,
     "data.random_erasing": 0,
     "data.repeats": 1,
     "data.workers": 1,
     "data.shuffle_window": 1,
+    "domains.steps_per_epoch": 1,
+    "domains.head_steps": 0,
     "data.dali_device_padding": 0,
     "data.dali_host_padding": 0,
     "data.dali_prefetch": 1,
@@ -85,6 +94,7 @@ _AT_LEAST = {
     "optimizer.momentum": 0,
     "optimizer.weight_decay": 0,
     "optimizer.start_epoch": 0,
+    "ema.uniform_from": 1,
     "schedule.lr_warmup_epochs": 0,
     "schedule.sigma_warmup_epochs": 0,
     "schedule.anneal_start_epoch": 0,
@@ -158,8 +168,10 @@ def _check(config: Config) -> None:
     if config.model.drop_path is not None and not 0 <= config.model.drop_path < 1:
         raise UserError(f"model.drop_path is {config.model.drop_path}: it must be in [0, 1).")
     check_task(config)
+    check_long_tail(config)
     check_loss(config.loss)
     check_data(config)
+    check_domains(config)
     check_label_noise(config.data)
     check_adversarial(config)
     check_augmentation(config)
@@ -167,6 +179,11 @@ def _check(config: Config) -> None:
     _check_parallel(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
         raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
+    if config.ema.decay is not None and config.ema.uniform_from is not None:
+        raise UserError(
+            f"ema.decay is {config.ema.decay} and ema.uniform_from is {config.ema.uniform_from}: there is one average, "
+            "exponential or uniform. Leave one of them at null."
+        )
     _check_precision(config)
     _check_schedule(config)
     _check_measuring(config)

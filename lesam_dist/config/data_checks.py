@@ -8,7 +8,7 @@ from lesam_dist.errors import UserError
 
 def check_data(config: Config) -> None:
     """Refuse what would have no effect."""
-    is_cifar = config.data.builtin in ("cifar10", "cifar100")
+    is_cifar = config.on_device
     if is_cifar and config.data.skip_list is not None:
         raise UserError(
             f"data.skip_list is '{config.data.skip_list}' but data.builtin is {config.data.builtin}: only class "
@@ -29,7 +29,8 @@ def check_data(config: Config) -> None:
     for name in FOLDERS_ONLY if is_cifar else CIFAR_ONLY:
         value = getattr(config.data, name)
         if value != getattr(default, name):
-            kind = "class folders" if is_cifar else "cifar10 and cifar100"
+            folders = "class folders" if config.task != "long_tail" else "class folders of your own"
+            kind = folders if is_cifar else "cifar10 and cifar100"
             raise UserError(
                 f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
                 f"augmented that way. Leave it at {getattr(default, name)}."

@@ -22,6 +22,7 @@ _IN_EPOCHS = (
     "schedule.anneal_start_epoch",
     "optimizer.start_epoch",
     "optimizer.stop_epoch",
+    "long_tail.reweight_epoch",
 )
 _SIZES = "schedule.image_size"  # pairs of an epoch and a size
 _MOST = 10**9  # epochs; what is more is refused

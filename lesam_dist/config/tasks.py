@@ -5,7 +5,11 @@ from __future__ import annotations
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError, unknown_name
 
-BUILT_IN = {"classification": "lesam_dist.tasks.classification.task.Classification"}
+BUILT_IN = {
+    "classification": "lesam_dist.tasks.classification.task.Classification",
+    "domains": "lesam_dist.tasks.domains.task.DomainGeneralisation",
+    "long_tail": "lesam_dist.tasks.long_tail.task.LongTail",
+}
 
 
 def import_path(name: str) -> tuple[str, str]:

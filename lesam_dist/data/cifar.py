@@ -103,13 +103,59 @@ def _split(root: Path, dataset: CIFAR10) -> CifarSplit:
     return CifarSplit(root, tuple(dataset.classes), images, np.asarray(dataset.targets, dtype=np.int64))
 
 
-class CifarLoader:
-    """See ``Loader``. The images stay on the device as uint8, and so do all operations on them.
+class DeviceImages:
+    """A split whose images stay on the device as uint8, and so do all operations on them.
 
     Args:
         split: from `load_cifar`.
         transform: what is done to a batch.
         device: where the images are kept: 3 KB each, so 184 MB for training and test images.
+    """
+
+    def __init__(self, split: CifarSplit, transform: CifarTransform, device: torch.device) -> None:
+        self._transform, self._device = transform, device
+        self._data: tuple[Tensor, Tensor] | None = (
+            torch.from_numpy(split.images).to(device),
+            torch.from_numpy(split.labels).to(device),
+        )
+        self._mean, self._std = (
+            torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
+            for values in (transform.mean, transform.std)
+        )
+
+    def close(self) -> None:
+        self._data = None
+
+    def batch(self, numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Images, float32 ``(B, 3, S, S)``, and labels, int64 ``(B,)``.
+
+        Args:
+            numbers: ``(1, B)`` the samples, or ``(6, B)`` with their draws below: to the device in one copy.
+        """
+        if self._data is None:
+            raise RuntimeError("this loader is closed")
+        host = torch.from_numpy(numbers)
+        if self._device.type == "cuda":
+            host = host.pin_memory()  # else the copy would wait for the device
+        samples, *draws = host.to(self._device, non_blocking=True)
+        images, labels = (part.index_select(0, samples) for part in self._data)
+        transform = self._transform
+        if draws:
+            top, left, flip, hole_top, hole_left = draws
+            images = crop_and_flip(images, top, left, flip, transform.crop_padding)
+        images = images.float().sub_(self._mean).div_(self._std)
+        if draws and transform.cutout:
+            cut_out(images, hole_top, hole_left, transform.cutout)
+        if transform.image_size != SIDE:
+            images = F.interpolate(images, size=transform.image_size, mode="bilinear", antialias=True)
+        return images, labels
+
+
+class CifarLoader:
+    """See ``Loader``.
+
+    Args:
+        split, transform, device: see `DeviceImages`.
         train, batch_size, seed, rank, world_size, repeats: see `Sampling`.
 
     Raises:
@@ -131,15 +177,7 @@ class CifarLoader:
     ) -> None:
         self._sampling = Sampling(split, train, batch_size, seed, rank, world_size, repeats=repeats if train else 1)
         self._transform = transform
-        self._device = device
-        self._data: tuple[Tensor, Tensor] | None = (
-            torch.from_numpy(split.images).to(device),
-            torch.from_numpy(split.labels).to(device),
-        )
-        self._mean, self._std = (
-            torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
-            for values in (transform.mean, transform.std)
-        )
+        self._images = DeviceImages(split, transform, device)
 
     def __len__(self) -> int:
         return len(self._sampling)
@@ -148,10 +186,10 @@ class CifarLoader:
         sampling = self._sampling
         for i, batch in enumerate(sampling.batches(index, start), start):
             if not sampling.train:
-                yield self._batch(batch[None])
+                yield self._images.batch(batch[None])
                 continue
             draws = draw(self._transform, sampling.positions(i), seed=sampling.seed, epoch=index)
-            yield self._batch(np.stack([batch, *draws]))
+            yield self._images.batch(np.stack([batch, *draws]))
 
     def state_dict(self) -> dict[str, Any]:
         return self._sampling.state_dict()
@@ -160,24 +198,4 @@ class CifarLoader:
         self._sampling.load_state_dict(state)
 
     def close(self) -> None:
-        self._data = None
-
-    def _batch(self, numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """``(1, B)`` the samples, or ``(6, B)`` with their draws below: to the device in one copy."""
-        if self._data is None:
-            raise RuntimeError("this loader is closed")
-        host = torch.from_numpy(numbers)
-        if self._device.type == "cuda":
-            host = host.pin_memory()  # else the copy would wait for the device
-        samples, *draws = host.to(self._device, non_blocking=True)
-        images, labels = (part.index_select(0, samples) for part in self._data)
-        transform = self._transform
-        if draws:
-            top, left, flip, hole_top, hole_left = draws
-            images = crop_and_flip(images, top, left, flip, transform.crop_padding)
-        images = images.float().sub_(self._mean).div_(self._std)
-        if draws and transform.cutout:
-            cut_out(images, hole_top, hole_left, transform.cutout)
-        if transform.image_size != SIDE:
-            images = F.interpolate(images, size=transform.image_size, mode="bilinear", antialias=True)
-        return images, labels
+        self._images.close()

@@ -15,6 +15,7 @@ from lesam_dist.data.order import CIFAR_STREAM, position_uniforms
 from lesam_dist.errors import UserError
 
 SIDE = 32  # pixels
+DRAWS = 6  # random numbers of one image
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,19 @@ class CifarDraws(NamedTuple):
 
 
 def draw(transform: CifarTransform, positions: range, *, seed: int, epoch: int) -> CifarDraws:
-    """Random numbers of the samples at ``positions`` of an epoch; see `position_uniforms`.
+    """Random numbers of the samples at ``positions`` of an epoch; see `position_uniforms`."""
+    return draws_of(transform, position_uniforms(CIFAR_STREAM, DRAWS, positions, seed=seed, epoch=epoch).T)
 
-    An option has its own column, so that it changes nothing in the others.
+
+def draws_of(transform: CifarTransform, u: NDArray[np.float64]) -> CifarDraws:
+    """What uniform numbers make of a batch.
+
+    An option has its own row, so that it changes nothing in the others.
+
+    Args:
+        transform: the ranges.
+        u: ``(DRAWS, B)``, in [0, 1).
     """
-    u = position_uniforms(CIFAR_STREAM, 6, positions, seed=seed, epoch=epoch).T
     top, left = (u[:2] * (2 * transform.crop_padding + 1)).astype(np.int64)
     flip = (u[2] < 0.5).astype(np.int64) * transform.horizontal_flip
     hole_top, hole_left = (u[3:5] * SIDE).astype(np.int64) - transform.cutout // 2

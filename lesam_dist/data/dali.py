@@ -163,8 +163,11 @@ class DaliLoader:
         if batch.draws is None:
             return files, batch.labels
         policy, draws = self._plan.transform.policy, batch.draws
-        inputs = (files, batch.labels, *draws[:4], draws.side.astype(np.float32))
-        return inputs if policy is None else (*inputs, *operation_inputs(policy, draws))
+        operations = () if policy is None else operation_inputs(policy, draws)
+        colors: tuple[Any, ...] = ()
+        if self._plan.transform.changes_color:
+            colors = (draws.gray, draws.color, draws.factor) if draws.color.size else (draws.gray,)
+        return files, batch.labels, *draws[:4], draws.side.astype(np.float32), *operations, *colors
 
     def _next_batch(self) -> Batch:
         return self._plan.mend(self._again.popleft()) if self._again else next(self._batches)

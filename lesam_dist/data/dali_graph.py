@@ -9,6 +9,7 @@ import nvidia.dali
 from nvidia.dali.pipeline import do_not_convert
 
 from lesam_dist.data.dali_augment import OPERATION_INPUTS, augment_graph
+from lesam_dist.data.dali_color import color_graph, color_inputs
 from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.dali_whole import DECODER
 from lesam_dist.data.transform import ATTEMPTS, Transform
@@ -45,6 +46,10 @@ def build_pipeline(
     policy = transform.policy if train else None
     if policy is not None:
         inputs += OPERATION_INPUTS
+    colors, jitters = train and transform.changes_color, sum(amount > 0 for amount in transform.color_jitter)
+    first_of_colors = len(inputs) - 2
+    if colors:
+        inputs += color_inputs(jitters)
     options = options or DaliOptions()
     decoder = {**DECODER, **({"device": "cpu"} if device_id is None else options.decoder_arguments())}
     dtype, ndim = (list(column) for column in zip(*inputs, strict=True))
@@ -52,7 +57,7 @@ def build_pipeline(
     def on_gpu(image: Any) -> Any:
         return image if device_id is None else image.gpu()  # where a decoder of its own has put it already, or not
 
-    @dali.pipeline_def(enable_conditionals=policy is not None)  # type: ignore[untyped-decorator]
+    @dali.pipeline_def(enable_conditionals=policy is not None or colors)  # type: ignore[untyped-decorator]
     def graph() -> Any:
         file, label, *draws = fn.external_source(source, num_outputs=len(inputs), dtype=dtype, ndim=ndim)
         if not encoded:
@@ -60,20 +65,24 @@ def build_pipeline(
             file = fn.io.file.read(file, dont_use_mmap=True)
         shape = fn.peek_image_shape(file, adjust_orientation=False)[:2]
         if train:
-            area, ratio, position, flip, side, *operations = draws
+            area, ratio, position, flip, side, *operations = draws[:first_of_colors]
             start, extent = crop_graph(shape, area, ratio, position, transform.random_aspect_ratio)
             image = on_gpu(fn.decoders.image_slice(file, start=start, shape=extent, axes=(0, 1), **decoder))
             image = fn.resize(image, size=fn.stack(side, side))
             if policy is not None:
                 image, flip = augment_graph(fn.flip(image, horizontal=flip), policy, *operations), 0
+            if colors:
+                image = color_graph(image, jitters, *draws[first_of_colors:])
         else:
             flip, size = 0, transform.val_side
-            start, end = centre_graph(shape, transform.val_resize, size)
+            region = {}  # all of it
+            if transform.val_keep_aspect:
+                region["roi_start"], region["roi_end"] = centre_graph(shape, transform.val_resize, size)
             # All of it, but after `shape`. Side by side a file that is no image ended the process (DALI 2.4): perhaps
             # as both operators failed at one time, which is a guess.
             extent = fn.cast(shape, dtype=types.INT32)
             image = on_gpu(fn.decoders.image_slice(file, start=(0, 0), shape=extent, axes=(0, 1), **decoder))
-            image = fn.resize(image, size=(size, size), roi_start=start, roi_end=end)
+            image = fn.resize(image, size=(size, size), **region)
         image = fn.crop_mirror_normalize(
             image,
             mirror=flip,

@@ -177,11 +177,7 @@ def scan_split(
 
 def remarks(train: ImageFolder, val: ImageFolder) -> list[str]:
     """A line for each thing that looks like a mistake in data that can be used all the same."""
-    lines = [
-        f"'{folder.root / split}': passed over {_listed(folder.passed_over)}"
-        for split, folder in (("train", train), ("val", val))
-        if folder.passed_over
-    ]
+    lines = [*overlooked(train, "train"), *overlooked(val, "val")]
     missing = sorted(set(range(len(train.classes))) - set(val.labels.tolist()))
     if missing:
         lines.append(
@@ -189,6 +185,13 @@ def remarks(train: ImageFolder, val: ImageFolder) -> list[str]:
             f"evaluated: {_shorten([train.classes[k] for k in missing])}"
         )
     return lines
+
+
+def overlooked(folder: ImageFolder, split: str) -> list[str]:
+    """A line that says what was passed over in a split, if anything."""
+    if not folder.passed_over:
+        return []
+    return [f"'{folder.root / split}': passed over {_listed(folder.passed_over)}"]
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from lesam_dist.data.bad_files import BadFiles
+from lesam_dist.data.cycles import Cycles
 from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import ImageFolder
 from lesam_dist.data.plan import Plan
@@ -76,6 +77,7 @@ def build_loader(
     repeats: int = 1,
     bad_files: BadFiles | None = None,
     window: int | None = None,
+    cycles: Cycles | None = None,
     dali: DaliOptions | None = None,
 ) -> Loader:
     """A loader of ``folder`` for one rank. Both backends read the same samples with the same crops and flips.
@@ -96,6 +98,7 @@ def build_loader(
             others, see `Plan`. None: they are errors.
         window: read the shards of a packed data set from front to back, and shuffle so many samples together; see
             `Shards.sequential_order`. None: shuffle all.
+        cycles: for training on several domains, how they are sampled; None: all images once in an epoch.
         dali: how DALI works, where it is the backend.
 
     Raises:
@@ -107,7 +110,17 @@ def build_loader(
         raise UserError(f"workers is {workers}: use no negative number.")
     bad = bad_files if train else None
     plan = Plan(
-        folder, train, batch_size, seed, rank, world_size, transform, bad, window, repeats=repeats if train else 1
+        folder,
+        train,
+        batch_size,
+        seed,
+        rank,
+        world_size,
+        transform,
+        bad,
+        window,
+        cycles if train else None,
+        repeats=repeats if train else 1,
     )
     if backend == "dali":
         try:

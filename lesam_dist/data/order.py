@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 # Every use of randomness in this package draws from its own stream: SeedSequence(seed, (STREAM, epoch, ...)).
 ORDER_STREAM, CROP_STREAM, CIFAR_STREAM, SYNTHETIC_STREAM, REPLACEMENT_STREAM = range(5)
 AUGMENT_STREAM, ERASING_STREAM, MIXING_STREAM = range(5, 8)
+COLOR_STREAM, DOMAIN_STREAM = 11, 12
+DOMAIN_SPLIT_STREAM = 14
 LABEL_NOISE_STREAM, ADVERSARIAL_STREAM = 8, 13
+PAIRS_STREAM, PAIR_MIXING_STREAM = 9, 10
 
 _PHILOX_WORDS = 4  # random numbers of 64 bits that one value of Philox's counter gives
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesam_dist.data.bad_files import BadFiles
+from lesam_dist.data.cycles import Cycles
 from lesam_dist.data.errors import Failure, unreadable_image
 from lesam_dist.data.folder import ImageFolder
 from lesam_dist.data.order import replacements
@@ -62,12 +63,17 @@ class Plan(Sampling):
     Attributes:
         bad: files that are known to be broken, for training; None: they are errors.
         window: samples that are shuffled together, where shards are read from front to back; None: all.
+        cycles: how domains are sampled, for training; None: all images once in an epoch.
     """
 
     folder: ImageFolder
     transform: Transform
     bad: BadFiles | None = None
     window: int | None = None
+    cycles: Cycles | None = None
+
+    def __len__(self) -> int:
+        return super().__len__() if self.cycles is None else self.cycles.steps
 
     def epoch(self, index: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``index`` (any, in any order) from ``start`` on; evaluation epochs are all the same.
@@ -88,13 +94,16 @@ class Plan(Sampling):
             yield self.mend(Batch([paths[j] for j in batch.tolist()], own, draws, index, np.array(positions), parts))
 
     def order(self, epoch: int) -> NDArray[np.int64]:
+        if self.cycles is not None:
+            return self.cycles.order(self.batch_size, seed=self.seed, epoch=epoch)
         if self.window is None or not self.train or self.folder.shards is None:
             return super().order(epoch)
         return self.folder.shards.sequential_order(seed=self.seed, epoch=epoch, window=self.window)
 
     def state_dict(self) -> dict[str, Any]:
-        """With the window, which decides the order."""
-        return super().state_dict() | ({"window": self.window} if self.train else {})
+        """With the window, and how domains are sampled, which decide the order."""
+        state = super().state_dict() | ({"window": self.window} if self.train else {})
+        return state if self.cycles is None else state | {"cycles": [*self.cycles.sizes, self.cycles.steps]}
 
     def mend(self, batch: Batch) -> Batch:
         """The batch without the files that are known to be bad by now."""

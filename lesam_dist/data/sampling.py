@@ -148,6 +148,7 @@ class Sampling:
             "seed": "the seed",
             "batch_size": "the global batch size",
             "window": "data.shuffle_window",
+            "cycles": "the number of images of each domain and of steps in an epoch",
             "repeats": "the number of repeats",
         }
         for key, now in self.state_dict().items():

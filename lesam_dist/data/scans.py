@@ -74,33 +74,70 @@ def prepare(scans: Scans, root: Path, seed: int = 0, *, noisy: bool = False) -> 
         UserError: ``root`` cannot be written, or holds something else; the source is missing.
     """
     root = Path(root).expanduser()
-    if holds(scans, root, noisy=noisy):
+
+    def fill(folder: Path) -> None:
+        _write(scans, folder, seed, *scans.read())
+        if noisy:
+            _add_noise(scans, folder, seed)
+
+    return write_whole(
+        root,
+        scans.name,
+        is_there=lambda: holds(scans, root, noisy=noisy),
+        fill=fill,
+        found=lambda: _what_is_there(scans, root),
+        kind="noisy " if noisy else "",
+    )
+
+
+def write_whole(
+    root: Path,
+    name: str,
+    *,
+    is_there: Callable[[], bool],
+    fill: Callable[[Path], None],
+    found: Callable[[], str],
+    kind: str = "",
+) -> Path:
+    """Have a built-in data set in ``root``: written aside unless it is there, and moved there in one rename.
+
+    Args:
+        root: its folder.
+        name: of the data set, as in ``data.builtin`` but for ``kind``, which comes before it in messages.
+        is_there: whether ``root`` holds it.
+        fill: writes it into a folder.
+        found: what ``root`` holds otherwise, in words.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        UserError: ``root`` cannot be written, or holds something else; or as ``fill``.
+    """
+    root = Path(root).expanduser()
+    if is_there():
         return root
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UserError(
-            f"'{root}' exists and is not the {'noisy ' if noisy else ''}{scans.name} dataset "
-            f"({_what_is_there(scans, root)}): choose another folder, or remove this one. To train on your own images, "
-            f"leave out {scans.name}: --data.builtin null."
+            f"'{root}' exists and is not the {kind}{name} dataset ({found()}): choose another folder, or remove this "
+            f"one. To train on your own images, leave out {name}: --data.builtin null."
         )
-    pixels, labels = scans.read()
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     except OSError as error:
         raise UserError(
-            f"cannot write the {scans.name} dataset to '{root}' ({error.strerror}): choose a folder that you may write."
+            f"cannot write the {name} dataset to '{root}' ({error.strerror}): choose a folder that you may write."
         ) from error
     try:
-        _write(scans, aside, seed, pixels, labels)
-        if noisy:
-            _add_noise(scans, aside, seed)
+        fill(aside)
         aside.chmod(0o755)  # mkdtemp's is for its owner alone
         aside.rename(root)
     except OSError as error:
-        if not holds(scans, root, noisy=noisy):  # else another process was faster
+        if not is_there():  # else another process was faster
             raise UserError(
-                f"cannot write the {scans.name} dataset to '{root}' ({error.strerror}): free some space, or choose "
-                "a folder that you may write."
+                f"cannot write the {name} dataset to '{root}' ({error.strerror}): free some space, or choose a folder "
+                "that you may write."
             ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

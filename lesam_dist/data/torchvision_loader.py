@@ -21,6 +21,7 @@ from lesam_dist.data.errors import Failure, reason_of
 from lesam_dist.data.plan import Batch, Plan
 from lesam_dist.data.reading import read_each
 from lesam_dist.data.torchvision_augment import augment
+from lesam_dist.data.torchvision_color import adjust
 from lesam_dist.data.transform import Draws, Transform, crop_window
 from lesam_dist.parallel.signals import heed_main_process, not_for_helpers
 
@@ -163,15 +164,18 @@ class _Decoder(Dataset[Any]):
         top, left, height, width = crop_window(in_height, in_width, area, ratio, position, bounds)
         image = _resize(image[:, top : top + height, left : left + width], (int(side), int(side)))
         image = image.flip(-1) if flip else image
-        if self._policy is None:
-            return image
-        return augment(image.contiguous(), self._policy, draws.operation[i], draws.level[i])
+        if self._policy is not None:
+            image = augment(image.contiguous(), self._policy, draws.operation[i], draws.level[i])
+        return adjust(image, draws.color[i], draws.factor[i], int(draws.gray[i]))
 
     def _val(self, image: Tensor) -> Tensor:
         height, width = image.shape[1:]
+        side = self.transform.val_side
+        if not self.transform.val_keep_aspect:
+            return _resize(image, (side, side))
         resize, short = self.transform.val_resize, min(height, width)
         image = _resize(image, (resize * height // short, resize * width // short))
-        cropped: Tensor = F.center_crop(image, [self.transform.val_side])
+        cropped: Tensor = F.center_crop(image, [side, side])
         return cropped
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesam_dist.data.auto_augment import Policy, policy_of
+from lesam_dist.data.color_jitter import COLOR_NUMBERS, Amounts, choose
 from lesam_dist.data.erasing import NUMBERS, holes
-from lesam_dist.data.order import AUGMENT_STREAM, CROP_STREAM, ERASING_STREAM, position_uniforms
+from lesam_dist.data.order import AUGMENT_STREAM, COLOR_STREAM, CROP_STREAM, ERASING_STREAM, position_uniforms
 from lesam_dist.errors import UserError
 
 ATTEMPTS = 10  # candidate crops per image, as in torchvision's RandomResizedCrop
@@ -24,7 +25,8 @@ class Transform:
     """Training: random crop, resized to a square, flipped at random. Evaluation: resize, centre crop.
 
     Both are torchvision's: ``RandomResizedCrop`` + ``RandomHorizontalFlip``, and ``Resize`` + ``CenterCrop``,
-    bilinear with antialiasing; EXIF orientation is ignored, as ``ImageFolder`` does. Then
+    bilinear with antialiasing; EXIF orientation is ignored, as ``ImageFolder`` does. Or, in evaluation,
+    ``Resize((side, side))`` alone, which changes the aspect and shows the whole image. Then
     ``(pixel / 255 - mean) / std`` per channel.
 
     With DALI (measured on the CPU) pixels are within one grey level of 255 of that, by rounding; the
@@ -36,12 +38,15 @@ class Transform:
         image_size: side of the square that the model sees, in pixels.
         val_resize: evaluation resizes the short side to this many pixels before the centre crop.
         val_crop: side of that crop, in pixels; None takes ``image_size``.
+        val_keep_aspect: false resizes all of the image to that side instead.
         random_area: range of the crop's area, as a fraction of the image's.
         random_aspect_ratio: range of the crop's width / height.
         horizontal_flip: mirror every second training image, on average.
         auto_augment: "none", "randaugment" or "trivialaugment", see `lesam_dist.data.auto_augment`.
         randaugment_ops: operations on each image.
         randaugment_magnitude: how strong each is, 0 to 30.
+        color_jitter: how much brightness, contrast, saturation and hue change, see `lesam_dist.data.color_jitter`.
+        grayscale: share of the training images that become grey.
         random_erasing: share of the training images of which a rectangle is erased, see `lesam_dist.data.erasing`.
         sizes: ``(epoch, side)`` pairs with rising epochs, the first of them 0: from each such epoch on the side of the
             training images, in pixels; None takes ``image_size`` in all.
@@ -52,12 +57,15 @@ class Transform:
     image_size: int = 224
     val_resize: int = 256
     val_crop: int | None = None
+    val_keep_aspect: bool = True
     random_area: tuple[float, float] = (0.08, 1.0)
     random_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: bool = True
     auto_augment: str = "none"
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
+    color_jitter: Amounts = (0.0, 0.0, 0.0, 0.0)
+    grayscale: float = 0.0
     random_erasing: float = 0.0
     sizes: tuple[tuple[int, int], ...] | None = None
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -66,7 +74,7 @@ class Transform:
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise UserError(f"image_size is {self.image_size}: it must be at least 1 pixel.")
-        if self.val_resize < self.val_side:
+        if self.val_keep_aspect and self.val_resize < self.val_side:
             name = "image_size" if self.val_crop is None else "val_crop"
             raise UserError(
                 f"val_resize ({self.val_resize}) is smaller than {name} ({self.val_side}): the centre "
@@ -87,6 +95,11 @@ class Transform:
         if self.auto_augment == "none":
             return None
         return policy_of(self.auto_augment, self.randaugment_ops, self.randaugment_magnitude)
+
+    @property
+    def changes_color(self) -> bool:
+        """Whether colours of training images are changed, other than by the policy."""
+        return any(self.color_jitter) or self.grayscale > 0
 
     @property
     def val_side(self) -> int:
@@ -110,6 +123,9 @@ class Draws(NamedTuple):
         side: int32 ``(B,)``, of the image that is made, in pixels; not random, and the same for the whole epoch.
         operation: int32 ``(B, K)``, what is done to colours and shape, one after the other; see `OPERATIONS`.
         level: int32 ``(B, K)``, how, see `Policy`.
+        color: int32 ``(B, K)``, what is done to the colours after that, see `color_jitter.choose`.
+        factor: float32 ``(B, K)``, by how much.
+        gray: int32 ``(B,)``, 1 for an image that becomes grey then.
         hole: int64 ``(B, 4)``, the rectangle that is erased: top, left, height, width in pixels; 0 0 0 0 for none.
     """
 
@@ -120,6 +136,9 @@ class Draws(NamedTuple):
     side: NDArray[np.int32]
     operation: NDArray[np.int32]
     level: NDArray[np.int32]
+    color: NDArray[np.int32]
+    factor: NDArray[np.float32]
+    gray: NDArray[np.int32]
     hole: NDArray[np.int64]
 
     def take(self, some: Sequence[int]) -> Draws:
@@ -139,6 +158,9 @@ def draw(transform: Transform, positions: range, *, seed: int, epoch: int) -> Dr
     operation, level = no_operations, no_operations
     if policy is not None:
         operation, level = policy.choose(of_epoch(AUGMENT_STREAM, policy.numbers))
+    color, factor, gray = no_operations, no_operations.astype(np.float32), np.zeros(len(positions), dtype=np.int32)
+    if transform.changes_color:
+        color, factor, gray = choose(of_epoch(COLOR_STREAM, COLOR_NUMBERS), transform.color_jitter, transform.grayscale)
     hole = np.zeros((len(positions), 4), dtype=np.int64)
     if transform.random_erasing:
         hole = holes(of_epoch(ERASING_STREAM, NUMBERS), transform.random_erasing, side)
@@ -153,6 +175,9 @@ def draw(transform: Transform, positions: range, *, seed: int, epoch: int) -> Dr
         side=np.full(len(positions), side, dtype=np.int32),
         operation=operation,
         level=level,
+        color=color,
+        factor=factor,
+        gray=gray,
         hole=hole,
     )
 

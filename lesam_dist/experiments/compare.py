@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -13,7 +14,7 @@ from lesam_dist.config.methods import PLAIN, complete, defaults, method_of
 from lesam_dist.config.recipes import base_optimizer, bases, compose_parts, merge, method_part, methods, split
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.report import note, number, outcome_numbers, plot, plus_minus, report
-from lesam_dist.experiments.runs import ExperimentParser, Outcome, make_setting, paired_difference, run_all
+from lesam_dist.experiments.runs import ExperimentParser, Outcome, Setting, make_setting, paired_difference, run_all
 
 if TYPE_CHECKING:
     from lesam_dist.tasks.task import Metric
@@ -30,13 +31,8 @@ def compare(argv: Sequence[str]) -> None:
     parser = _parser()
     arguments, flags = parser.parse_known(argv)
     parser.refuse(flags, ["optimizer.name"])
-    names, run_dir = _method_names(arguments.methods), arguments.run_dir
-    optimizers = [_optimizer(arguments.config, name) for name in names]
-    step = _step(arguments.config)
-    settings = [
-        make_setting(n, _sources(arguments.config, n), flags_for(o, optimizers, flags, step), run_dir, arguments.seeds)
-        for n, o in zip(names, optimizers, strict=True)
-    ]
+    names, run_dir = method_names(arguments.methods), arguments.run_dir
+    settings = method_settings(arguments.config, names, flags, run_dir, arguments.seeds)
     outcomes, metric, world = run_all(settings)
     if not world.is_main:
         return
@@ -51,6 +47,17 @@ def compare(argv: Sequence[str]) -> None:
     described = {"config": arguments.config, "flags": flags, "epochs": epochs, "seeds": arguments.seeds}
     plot(run_dir / "compare.png", outcomes, metric, title, "method", None)
     report(run_dir, "compare", header, rows, text, {**described, "reference": reference, "methods": numbers})
+
+
+def method_settings(
+    config: str, names: Sequence[str], flags: Sequence[str], run_dir: Path, seeds: int
+) -> list[Setting]:
+    """A setting for each method, with these flags; a method's hyper-parameter is of those that have it."""
+    optimizers, step = [_optimizer(config, name) for name in names], _step(config)
+    return [
+        make_setting(name, _sources(config, name), flags_for(optimizer, optimizers, flags, step), run_dir, seeds)
+        for name, optimizer in zip(names, optimizers, strict=True)
+    ]
 
 
 def compared(
@@ -86,21 +93,27 @@ def _parser() -> ExperimentParser:
     parser.add_argument(
         "--methods",
         required=True,
-        help=f"names with commas between: {', '.join(_known())}, or package.module:Class. Differences are to "
+        help=f"names with commas between: {', '.join(known_methods())}, or package.module:Class. Differences are to "
         f"{_PREFERRED}, or to the first one",
     )
     return parser
 
 
-def _known() -> list[str]:
+def known_methods() -> list[str]:
+    """The names that `method_names` takes, beside import paths."""
     return sorted({*methods(), *PLAIN})
 
 
-def _method_names(text: str) -> list[str]:
+def method_names(text: str) -> list[str]:
+    """The methods that are named, with commas between.
+
+    Raises:
+        UserError: one of them is none, or there twice.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in _known() and ":" not in name:
-            raise unknown_name("method", name, _known())
+        if name not in known_methods() and ":" not in name:
+            raise unknown_name("method", name, known_methods())
         method_of(method_part(name)["optimizer"]["name"])  # raises for a path where there is no method
     if not names:
         raise UserError("--methods is empty: give names with commas between, e.g. --methods sgd,sam,lesam.")

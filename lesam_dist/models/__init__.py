@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
 from lesam_dist.errors import UserError, unknown_name
-from lesam_dist.models.cifar_resnet import CIFAR_RESNETS, cifar_resnet
+from lesam_dist.models.cifar_resnet import CIFAR_RESNETS, PADDED_RESNETS, cifar_resnet
 from lesam_dist.models.drop_path import set_drop_path
 from lesam_dist.models.preact_resnet import PreActResNet18
 from lesam_dist.models.pretrained import fetch_weights, load_pretrained
@@ -28,6 +28,7 @@ _FIXED: dict[str, Callable[..., nn.Module]] = {
     "wide_resnet28_10": lambda num_classes: WideResNet(28, 10, num_classes),
     "preact_resnet18": PreActResNet18,
     "pyramidnet110_270": lambda num_classes: PyramidNet(110, 270, num_classes),
+    **PADDED_RESNETS,
 }
 # Networks of torchvision's classes in sizes that it lacks: ViT-S/16 is DeiT-S's (Touvron et al., 2021).
 _SIZES: dict[str, Callable[..., nn.Module]] = {

@@ -2,17 +2,34 @@
 
 `cifar_resnet8/20/32/44/56/110` are the networks of He et al. (2016), Section 4.2: depth 6n + 2, three stages of 16,
 32 and 64 channels. They differ from the paper in the shortcut, a 1x1 convolution (option B) where it pads with zeros.
+`cifar_resnet32_pad` is the paper's (option A), `cifar_resnet32x4_pad` four times as wide: those of LDAM-DRW and GLMC.
 `cifar_resnet18/34/50` are torchvision's ResNets with the 3x3 stem and no max-pooling, as used on CIFAR since.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 _LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (Bottleneck, [3, 4, 6, 3])}
 _THIN_DEPTHS = (8, 20, 32, 44, 56, 110)
+
+
+class PaddedShortcut(nn.Module):
+    """Every second row and column, and channels of zeros on both sides: (B, C, H, W) to (B, planes, H / 2, W / 2)."""
+
+    def __init__(self, inplanes: int, planes: int) -> None:
+        super().__init__()
+        before = (planes - inplanes) // 2
+        self.padding = (0, 0, 0, 0, before, planes - inplanes - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], self.padding)
 
 
 class ThinResNet(nn.Module):
@@ -22,21 +39,33 @@ class ThinResNet(nn.Module):
         depth: 6n + 2 for n basic blocks a stage.
         num_classes: size of the last layer.
         zero_init_residual: start each residual branch at zero.
+        width: channels of the first stage; each of the other two has twice as many as the one before.
+        padded: shortcuts without weights, and all weights by fan-in, those of the last layer too, as the code of
+            LDAM-DRW and GLMC has it.
 
     Input (B, 3, H, W) with H and W divisible by 4, output (B, num_classes).
     """
 
-    def __init__(self, depth: int, num_classes: int, zero_init_residual: bool = False) -> None:
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        zero_init_residual: bool = False,
+        *,
+        width: int = 16,
+        padded: bool = False,
+    ) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
-        self.stage1 = _stage(16, 16, blocks, stride=1)
-        self.stage2 = _stage(16, 32, blocks, stride=2)
-        self.stage3 = _stage(32, 64, blocks, stride=2)
-        self.fc = nn.Linear(64, num_classes)
+        stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stage1 = _stage(width, width, blocks, 1, padded)
+        self.stage2 = _stage(width, 2 * width, blocks, 2, padded)
+        self.stage3 = _stage(2 * width, 4 * width, blocks, 2, padded)
+        self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Conv2d) or (padded and isinstance(module, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in" if padded else "fan_out", nonlinearity="relu")
             elif isinstance(module, BasicBlock) and zero_init_residual:
                 nn.init.zeros_(module.bn2.weight)
 
@@ -46,10 +75,14 @@ class ThinResNet(nn.Module):
         return logits
 
 
-def _stage(inplanes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-    shortcut = None
+def _stage(inplanes: int, planes: int, blocks: int, stride: int, padded: bool) -> nn.Sequential:
+    shortcut: nn.Module | None = None
     if stride != 1 or inplanes != planes:
-        shortcut = nn.Sequential(resnet.conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
+        shortcut = (
+            PaddedShortcut(inplanes, planes)
+            if padded
+            else nn.Sequential(resnet.conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
+        )
     first = BasicBlock(inplanes, planes, stride, shortcut)
     return nn.Sequential(first, *(BasicBlock(planes, planes) for _ in range(blocks - 1)))
 
@@ -67,3 +100,7 @@ def cifar_resnet(depth: int, num_classes: int, zero_init_residual: bool = False)
 
 
 CIFAR_RESNETS = {f"cifar_resnet{depth}": depth for depth in (*_THIN_DEPTHS, *_LAYERS)}
+PADDED_RESNETS: dict[str, Callable[..., nn.Module]] = {
+    "cifar_resnet32_pad": partial(ThinResNet, 32, padded=True),
+    "cifar_resnet32x4_pad": partial(ThinResNet, 32, width=64, padded=True),
+}

@@ -165,7 +165,7 @@ class Case:
             "transient": float(found.transient),
             "activations": max(kept, 0.0) + 12.0 * images * config.data.image_size**2,
         }
-        if config.ema.decay is not None:
+        if config.ema.is_on:
             parts["average"] = float(own)
         if self.machine.device.backend == "nccl":
             parts["reserved"] = self.machine.shares.reserved

@@ -35,9 +35,11 @@ _CURVES = (
     _Kind("val", "ece", "Calibration error", "ECE"),
     _Kind("train", "lr", "Learning rate", "learning rate"),
 )
+_GROUPS = ("many", "medium", "few")  # of a long tail's classes
 _LAST = {
     "acc5": "top-5",
     "robust_acc1": "top-1 under attack",
+    **{name: f"{name}-shot" for name in _GROUPS},
     "loss": "loss",
     "ece": "ECE",
     "ema_loss": "loss, averaged weights",
@@ -73,7 +75,7 @@ def _ends(results: Sequence[Result]) -> Table:
     header = ["method", "best epoch", *(titles[name] for name in columns)]
     rows = []
     for result in results:
-        cells = [percent(result.last(n)) if "acc" in n else plain(result.last(n)) for n in columns]
+        cells = [(percent if "acc" in n or n in _GROUPS else plain)(result.last(n)) for n in columns]
         rows.append([result.name, plain(result.best_epoch()), *cells])
     note = "After the last epoch, mean ± standard deviation over the seeds that finished; best epoch: of the "
     note += f"{metric.label}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -72,11 +72,13 @@ class Task(ABC):
         task_args: the config's ``task_args``, as keywords, for those that a subclass declares.
 
     Attributes:
-        metric: what compare, sweep, reports and the choice of the best checkpoint look at.
+        metric: what compare, sweep and reports look at.
+        chosen_by: what the best checkpoint is chosen by; None takes the metric.
         bad_files: training files that could not be read, where a loader keeps them; it is counted in the log.
     """
 
     metric: ClassVar[Metric] = Metric("loss", "loss", higher_is_better=False)
+    chosen_by: ClassVar[Metric | None] = None
     bad_files: BadFiles | None = None
 
     def __init__(self, config: Config, world: Distributed) -> None:
@@ -129,6 +131,13 @@ class Task(ABC):
         torch is seeded by (seed, step, rank). The batch may come back, or another; not one changed in place.
         """
         return batch
+
+    def resting(self, names: Collection[str], at: At) -> Collection[str]:
+        """Which parameters of the network, by name, this step neither perturbs nor updates; none as a rule.
+
+        Their gradients are dropped, so that the optimizer keeps nothing of them either.
+        """
+        return ()
 
     @property
     def draw_passes(self) -> tuple[float, float]:

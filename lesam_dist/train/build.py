@@ -95,7 +95,7 @@ def build_schedules(config: Config, optimizer: Optimizer, steps_per_epoch: int) 
     schedule = config.schedule
     total = config.epochs * steps_per_epoch
     warmup = round(schedule.lr_warmup_epochs * steps_per_epoch)
-    rate = LambdaLR(optimizer, warmup_cosine(total, warmup))
+    rate = LambdaLR(optimizer, warmup_cosine(total, warmup, constant=schedule.lr_decay == "none"))
     method = method_of(config.optimizer.name)
     if method is None or not method.registration.budget:
         return rate, None
@@ -104,12 +104,15 @@ def build_schedules(config: Config, optimizer: Optimizer, steps_per_epoch: int) 
     return rate, CosineBudget(optimizer, total, anneal, round(schedule.sigma_warmup_epochs * steps_per_epoch))
 
 
-def warmup_cosine(total: int, warmup: int) -> Callable[[int], float]:
-    """Factor of the peak learning rate: linear over ``warmup`` steps to 1, then a cosine to 0 at step ``total``."""
+def warmup_cosine(total: int, warmup: int, *, constant: bool = False) -> Callable[[int], float]:
+    """Factor of the peak learning rate: linear over ``warmup`` steps to 1, then a cosine to 0 at step ``total``, or, if
+    ``constant``, 1."""
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
+        if constant:
+            return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     return factor

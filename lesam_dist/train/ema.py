@@ -1,10 +1,15 @@
-"""An exponential moving average of the weights, after each update t = 0, 1, ...
+"""A moving average of the weights, after each update t = 0, 1, ...
 
-    average <- d_t * average + (1 - d_t) * weights,  d_t = min(decay, (1 + t) / (10 + t))
+    average <- d_t * average + (1 - d_t) * weights
 
-It begins as the initial weights, which the warm-up of d_t soon forgets (TensorFlow's ExponentialMovingAverage with
-num_updates). Floating buffers are averaged too: BatchNorm's running statistics of the last weights are not those of
-their average. A skipped update leaves everything as it was, and is not counted.
+exponential:  d_t = min(decay, (1 + t) / (10 + t))
+uniform:      1 - d_t = 1 / max(1, t - start + 3)
+
+The exponential one begins as the initial weights, which the warm-up of d_t soon forgets (TensorFlow's
+ExponentialMovingAverage with num_updates). The uniform one is a copy of the weights until update ``start``, counted
+from 1, makes it the mean of all weights since, the last copied ones among them: the average of ERM++ (Teterwak et al.,
+2025), as DomainBed has it. Floating buffers are averaged too: BatchNorm's running statistics of
+the last weights are not those of their average. A skipped update leaves everything as it was, and is not counted.
 """
 
 from __future__ import annotations
@@ -15,10 +20,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lesam_dist.config.schema import EmaConfig
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.parallel.wrapping import reshard
 from lesam_dist.train.batchnorm import average_over_ranks
+
+
+def build_average(model: nn.Module, config: EmaConfig) -> WeightAverage | None:
+    """The average that a config names, if any."""
+    return WeightAverage(model, config.decay, uniform_from=config.uniform_from) if config.is_on else None
 
 
 class WeightAverage:
@@ -27,11 +38,14 @@ class WeightAverage:
     Args:
         model: wrapped already where it is sharded: FSDP2 replaces the parameters.
         decay: share of the average that an update keeps in the end, in [0, 1).
+        uniform_from: instead of ``decay``: the first update that is averaged and not copied, counted from 1.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float | None = None, *, uniform_from: int | None = None) -> None:
+        if (decay is None) == (uniform_from is None):
+            raise ValueError("give either decay or uniform_from")
         self._model = model
-        self._decay = decay
+        self._decay, self._uniform_from = decay, uniform_from
         # Asked again, a model that FSDP2 has gathered names the gathered parameters.
         self._sources: dict[str, Tensor] = dict(model.named_parameters())
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
@@ -49,7 +63,7 @@ class WeightAverage:
     def update(self, skipped: Tensor | None = None) -> None:
         """Take the weights into the average, but not where ``skipped`` (0-d, on the device) is 1."""
         made = 1.0 if skipped is None else 1 - skipped.to(self._updates)
-        weight = made * (1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self._decay))
+        weight = made * self._weight()
         weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in self._shards}}
         alike: list[tuple[Tensor, Tensor]] = []
         for source, average in zip(self._current(), self._shards, strict=True):
@@ -60,6 +74,12 @@ class WeightAverage:
         if alike:
             _lerp_all([average for average, _ in alike], [source for _, source in alike], weights[torch.float32])
         self._updates += made
+
+    def _weight(self) -> Tensor:
+        """Of the weights after the coming update, float64 0-d."""
+        if self._uniform_from is not None:
+            return 1 / (self._updates + (3 - self._uniform_from)).clamp(min=1)
+        return 1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self._decay)
 
     def buffers(self) -> dict[str, Tensor]:
         """The averages of the model's buffers, which differ between processes within an epoch; not copies."""

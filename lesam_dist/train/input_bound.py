@@ -55,8 +55,8 @@ class InputBound:
 def remedy(config: Config, world: Distributed, share: float) -> str:
     """What to change in a run that waits for its data for ``share`` of the time, in (0, 1)."""
     data = config.data
-    if data.builtin in ("cifar10", "cifar100"):
-        return "CIFAR is read from the device itself: a larger data.batch_size has less to do per image."
+    if config.on_device:
+        return "The images are on the device itself: a larger data.batch_size has less to do per image."
     cores = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
     wanted = math.ceil(data.workers / (1 - min(share, 0.99)))  # as many more as the devices could take
     if data.workers < cores and world.device.type != "cpu":  # whose cores have the network to compute

@@ -8,7 +8,7 @@ first pass may move: later passes see perturbed weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -53,6 +53,7 @@ class Passes:
             among others. None takes the samples.
         share: what the loss of a pass that is reduced over all processes is multiplied by here, 0-d, or a number. It
             makes of a mean over processes, as DDP and FSDP2 take it, one over all that is counted.
+        resting: parameters that the step leaves as they are: after each pass they have no gradient.
 
     Attributes:
         forwards, backwards: samples that have gone through the model so far; a product with the Hessian counts as the
@@ -73,10 +74,12 @@ class Passes:
         losses: LossOf | None = None,
         count: Callable[[Batch], int | Tensor] | None = None,
         share: Tensor | float = 1.0,
+        resting: Sequence[Tensor] = (),
     ) -> None:
         self.model, self.batch = model, batch
         self.autocast, self.scaler, self.micro_batches = autocast, scaler, micro_batches
         self._loss_of, self._losses_of, self._count, self._share = loss, losses, count or samples_in, share
+        self._resting = resting
         self._samples = samples_in(batch)
         self._device = tensors(batch)[0].device
         self._rng: list[Tensor] | None = None
@@ -125,6 +128,7 @@ class Passes:
                 reduces = sync if index == len(pieces) - 1 else False
                 with gradient_sync(self.model, reduces, rounded):
                     losses.append(self._part(piece, weight, per_sample, backward, tells=bool(reduces)))
+        self._let_rest()
         if self._on_pass is not None:
             self._on_pass(UPDATING)
         if per_sample:
@@ -158,8 +162,13 @@ class Passes:
             if self._on_pass is not None:
                 self._on_pass(AVERAGING)
             average_over([p.grad for p in along if p.grad is not None], self.model.process_group)
+        self._let_rest()
         if self._on_pass is not None:
             self._on_pass(UPDATING)
+
+    def _let_rest(self) -> None:
+        for p in self._resting:
+            p.grad = None
 
     def _weighted(self, batch: Batch, share: Tensor | float) -> list[tuple[Batch, Tensor | float]]:
         """The micro-batches, each with its weight in this process's mean times ``share``."""

@@ -44,6 +44,7 @@ class RunState:
     ema: WeightAverage | None
     nonfinite: NonFiniteSteps
     metric: Metric
+    chosen_by: Metric | None
 
     def progress(self) -> dict[str, Any]:
         """JSON, equal on all processes."""
@@ -54,6 +55,7 @@ class RunState:
             "data": self.loader.state_dict(),
             "config": flatten(self.config),
             "metric": asdict(self.metric),
+            "chosen_by": None if self.chosen_by is None else asdict(self.chosen_by),
         }
 
     def own(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from lesam_dist.train.boards.boards import open_boards
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps
-from lesam_dist.train.ema import WeightAverage
+from lesam_dist.train.ema import build_average
 from lesam_dist.train.flatness import Flatness, LabelledBatch
 from lesam_dist.train.flops import Flops
 from lesam_dist.train.formats import in_format
@@ -96,7 +96,7 @@ class Trainer:
         self.scaler = GradScaler(world.device.type) if config.precision.compute == "fp16" else None
         self.optimizer = build.build_optimizer(model, replace(config.optimizer, lr=peak_lr(config)))
         self.optimizer.grad_scaler = self.scaler
-        self.ema = None if config.ema.decay is None else WeightAverage(model, config.ema.decay)
+        self.ema = build_average(model, config.ema)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
         self.phases = Phases(world, Clock(event_of(world.device)))
         self.meter = Meter(self.phases.clock, config.data.batch_size, world.world_size, shares_of(config, world), flops)
@@ -144,6 +144,7 @@ class Trainer:
             self.ema,
             self.nonfinite,
             task.metric,
+            task.chosen_by,
         )
         self.checkpoints = (
             None if run_dir is None else Checkpointer(run_dir.path / "checkpoints", world, config.checkpoint)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 
 from lesam_dist.errors import UserError
 from lesam_dist.optim import SharpnessAware
@@ -48,6 +49,10 @@ class Updates:
         self._phases, self._meter = phases, meter
         self._scaler, self._autocast, self._steps_per_epoch = scaler, autocast, steps_per_epoch
         self._buffers = ModelBuffers(model)
+        # Asked again, a model that FSDP2 has gathered names the gathered parameters.
+        whole = model.module if isinstance(model, DistributedDataParallel) else model
+        self._parameters: dict[str, nn.Parameter] = dict(whole.named_parameters())
+        self._resting: list[nn.Parameter] = []
         self._loss, self._losses = guarded(task), guarded(task, per_sample=True)
         self._weighs = task.world.world_size > 1 and type(task).count is not Task.count
 
@@ -66,6 +71,9 @@ class Updates:
         rounds = self._config.precision.weights != "fp32" and not isinstance(optimizer, Plain)
         optimizer.measure_rho = rounds and logged
         self._buffers.save()
+        self._resting = [self._parameters[name] for name in self._task.resting(self._parameters, self._at(step))]
+        if self._resting and not optimizer.state:
+            self._create_state()
         closures = self._closures(self._drawn(batch, step))
         loss: Tensor = optimizer.step(closures if len(closures) > 1 else closures[0])
         for passes in closures:
@@ -101,6 +109,13 @@ class Updates:
                 "before any update: look at what build_model and the loaders give."
             )
 
+    def _create_state(self) -> None:
+        """The optimizer's, of all parameters: a checkpoint holds that of those too that have rested so far."""
+        for p in self._parameters.values():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        self._optimizer.step(None)
+        self._optimizer.zero_grad()
+
     def _at(self, step: int) -> At:
         return At(step, self._steps_per_epoch, self._config.epochs)
 
@@ -124,6 +139,7 @@ class Updates:
             losses=self._losses,
             count=self._task.count,
             share=self._share(batch),
+            resting=self._resting,
         )
 
     def _share(self, batch: Batch) -> Tensor | float:

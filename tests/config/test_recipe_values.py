@@ -36,6 +36,10 @@ LESAM: dict[str, tuple[float | None, ...]] = {
 }
 
 
+# GLMC's README: imbalance factor, resample and contrast. The paper gives none of its values for Table 7.
+TABLE_7 = {"cifar100_lt100_resnet32x4_glmc": (100, 0.0, 4), "cifar100_lt50_resnet32x4_glmc": (50, 0.2, 6)}
+
+
 # Beyond the paper, on ImageNet's 1,281,167 images: base, epochs, batch size, the peak learning rate that the run has,
 # weight decay, steps of warm-up. Each as its source has it: see the parts.
 BEYOND: dict[str, tuple[Any, ...]] = {
@@ -86,6 +90,7 @@ def test_a_method_without_a_file_has_its_own_defaults() -> None:
 def usually(base: str) -> Any:
     """Of the recipes beyond the paper tests of their own take a few methods."""
     is_beyond = base.removeprefix("imagenet_") in BEYOND or base in LABEL_NOISE
+    is_beyond |= "_lt" in base and base not in TABLE_7
     return pytest.param(base, marks=pytest.mark.full if is_beyond else ())
 
 
@@ -140,6 +145,32 @@ def test_table_5() -> None:
         assert (sam.optimizer.args["rho"], lesam.optimizer.args["sigma"]) == (0.4, sigma)
         found = (sam.epochs, sam.data.batch_size, sam.optimizer.lr, sam.optimizer.weight_decay, sam.model.name)
         assert found == (100, 128, 0.1, 5e-4, "preact_resnet18")
+
+
+@pytest.mark.parametrize("base", TABLE_7)
+def test_table_7_is_glmcs(base: str) -> None:
+    for method in ("sgd", "sam", "lesam"):
+        config = parse(["--config", f"{base}_{method}"])
+        section, optimizer = config.long_tail, config.optimizer
+        assert (config.task, section.method, section.subset) == ("long_tail", "glmc", "ldam")
+        assert (section.imbalance_factor, section.resample, section.contrast) == TABLE_7[base]
+        assert (section.label_weight, section.mix_alpha) == (1.2, 1.0)
+        found = (config.epochs, config.data.batch_size, optimizer.lr, optimizer.momentum, optimizer.weight_decay)
+        assert found == (200, 64, 0.01, 0.9, 5e-3)
+        assert (config.model.name, config.data.builtin) == ("cifar_resnet32x4_pad", "cifar100")
+
+
+def test_other_long_tails() -> None:
+    """LDAM-DRW's released values; its reweighting keeps its place in a run of another length."""
+    config = parse(["--config", "cifar100_lt100_resnet32_ldam_sam"])
+    section, optimizer = config.long_tail, config.optimizer
+    assert (section.method, section.max_margin, section.scale) == ("ldam_drw", 0.5, 30)
+    assert (section.reweight_epoch, section.reweight_beta, config.epochs) == (160, 0.9999, 200)
+    found = (config.data.batch_size, optimizer.lr, optimizer.weight_decay, config.schedule.lr_warmup_epochs)
+    assert found == (128, 0.1, 2e-4, 5)
+    assert parse(["--config", "cifar100_lt100_resnet32_ldam_sam", "--epochs", "20"]).long_tail.reweight_epoch == 16
+    for base in (base for base in bases() if "_lt" in base):
+        assert parse(["--config", f"{base}_lesam"]).task == "long_tail"
 
 
 def test_a2_is_ross_wightmans() -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model, model_names, require_input
+from lesam_dist.models.cifar_resnet import PaddedShortcut
 from lesam_dist.models.pretrained import last_layer
 from lesam_dist.models.pyramidnet import PyramidBlock
 from lesam_dist.models.wide_resnet import WideBlock
@@ -88,6 +89,14 @@ def pyramidnet110_270(classes: int) -> int:
     return count + bn(286) + linear(286, classes)
 
 
+def padded_resnet32(width: int, classes: int) -> int:
+    """Fifteen blocks of two convolutions, shortcuts without parameters."""
+    count = conv3(3, width) + bn(width)
+    for inplanes, planes in ((width, width), (width, 2 * width), (2 * width, 4 * width)):
+        count += conv3(inplanes, planes) + 9 * conv3(planes, planes) + 10 * bn(planes)
+    return count + linear(4 * width, classes)
+
+
 def vit_16(width: int, classes: int) -> int:
     mlp, patch, tokens = 4 * width, 16, 14 * 14 + 1
     block = 2 * bn(width) + linear(width, 3 * width) + linear(width, width) + linear(width, mlp) + linear(mlp, width)
@@ -96,13 +105,15 @@ def vit_16(width: int, classes: int) -> int:
 
 # Name, layers, blocks, and the millions of the literature with their printed digits: ResNet-18 and WRN-28-10 of
 # Zagoruyko and Komodakis (2016), Table 4, PyramidNet as counted since (its own paper says 28.3), torchvision's ViT, and
-# DeiT-S as timm counts it (22.05; its paper says 22).
+# DeiT-S as timm counts it (22.05; its paper says 22). He et al. (2016) have 0.46 for ResNet-32 and 10 classes.
 NETWORKS: list[tuple[str, Callable[[int], int], int, int, str]] = [
     ("cifar_resnet18", resnet18, 8, 100, "11.2"),
     ("wide_resnet28_10", wide_resnet28_10, 12, 10, "36.5"),
     ("wide_resnet28_10", wide_resnet28_10, 12, 100, "36.5"),
     ("preact_resnet18", preact_resnet18, 8, 10, "11.2"),
     ("pyramidnet110_270", pyramidnet110_270, 54, 100, "28.5"),
+    ("cifar_resnet32_pad", partial(padded_resnet32, 16), 15, 100, "0.5"),
+    ("cifar_resnet32x4_pad", partial(padded_resnet32, 64), 15, 100, "7.4"),
     ("vit_b_16", partial(vit_16, 768), 12, 1000, "86.6"),
     ("vit_s_16", partial(vit_16, 384), 12, 1000, "22.1"),
 ]
@@ -163,6 +174,26 @@ def test_wide_block(seed: int, inplanes: int, planes: int, stride: int) -> None:
     y = F.conv2d(normalised(y, block.bn2).relu(), block.conv2.weight, padding=1)
     shortcut = x if inplanes == planes else F.conv2d(active, block.shortcut.weight, stride=stride)
     torch.testing.assert_close(block(x), y + shortcut)
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_padded_shortcut(seed: int, side: int) -> None:
+    x = torch.randn(2, 4, side, side)
+    y = PaddedShortcut(4, 8)(x)
+    assert y.shape == (2, 8, (side + 1) // 2, (side + 1) // 2)
+    for channel in range(8):
+        expected = x[:, channel - 2, ::2, ::2] if 2 <= channel < 6 else torch.zeros_like(y[:, 0])
+        assert torch.equal(y[:, channel], expected)
+
+
+def test_padded_networks_start_by_fan_in(seed: int) -> None:
+    """Standard deviation sqrt(2 / inputs), of the last layer too."""
+    model = build_model("cifar_resnet32_pad", 100)
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == 32
+    for layer in layers:
+        weight = layer.weight.detach()
+        assert float(weight.std()) == pytest.approx(math.sqrt(2 / weight[0].numel()), rel=6 / math.sqrt(weight.numel()))
 
 
 @pytest.mark.parametrize(("side", "stride"), [(8, 1), (8, 2), (7, 2)])

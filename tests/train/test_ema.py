@@ -46,14 +46,17 @@ def whole(tensors: Mapping[str, Tensor]) -> Weights:
 class Run:
     """A model in training with its average; every weight it had is kept."""
 
-    def __init__(self, world: Distributed, seed: int, strategy: Strategy, **options: Any) -> None:
+    def __init__(
+        self, world: Distributed, seed: int, strategy: Strategy, uniform_from: int | None = None, **options: Any
+    ) -> None:
         torch.manual_seed(seed)
         self.world, self.net = world, make()
         self.x, self.y = torch.randn(STEPS, BATCH, 6), torch.randint(0, 3, (STEPS, BATCH))
         self.model = wrap(self.net, world, strategy, **options)
         self.params = dict(self.net.named_parameters())  # kept: a gathered model names the gathered ones
         self.optimizer = LESAM(self.net.parameters(), torch.optim.SGD, sigma=0.05, rho_max=0.1, lr=0.5, momentum=0.9)
-        self.ema = WeightAverage(self.net, DECAY)
+        decay = DECAY if uniform_from is None else None
+        self.ema = WeightAverage(self.net, decay, uniform_from=uniform_from)
         self.history, self.before = [self.weights()], 0
 
     def weights(self) -> Weights:
@@ -95,6 +98,35 @@ def test_closed_form(seed: int) -> None:
     this = Run(ALONE, seed, "none")
     this.train(range(STEPS))
     assert_near(this.average(), closed_form(this.history), ROUNDING, this.history)
+
+
+@pytest.mark.parametrize("start", [1, 3, STEPS, STEPS + 1])
+def test_uniform_average(seed: int, start: int) -> None:
+    """The mean of the weights after update start - 1 and all later ones; before, the weights themselves, to the bit."""
+    this = Run(ALONE, seed, "none", uniform_from=start)
+    for t in range(STEPS):
+        this.train(range(t, t + 1))
+        if t + 1 < start:
+            torch.testing.assert_close(this.average(), this.history[-1], rtol=0, atol=0)
+    last = this.history[start - 1 :]
+    expected: Weights = {name: sum(w[name].double() for w in last) / len(last) for name in last[0]}  # type: ignore[misc]
+    assert_near(this.average(), expected, ROUNDING, this.history)
+
+
+def test_uniform_average_leaves_out_what_is_skipped(seed: int) -> None:
+    """Nor does a skipped update count towards the start."""
+    net = nn.BatchNorm1d(3)
+    ema = WeightAverage(net, uniform_from=2)
+    taken = []
+    for t in range(8):
+        net(torch.randn(8, 3))
+        if t % 2:
+            assert net.running_mean is not None
+            taken.append(net.running_mean.clone())
+        ema.update(skipped=torch.tensor(float(t % 2 == 0)))
+    torch.testing.assert_close(ema.state_dict()["running_mean"], torch.stack(taken).mean(dim=0), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="either decay or uniform_from"):
+        WeightAverage(net)
 
 
 def test_buffers_are_averaged_too(seed: int) -> None:

@@ -69,7 +69,7 @@ class Parser(BareParser):
             help="folder of a checkpoint; of a run, for its latest one; or a file of a state_dict, with --config",
         )
         self.add_argument("--config", help="recipe or YAML file that a file of weights is of")
-        self.add_argument("--ema", action="store_true", help="the averaged weights, of a run with ema.decay")
+        self.add_argument("--ema", action="store_true", help="the averaged weights, of a run that keeps an average")
         self.add_argument("--split", choices=_SPLITS, default=split, help=f"whose images (default: {split})")
         self.add_argument("--samples", type=_samples, default=1024, help="number of images, or all (default: 1024)")
         self.add_argument("--seed", type=int, default=0, help="of the choice of images and of directions (default: 0)")

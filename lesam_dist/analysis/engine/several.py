@@ -15,7 +15,7 @@ from lesam_dist.parallel.processes import Distributed
 
 _LONGEST = 100  # characters of names in a file's name
 _OF_IMAGES = (
-    *("root", "builtin", "skip_list", "image_size", "val_resize", "val_crop", "mean", "std"),
+    *("root", "builtin", "skip_list", "image_size", "val_resize", "val_crop", "val_keep_aspect", "mean", "std"),
     *("label_noise.kind", "label_noise.rate", "label_noise.file", "label_noise.labels"),
 )
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from lesam_dist.config.schema.adversarial import AdversarialConfig
 from lesam_dist.config.schema.data import CIFAR_ONLY, DALI_ONLY, FOLDERS_ONLY, DataBackend, DataConfig
+from lesam_dist.config.schema.domains import DomainsConfig
 from lesam_dist.config.schema.label_noise import HUMAN_LABELS, LabelNoiseConfig
 from lesam_dist.config.schema.learning import EmaConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from lesam_dist.config.schema.long_tail import OF_LONG_TAIL_METHOD, LongTailConfig, LongTailMethod
 from lesam_dist.config.schema.running import (
     AnalysisConfig,
     CheckpointConfig,
@@ -28,6 +30,7 @@ __all__ = [
     "DALI_ONLY",
     "FOLDERS_ONLY",
     "HUMAN_LABELS",
+    "OF_LONG_TAIL_METHOD",
     "AdversarialConfig",
     "AnalysisConfig",
     "CheckpointConfig",
@@ -35,10 +38,13 @@ __all__ = [
     "Config",
     "DataBackend",
     "DataConfig",
+    "DomainsConfig",
     "EmaConfig",
     "GuardConfig",
     "LabelNoiseConfig",
     "LoggingConfig",
+    "LongTailConfig",
+    "LongTailMethod",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -58,7 +64,9 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    domains: DomainsConfig = field(default_factory=DomainsConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    long_tail: LongTailConfig = field(default_factory=LongTailConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -67,7 +75,8 @@ class Config:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     task: str = "classification"
-    """what is learned: classification, or a class of your own by package.module.Class (docs/tasks.md)"""
+    """what is learned: classification, long_tail, domains, or a class of your own by package.module.Class
+    (docs/tasks.md)"""
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of a task of your own: --task_args.NAME VALUE"""
     epochs: int = 90
@@ -86,3 +95,9 @@ class Config:
     a summary; null for none"""
     dry_run: bool = False
     """build everything, run two steps and an evaluation on random images, write nothing"""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether all images are decoded once and stay on the device: CIFAR's, and the small ones with a long tail."""
+        data = self.data
+        return data.builtin in ("cifar10", "cifar100") or (self.task == "long_tail" and data.builtin is not None)

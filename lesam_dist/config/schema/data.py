@@ -8,6 +8,7 @@ from typing import Literal
 from lesam_dist.config.schema.label_noise import LabelNoiseConfig
 
 DataBackend = Literal["auto", "dali", "torchvision"]
+Builtin = Literal["digits", "digits_noisy", "mnist5k", "mnist5k_noisy", "digit_domains", "cifar10", "cifar100"]
 
 
 @dataclass
@@ -17,10 +18,11 @@ class DataConfig:
     root: str | None = None
     """folder that holds train/ and val/, or packed shards, or the address of these (s3://BUCKET/FOLDER); for cifar10
     and cifar100 the folder that torchvision keeps them in"""
-    builtin: Literal["digits", "digits_noisy", "mnist5k", "mnist5k_noisy", "cifar10", "cifar100"] | None = None
+    builtin: Builtin | None = None
     """write this data set to root first if it is not there: scikit-learn's scanned digits; 300 of them with 20 % wrong
     labels and the same validation images; 5,000 images of MNIST (pip install 'lesam-dist[mnist]'), or 1,000 to train on
-    with 20 % wrong labels; or CIFAR, which is downloaded, and kept on the device"""
+    with 20 % wrong labels; both, and printed digits, as three domains (task: domains); or CIFAR, which is
+    downloaded, and kept on the device"""
     backend: DataBackend = "auto"
     """who reads, decodes and augments class folders; CIFAR needs neither. auto takes DALI where it is installed"""
     batch_size: int = 256
@@ -38,6 +40,9 @@ class DataConfig:
     """short side that evaluation resizes to before the centre crop, in pixels (class folders)"""
     val_crop: int | None = None
     """side of that crop, in pixels; null takes image_size (class folders)"""
+    val_keep_aspect: bool = True
+    """false: evaluation resizes all of an image to that square, whatever its aspect, and crops nothing (class
+    folders)"""
     random_area: tuple[float, float] = (0.08, 1.0)
     """range of the random crop's share of the image area (class folders)"""
     random_aspect_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -57,6 +62,11 @@ class DataConfig:
     """operations on each image (randaugment)"""
     randaugment_magnitude: int = 9
     """how strong each is, 0 to 30 (randaugment)"""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """change brightness, contrast and saturation of each training image by up to this share, and turn its hue by up to
+    this share of the circle (0.5 at most), in a random order; after auto_augment (class folders)"""
+    grayscale: float = 0.0
+    """share of the training images that become grey, 0 to 1; after color_jitter (class folders)"""
     random_erasing: float = 0.0
     """share of the training images of which a rectangle is set to the mean colour, 0 to 1 (class folders)"""
     mixup: float = 0.0
@@ -110,11 +120,14 @@ class DataConfig:
 
 FOLDERS_ONLY = (
     "val_crop",
+    "val_keep_aspect",
     "random_area",
     "random_aspect_ratio",
     "auto_augment",
     "randaugment_ops",
     "randaugment_magnitude",
+    "color_jitter",
+    "grayscale",
     "random_erasing",
 )
 CIFAR_ONLY = ("crop_padding", "cutout", "cutout_probability")

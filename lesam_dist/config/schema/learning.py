@@ -90,7 +90,9 @@ class ScheduleConfig:
     """Learning rate and loss budget over the run, changed every step."""
 
     lr_warmup_epochs: float = 0.0
-    """linear warm-up of the learning rate, then cosine to zero"""
+    """linear warm-up of the learning rate"""
+    lr_decay: Literal["cosine", "none"] = "cosine"
+    """what follows: a cosine to zero at the end of the run, or the peak rate to the end"""
     sigma_warmup_epochs: float = 0.0
     """linear warm-up of the loss budget sigma (none in the paper, 10 in the authors' code)"""
     anneal_start_epoch: float | None = None
@@ -106,8 +108,15 @@ class EmaConfig:
     """An average of the weights over the steps, evaluated and saved beside them."""
 
     decay: float | None = None
-    """share of the average that a step keeps, in [0, 1), e.g. 0.9999; null keeps no average. BatchNorm statistics are
-    the model's own"""
+    """share of the average that a step keeps, in [0, 1), e.g. 0.9999; null keeps no such average"""
+    uniform_from: int | None = None
+    """instead: the mean of the weights after each step from this one on, counted from 1, and before it the weights
+    themselves, e.g. 600 (ERM++); null keeps no such average"""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether an average is kept."""
+        return self.decay is not None or self.uniform_from is not None
 
 
 @dataclass

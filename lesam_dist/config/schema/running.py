@@ -78,7 +78,7 @@ class CheckpointConfig:
     keep_every_epochs: int | None = None
     """those at the end of every so many epochs stay for good; null for none"""
     keep_best: bool = True
-    """the one with the highest top-1 accuracy stays (of the averaged weights, where ema.decay is set)"""
+    """the one with the highest top-1 accuracy stays (of the averaged weights, where an average is kept)"""
     asynchronous: Literal["auto", "always", "never"] = "auto"
     """write while training goes on, at the cost of a copy of the state in the host's memory; auto does so where waiting
     would take more than 1 % of the time"""

@@ -13,6 +13,7 @@ from lesam_dist.data import ImageFolder, Loader, SyntheticLoader, Transform, bui
 from lesam_dist.data.bad_files import BadFiles
 from lesam_dist.data.cifar import DATASETS, CifarLoader, CifarSplit, load_cifar, prepare_cifar
 from lesam_dist.data.cifar_transform import CifarTransform
+from lesam_dist.data.cycles import Cycles
 from lesam_dist.data.dali_options import DaliOptions
 from lesam_dist.data.folder import remarks
 from lesam_dist.data.label_noise import with_label_noise
@@ -24,6 +25,7 @@ from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.mixing import require_pairs
 
+_COMMON = ("image_size", "horizontal_flip", "mean", "std")  # of all transforms
 _DRY_BATCHES = 2
 _DRY_CLASSES = {"cifar100": 100, None: 1000}  # as the data has them; the others have 10
 Images = ImageFolder | CifarSplit
@@ -137,15 +139,22 @@ def build_bad_files(config: Config, folders: tuple[Images, Images], world: Distr
 
 
 def build_loaders(
-    config: Config, folders: tuple[Images, Images], world: Distributed, bad_files: BadFiles | None = None
+    config: Config,
+    folders: tuple[Images, Images],
+    world: Distributed,
+    bad_files: BadFiles | None = None,
+    cycles: Cycles | None = None,
 ) -> tuple[Loader, Loader]:
     """Loaders of the training and the validation images for this process.
 
     Args:
         bad_files: of `build_bad_files`; without it a training image that cannot be decoded is an error.
+        cycles: how domains are sampled in training; None: all images once in an epoch.
     """
     data = config.data
     own: dict[str, Any] = {} if bad_files is None else {"bad_files": bad_files}
+    if cycles is not None:
+        own["cycles"] = cycles
     train = _loader_here(config, world)(folders[0], train=True, batch_size=data.batch_size, **own)
     require_pairs(config, world)
     return train, build_evaluation_loader(config, folders[1], world)
@@ -163,15 +172,14 @@ def _loader_here(config: Config, world: Distributed) -> Callable[..., Loader]:
 
 def _loader(config: Config) -> Callable[..., Loader]:
     """`CifarLoader` or `build_loader` with its own part of the config."""
+    if config.on_device:
+        return partial(CifarLoader, transform=device_transform(config))
     data, sizes = config.data, config.schedule.image_size
 
     def named(*names: str) -> dict[str, Any]:
         return {name: getattr(data, name) for name in names}
 
-    common = named("image_size", "horizontal_flip", "mean", "std")
-    if data.builtin in DATASETS:
-        own = named(*CIFAR_ONLY)
-        return partial(CifarLoader, transform=CifarTransform(**common, **own))
+    common = named(*_COMMON)
     own = named("val_resize", *FOLDERS_ONLY) | {"sizes": None if sizes is None else tuple(map(tuple, sizes))}
     transform = Transform(**common, **own)
     dali = {name.removeprefix("dali_"): value for name, value in named(*DALI_ONLY).items()}
@@ -181,6 +189,11 @@ def _loader(config: Config) -> Callable[..., Loader]:
         "dali": DaliOptions(**dali, channels_last=config.precision.channels_last),
     }
     return partial(build_loader, transform=transform, **own)
+
+
+def device_transform(config: Config) -> CifarTransform:
+    """What is done to batches of images that stay on the device."""
+    return CifarTransform(**{name: getattr(config.data, name) for name in (*_COMMON, *CIFAR_ONLY)})
 
 
 def build_synthetic_loaders(config: Config, num_classes: int, world: Distributed) -> tuple[Loader, Loader]:

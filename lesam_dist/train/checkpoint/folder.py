@@ -127,11 +127,11 @@ class Folder:
 
 
 def result(progress: Mapping[str, Any]) -> tuple[str, float | None, bool]:
-    """What a checkpoint's run is compared by: its name, its value where there is one, and whether more is better.
+    """What a checkpoint is chosen by: its name, its value where there is one, and whether more is better.
 
     Of the averaged weights, where the run has some. It is the top-1 accuracy where a progress does not say.
     """
-    metric, evaluation = progress.get("metric"), progress.get("evaluation")
+    metric, evaluation = progress.get("chosen_by") or progress.get("metric"), progress.get("evaluation")
     metric = metric if isinstance(metric, dict) else {}
     name, higher = str(metric.get("name", "acc1")), metric.get("higher_is_better", True) is True
     found = evaluation.get(f"ema_{name}", evaluation.get(name)) if isinstance(evaluation, dict) else None

@@ -1,0 +1,1 @@
+"""Domain generalisation: training on some domains, testing on others."""
