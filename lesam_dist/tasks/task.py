@@ -169,6 +169,11 @@ class Task(ABC):
         """
         return samples_in(batch)
 
+    @property
+    def counts_samples(self) -> bool:
+        """Whether `count` is the samples, of which all processes have as many: then a step need not add them up."""
+        return type(self).count is Task.count
+
     @abstractmethod
     def measure(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor | float]:
         """What a batch adds to the evaluation: **sums** over its samples by name, ``loss`` and ``samples`` among them.

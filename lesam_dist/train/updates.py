@@ -54,7 +54,7 @@ class Updates:
         self._parameters: dict[str, nn.Parameter] = dict(whole.named_parameters())
         self._resting: list[nn.Parameter] = []
         self._loss, self._losses = guarded(task), guarded(task, per_sample=True)
-        self._weighs = task.world.world_size > 1 and type(task).count is not Task.count
+        self._weighs = task.world.world_size > 1 and not task.counts_samples
 
     def make(self, step: int, batch: Batch, *, logged: bool) -> Tensor:
         """Update number ``step``, from 0.

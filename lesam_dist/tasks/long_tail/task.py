@@ -126,6 +126,10 @@ class LongTail(ImageTask):
     def count(self, batch: Batch) -> int | Tensor:
         return self._method.count(batch)
 
+    @property
+    def counts_samples(self) -> bool:
+        return type(self._method).count is Method.count
+
     def measure(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor | float]:
         images, labels = batch
         logits = model(images)
