@@ -22,11 +22,17 @@ class Images(NamedTuple):
 
 
 def write_cifar(
-    root: Path, name: str, sizes: tuple[int, int], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    name: str,
+    sizes: tuple[int, int],
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    balanced: bool = False,
 ) -> tuple[Images, Images]:
     """Write random training and test images to ``root`` as "cifar10" or "cifar100", and make theirs the right MD5 sums.
 
-    CIFAR-10 has five training files; ``sizes[0]`` is a multiple of five.
+    CIFAR-10 has five training files; ``sizes[0]`` is a multiple of five. ``balanced``: all classes have as many images.
     """
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = root / cls.base_folder
@@ -35,7 +41,8 @@ def write_cifar(
     for attribute, size in zip(("train_list", "test_list"), sizes, strict=True):
         files = [file for file, _ in getattr(cls, attribute)]
         rows = rng.integers(0, 256, (size, 3072), dtype=np.uint8)
-        labels = rng.integers(0, 10 if cls is CIFAR10 else 100, size)
+        classes = 10 if cls is CIFAR10 else 100
+        labels = rng.permutation(np.arange(size) % classes) if balanced else rng.integers(0, classes, size)
         for file, part in zip(files, np.split(np.arange(size), len(files)), strict=True):
             entry: dict[str, Any] = {"batch_label": file, "data": rows[part], "filenames": [f"{i}.png" for i in part]}
             key = "labels" if cls is CIFAR10 else "fine_labels"

@@ -73,6 +73,11 @@ def _check_data(config: Config) -> None:
             "images that stay on the device, as only built-in data do. Choose cifar10, cifar100, mnist5k or digits, or "
             "another method."
         )
+    if data.label_noise.kind is not None:
+        raise UserError(
+            f"data.label_noise.kind is {data.label_noise.kind} but task is long_tail, whose classes are counted by "
+            "their true labels: leave it null."
+        )
     for name in ("mixup", "cutmix", "repeats") if method == "glmc" else ("mixup", "cutmix"):
         default = getattr(DataConfig(), name)
         if getattr(data, name) != default:

@@ -26,7 +26,7 @@ _ALLOWED: list[Any] = [
 ]
 
 
-def read_human_labels(file: Path, name: str, labels: NDArray[Any]) -> NDArray[np.int64]:
+def read_human_labels(file: Path, name: str, labels: NDArray[Any], num_classes: int) -> NDArray[np.int64]:
     """One set of labels of CIFAR-10_human.pt or CIFAR-100_human.pt, in torchvision's order of the images.
 
     The file is a pickle of NumPy arrays: nothing but these, and what torch takes for weights, is built from it.
@@ -35,6 +35,7 @@ def read_human_labels(file: Path, name: str, labels: NDArray[Any]) -> NDArray[np
         file: of github.com/UCSC-REAL/cifar-10-100n.
         name: which of the sets in it.
         labels: ``(N,)`` of the data, which the file's own clean labels must be.
+        num_classes: of the data.
 
     Returns:
         int64 ``(N,)``.
@@ -64,9 +65,8 @@ def read_human_labels(file: Path, name: str, labels: NDArray[Any]) -> NDArray[np
             f"'{file}' is of other images, or in another order: its {CLEAN} differs from the data's labels in "
             f"{len(differ)} of {len(labels)} (first in number {i}: {clean[i]}, not {labels[i]})."
         )
-    highest = int(clean.max(initial=0))
-    if not (noisy.min(initial=0) >= 0 and noisy.max(initial=0) <= highest):
-        raise UserError(f"'{file}' has labels outside 0 to {highest} as {name}: copy it again.")
+    if not (noisy.min(initial=0) >= 0 and noisy.max(initial=0) < num_classes):
+        raise UserError(f"'{file}' has labels outside 0 to {num_classes - 1} as {name}: copy it again.")
     return noisy
 
 

@@ -59,7 +59,7 @@ def with_label_noise(
     if kind == "human":
         if file is None or labels is None:
             raise ValueError("human labels need file and labels")
-        return split.with_labels(read_human_labels(Path(file), labels, split.labels))
+        return split.with_labels(read_human_labels(Path(file), labels, split.labels, len(split.classes)))
     if rate is None:
         raise ValueError(f"{kind} noise needs a rate")
     if kind == "symmetric":

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lesam_dist.config.schema import Config
+from lesam_dist.config.schema import Config, LabelNoiseConfig
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.data import build_folders, build_loaders
 
@@ -31,7 +31,9 @@ def measure_decode_rate(config: Config, seconds: float = SECONDS) -> float:
         config = copy.deepcopy(config)
         if config.data.root is None:
             _write_images(Path(folder))
-            config.data = replace(config.data, root=folder, builtin=None, skip_list=None)
+            config.data = replace(
+                config.data, root=folder, builtin=None, skip_list=None, label_noise=LabelNoiseConfig()
+            )
         world = Distributed(0, 0, 1, torch.device("cpu"))
         folders = build_folders(config, world)
         config.data.batch_size = min(_BATCH, len(folders[0]))

@@ -29,6 +29,7 @@ class _Kind(NamedTuple):
 
 
 _CURVES = (
+    _Kind("val", "robust_acc1", "Validation accuracy under attack", "top-1, %"),
     _Kind("val", "loss", "Validation loss", "loss"),
     _Kind("train", "loss", "Training loss", "loss of a step's batch"),
     _Kind("val", "ece", "Calibration error", "ECE"),
@@ -37,6 +38,7 @@ _CURVES = (
 _GROUPS = ("many", "medium", "few")  # of a long tail's classes
 _LAST = {
     "acc5": "top-5",
+    "robust_acc1": "top-1 under attack",
     **{name: f"{name}-shot" for name in _GROUPS},
     "loss": "loss",
     "ece": "ECE",

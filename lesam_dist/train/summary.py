@@ -54,15 +54,16 @@ def _lr(config: Config) -> str:
 
 def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric, best: Best | None = None) -> str:
     """The last evaluation, which was made after so many epochs, and the best one of the run."""
-    top5 = f", top-5 {evaluation['acc5']:.2f} %" if "acc5" in evaluation else ""
-    number = _number(evaluation[metric.name], metric)
+    beside = {"acc5": "top-5", "robust_acc1": "under attack"}
+    others = "".join(f", {text} {evaluation[name]:.2f} %" for name, text in beside.items() if name in evaluation)
     samples = "images" if metric.name == "acc1" else "samples"
     samples = f"{evaluation['samples']:.0f} validation {samples} after epoch {epoch}"
+    text = f"{metric.label} {_number(evaluation[metric.name], metric)}{others} of {samples}"
     if best is None:
-        return f"{metric.label} {number}{top5} of {samples}"
-    others = ", the best of all" if best.epoch == epoch else ""
-    others = others or f"; best after epoch {best.epoch:g}: {_number(best.value, metric)}, chosen on the same ones"
-    return f"{metric.label} {number}{top5} of {samples}{others}"
+        return text
+    if best.epoch == epoch:
+        return f"{text}, the best of all"
+    return f"{text}; best after epoch {best.epoch:g}: {_number(best.value, metric)}, chosen on the same ones"
 
 
 def _number(value: float, metric: Metric) -> str:

@@ -143,7 +143,14 @@ def plot_curves(run_dir: Path, metric: Metric) -> Path:
                 ("val", "lpf_loss", "train, the same images"),
             ],
         ),
-        (metric.title, [("val", metric.name, "val"), ("val", f"ema_{metric.name}", "val, averaged weights")]),
+        (
+            metric.title,
+            [
+                ("val", metric.name, "val"),
+                ("val", f"robust_{metric.name}", "val, attacked"),
+                ("val", f"ema_{metric.name}", "val, averaged weights"),
+            ],
+        ),
         ("radius rho", [("train", "rho", "rho")]),
         ("loss budget sigma", [("train", "sigma", "sigma")]),
     ]

@@ -153,7 +153,7 @@ def test_human_labels_are_read_in_both_spellings_of_numpy(tmp_path: Path, rng: n
             old.writestr(info, new.read(info).replace(b"numpy._core.", b"numpy.core."))
     for file in ("old.pt", "new.pt"):
         for name in ("worse_label", "aggre_label", "random_label1"):
-            assert np.array_equal(read_human_labels(tmp_path / file, name, clean), worse)
+            assert np.array_equal(read_human_labels(tmp_path / file, name, clean, 10), worse)
 
 
 def test_human_labels_of_a_run(
@@ -184,7 +184,6 @@ def test_human_labels_that_cannot_be_used(
 ) -> None:
     """Nothing else than arrays is built from the file."""
     clean = rng.integers(0, 10, 50)
-    clean[:2] = 0, 9
     other = clean.copy()
     other[7] = (other[7] + 1) % 10
     cases: dict[str, tuple[Any, str]] = {
@@ -200,12 +199,12 @@ def test_human_labels_that_cannot_be_used(
     for name, (content, said) in cases.items():
         torch.save(content, tmp_path / name)
         with pytest.raises(UserError, match=said):
-            read_human_labels(tmp_path / name, "worse_label", clean)
+            read_human_labels(tmp_path / name, "worse_label", clean, 10)
     (tmp_path / "pickle").write_bytes(pickle.dumps(_Code(), protocol=2))
     (tmp_path / "cut").write_bytes((tmp_path / "set").read_bytes()[:300])
     for name, said in (("pickle", "is damaged"), ("cut", "is damaged"), ("missing", "cannot be read .No such file")):
         with pytest.raises(UserError, match=said):
-            read_human_labels(tmp_path / name, "worse_label", clean)
+            read_human_labels(tmp_path / name, "worse_label", clean, 10)
     with pytest.raises(UserError, match="cannot be read"):
-        read_human_labels(tmp_path, "worse_label", clean)
+        read_human_labels(tmp_path, "worse_label", clean, 10)
     assert "this was run" not in capsys.readouterr().out
