@@ -22,6 +22,7 @@ from lesam_dist.config.schema import (
     Config,
     DataBackend,
     DataConfig,
+    EmaConfig,
 )
 from lesam_dist.config.tasks import check_task
 from lesam_dist.config.values import flatten
@@ -58,6 +59,9 @@ _AT_MOST = {
     "optimizer.ascent_interval": 1_000_000,
     "optimizer.lr_reference_batch": 1 << 24,
     "ema.uniform_from": 10**9,
+    "ema.swad_converge": 100,
+    "ema.swad_tolerance": 10_000,
+    "ema.swad_tolerance_ratio": 1000,
     "parallel.timeout_s": 10_000_000,
     "checkpoint.every_minutes": 10_000_000,
     "checkpoint.grace_seconds": 10_000_000,
@@ -95,6 +99,9 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0,
     "optimizer.start_epoch": 0,
     "ema.uniform_from": 1,
+    "ema.swad_converge": 1,
+    "ema.swad_tolerance": 1,
+    "ema.swad_tolerance_ratio": 0,
     "schedule.lr_warmup_epochs": 0,
     "schedule.sigma_warmup_epochs": 0,
     "schedule.anneal_start_epoch": 0,
@@ -179,14 +186,25 @@ def _check(config: Config) -> None:
     _check_parallel(config)
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
         raise UserError(f"ema.decay is {config.ema.decay}: it must be in [0, 1).")
-    if config.ema.decay is not None and config.ema.uniform_from is not None:
-        raise UserError(
-            f"ema.decay is {config.ema.decay} and ema.uniform_from is {config.ema.uniform_from}: there is one average, "
-            "exponential or uniform. Leave one of them at null."
-        )
+    _check_average(config.ema)
     _check_precision(config)
     _check_schedule(config)
     _check_measuring(config)
+
+
+def _check_average(ema: EmaConfig) -> None:
+    chosen = {name: getattr(ema, name) for name in ("decay", "uniform_from", "swad")}
+    chosen = {name: value for name, value in chosen.items() if value not in (None, False)}
+    if len(chosen) > 1:
+        values = " and ".join(f"ema.{name} is {value}" for name, value in chosen.items())
+        raise UserError(f"{values}: there is one average, exponential, uniform or SWAD's. Leave the others out.")
+    default = EmaConfig()
+    for name in () if ema.swad else ("swad_converge", "swad_tolerance", "swad_tolerance_ratio"):
+        if getattr(ema, name) != getattr(default, name):
+            raise UserError(
+                f"ema.{name} is {getattr(ema, name)} but ema.swad is false: set it to true, or leave {name} at "
+                f"{getattr(default, name)}."
+            )
 
 
 def _check_measuring(config: Config) -> None:

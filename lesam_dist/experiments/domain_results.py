@@ -18,8 +18,9 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 NOTE = (
     "Top-1 in per cent on the domains that a run was not trained on, mean and standard deviation over seeds. A column "
     "is a SOURCE domain: the mean over the others, each counting the same; mean: of these columns. all images: each "
-    "image of the others counts the same. All are of the epoch that was best on the source's held-out images, and of "
-    "the averaged weights where the run has some; last epoch: the mean after that instead. Below: every pair."
+    "image of the others counts the same. All are of the epoch that was best on the source's held-out images, or with "
+    "SWAD of the last, and of the averaged weights where the run has some; last epoch: the mean after that instead. "
+    "Below: every pair."
 )
 
 
@@ -29,7 +30,7 @@ class Tested:
 
     Attributes:
         accuracy: of each target domain, top-1 in per cent, at the epoch that was best on the source's held-out images;
-            after the last one where none were held out.
+            after the last one where none were held out, and of SWAD.
         macro: mean of these.
         micro: of all their images together.
         last: ``macro`` after the last epoch.
@@ -47,14 +48,21 @@ Runs = Mapping[tuple[str, str], Sequence[Tested | None]]
 """By source domain and method, and then by seed; None where a run diverged."""
 
 
-def outcome_on_targets(run_dir: Path) -> Tested:
-    """What a finished run's log says, of its averaged weights where it has some."""
+def outcome_on_targets(run_dir: Path, *, chooses: bool = True) -> Tested:
+    """What a finished run's log says, of its averaged weights where it has some.
+
+    Args:
+        run_dir: of the run.
+        chooses: take the epoch that was best on held-out images. False takes the last, as of SWAD, whose average has
+            chosen among all steps by then.
+    """
     from lesam_dist.train.telemetry import read_metrics  # which needs torch
 
     lines = [line for line in read_metrics(run_dir) if line.get("split") == "val"]
     last = lines[-1]
     prefix = "ema_" if "ema_target_acc1" in last else ""
-    best = max(lines, key=lambda line: line[f"{prefix}acc1"]) if f"{prefix}acc1" in last else last
+    chosen = chooses and f"{prefix}acc1" in last
+    best = max(lines, key=lambda line: line[f"{prefix}acc1"]) if chosen else last
     start, macro = f"{prefix}acc1_", f"{prefix}target_acc1"
     accuracy = {name.removeprefix(start): value for name, value in best.items() if name.startswith(start)}
     return Tested(accuracy, best[macro], best[f"{macro}_micro"], last[macro], int(best["epoch"]))

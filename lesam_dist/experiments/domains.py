@@ -48,7 +48,7 @@ def domains(argv: Sequence[str]) -> None:
         return
     tested = {
         key: [
-            None if math.isnan(value) else outcome_on_targets(Path(run.run_dir))
+            None if math.isnan(value) else outcome_on_targets(Path(run.run_dir), chooses=not run.ema.swad)
             for run, value in zip(setting.runs, outcome.values, strict=True)
         ]
         for (key, setting), outcome in zip(settings.items(), outcomes, strict=True)

@@ -166,7 +166,7 @@ class Case:
             "activations": max(kept, 0.0) + 12.0 * images * config.data.image_size**2,
         }
         if config.ema.is_on:
-            parts["average"] = float(own)
+            parts["average"] = float(own) * (2 + config.ema.swad_converge if config.ema.swad else 1)
         if self.machine.device.backend == "nccl":
             parts["reserved"] = self.machine.shares.reserved
         return parts

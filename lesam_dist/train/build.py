@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lesam_dist.config.methods import OF_BASE, PLAIN, method_of
-from lesam_dist.config.schema import Config, OptimizerConfig
+from lesam_dist.config.schema import Config, EmaConfig, OptimizerConfig
 from lesam_dist.errors import UserError
 from lesam_dist.optim import LAMB, LARS, CosineBudget, SharpnessAware
 from lesam_dist.optim.engine.backend import require_interpreter
@@ -22,7 +22,9 @@ from lesam_dist.parallel.batchnorm import synchronized
 from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.network import new_network
+from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.methods import method_arguments, param_groups
+from lesam_dist.train.swad import ValleyAverage
 
 _BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS, "lamb": LAMB}
 
@@ -88,6 +90,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> SharpnessAware
         return Plain(groups, cls, backend=config.backend, max_grad_norm=config.max_grad_norm, **kwargs)
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from error
+
+
+def build_average(model: nn.Module, config: EmaConfig) -> WeightAverage | None:
+    """The average that the config names, if any; of a model that is wrapped already."""
+    if config.swad:
+        return ValleyAverage(model, config.swad_converge, config.swad_tolerance, config.swad_tolerance_ratio)
+    return WeightAverage(model, config.decay, uniform_from=config.uniform_from) if config.is_on else None
 
 
 def build_schedules(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> tuple[LambdaLR, CosineBudget | None]:

@@ -20,16 +20,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lesam_dist.config.schema import EmaConfig
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.shards import local_shard
 from lesam_dist.parallel.wrapping import reshard
 from lesam_dist.train.batchnorm import average_over_ranks
-
-
-def build_average(model: nn.Module, config: EmaConfig) -> WeightAverage | None:
-    """The average that a config names, if any."""
-    return WeightAverage(model, config.decay, uniform_from=config.uniform_from) if config.is_on else None
 
 
 class WeightAverage:
@@ -39,7 +33,12 @@ class WeightAverage:
         model: wrapped already where it is sharded: FSDP2 replaces the parameters.
         decay: share of the average that an update keeps in the end, in [0, 1).
         uniform_from: instead of ``decay``: the first update that is averaged and not copied, counted from 1.
+
+    Attributes:
+        decided_by_evaluation: what the average is depends on `evaluated`, so a checkpoint is saved after it.
     """
+
+    decided_by_evaluation = False
 
     def __init__(self, model: nn.Module, decay: float | None = None, *, uniform_from: int | None = None) -> None:
         if (decay is None) == (uniform_from is None):
@@ -89,15 +88,23 @@ class WeightAverage:
         """Give every rank the mean of all ranks' averaged buffers, as the model's own are before they are used."""
         average_over_ranks(list(self.buffers().values()), world)
 
+    def evaluated(self, loss: float) -> None:
+        """The weights have been evaluated, with this validation loss."""
+
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The model has the average as its weights inside, and the exact weights again afterwards, also after an error.
 
         Costs a copy of the weights while it lasts.
         """
+        with self._swapped(self._shards):
+            yield
+
+    @contextmanager
+    def _swapped(self, shards: list[Tensor]) -> Iterator[None]:
         kept = [source.detach().clone() for source in self._current()]
         try:
-            self._overwrite(self._shards)
+            self._overwrite(shards)
             yield
         finally:
             self._overwrite(kept)

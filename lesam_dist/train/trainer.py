@@ -28,7 +28,6 @@ from lesam_dist.train.boards.boards import open_boards
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.divergence import NonFiniteSteps
-from lesam_dist.train.ema import build_average
 from lesam_dist.train.flatness import Flatness, LabelledBatch
 from lesam_dist.train.flops import Flops
 from lesam_dist.train.formats import in_format
@@ -96,7 +95,7 @@ class Trainer:
         self.scaler = GradScaler(world.device.type) if config.precision.compute == "fp16" else None
         self.optimizer = build.build_optimizer(model, replace(config.optimizer, lr=peak_lr(config)))
         self.optimizer.grad_scaler = self.scaler
-        self.ema = build_average(model, config.ema)
+        self.ema = build.build_average(model, config.ema)
         self.lr_schedule, self.budget = build.build_schedules(config, self.optimizer, self.steps_per_epoch)
         self.phases = Phases(world, Clock(event_of(world.device)))
         self.meter = Meter(self.phases.clock, config.data.batch_size, world.world_size, shares_of(config, world), flops)
@@ -272,7 +271,8 @@ class Trainer:
                 self._log_step(loss, used)
 
     def _after_step(self) -> bool:
-        """Save and evaluate where that is due. It is saved first: if the evaluation fails, the epoch is not lost.
+        """Save and evaluate where that is due. It is saved first: if the evaluation fails, the epoch is not lost. But
+        not where the evaluation decides what is averaged.
 
         Returns:
             Whether the run went back to an earlier step instead.
@@ -292,6 +292,8 @@ class Trainer:
                 average_batchnorm(self.model, self.world)
                 if self.ema:
                     self.ema.average_buffers(self.world)
+            if self.ema and self.ema.decided_by_evaluation and not self._is_evaluated():
+                self._evaluate()
             every = self.config.checks.every_steps
             if self.check and every and (saves or self.step % every == 0):
                 self.check.compare(self.step, self.checkpoints, buffers=ends_epoch)

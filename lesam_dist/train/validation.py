@@ -70,6 +70,7 @@ class Validation:
         result = self.of_weights(leave)
         if self._ema is None or result is None:
             return result
+        self._ema.evaluated(result["loss"])
         with self._ema.swapped():
             averaged = self.of_weights(leave)
         if averaged is None:

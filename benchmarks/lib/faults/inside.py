@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lesam_dist import cli
@@ -34,7 +34,7 @@ from lesam_dist.train import evaluate as evaluation
 from lesam_dist.train import preemption, run_dir, telemetry
 from lesam_dist.train.agreement import agree_on_setup
 from lesam_dist.train.checkpoint import Checkpointer
-from lesam_dist.train.passes import BatchPasses
+from lesam_dist.train.passes import Passes
 from lesam_dist.train.trainer import Trainer
 from lib.faults.images import numbers_of
 from lib.faults.points import Action, Place
@@ -166,33 +166,33 @@ class Process:
         Trainer.__init__ = wrapped
 
     def _wrap_passes(self) -> None:
-        call = BatchPasses.__call__
+        call = Passes.__call__
         passes = 0
-        of: BatchPasses | None = None
+        of: Passes | None = None
 
         @functools.wraps(call)
-        def wrapped(batch: BatchPasses, **kwargs: Any) -> Any:
+        def wrapped(both: Passes, **kwargs: Any) -> Any:
             nonlocal passes, of
-            passes, of = (passes + 1, of) if batch is of else (1, batch)
+            passes, of = (passes + 1, of) if both is of else (1, both)
+            images, targets = both.batch
             if passes == 1:
-                self._record(batch)
-            images = batch.images
-            criterion, self._factor = batch.criterion, 1.0
+                self._record(images)
+            loss, self._factor = both._loss_of, 1.0
             self.reach("pass1" if passes == 1 else "perturbed")
             if math.isnan(self._factor):
-                batch.images = images * self._factor
+                both.batch = images * self._factor, targets
             elif self._factor != 1.0:
-                batch.criterion = _Times(criterion, self._factor)
-            result = call(batch, **kwargs)
-            batch.images, batch.criterion = images, criterion
+                both._loss_of = functools.partial(_times, self._factor, loss)
+            result = call(both, **kwargs)
+            both.batch, both._loss_of = (images, targets), loss
             self.reach("climbs" if passes == 1 else "stepped")
             return result
 
-        BatchPasses.__call__ = wrapped
+        Passes.__call__ = wrapped
 
-    def _record(self, batch: BatchPasses) -> None:
+    def _record(self, images: Tensor) -> None:
         assert self._trainer is not None
-        numbers = numbers_of(batch.images, self._trainer.config.data)
+        numbers = numbers_of(images, self._trainer.config.data)
         world = self._trainer.world
         line = {"start": self._start.number, "rank": world.rank, "of": world.world_size, "step": self.step}
         line["images"] = numbers
@@ -262,16 +262,8 @@ class Process:
         self.reach("files")
 
 
-class _Times(nn.Module):
-    """A criterion times a number."""
-
-    def __init__(self, criterion: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.criterion, self.factor = criterion, factor
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = self.criterion(logits, labels)
-        return loss * self.factor
+def _times(factor: float, loss: Callable[..., Tensor], *args: Any) -> Tensor:
+    return loss(*args) * factor
 
 
 def _everywhere(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:

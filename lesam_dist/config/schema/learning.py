@@ -112,11 +112,20 @@ class EmaConfig:
     uniform_from: int | None = None
     """instead: the mean of the weights after each step from this one on, counted from 1, and before it the weights
     themselves, e.g. 600 (ERM++); null keeps no such average"""
+    swad: bool = False
+    """instead: the mean of the weights after each step of the valley that the validation loss is in, as its evaluations
+    tell (SWAD). It is of use where validation images are no test images, as with task domains"""
+    swad_converge: int = 3
+    """evaluations of which the first must be the best, for the valley to begin there"""
+    swad_tolerance: int = 6
+    """evaluations in a row above the threshold, after which it has ended"""
+    swad_tolerance_ratio: float = 0.3
+    """how far above the mean loss of the first swad_converge evaluations the threshold is, as a share of it"""
 
     @property
     def is_on(self) -> bool:
         """Whether an average is kept."""
-        return self.decay is not None or self.uniform_from is not None
+        return self.decay is not None or self.uniform_from is not None or self.swad
 
 
 @dataclass

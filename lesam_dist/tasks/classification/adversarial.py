@@ -110,7 +110,7 @@ def start_of(norm: Norm, uniforms: Tensor) -> Tensor:
     if norm == "linf":
         return 2 * uniforms[:, :-1] - 1
     direction: Tensor = torch.special.ndtri(uniforms[:, :-1].clamp_min(1e-12))  # of normal numbers
-    length: Tensor = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    length = direction.square().sum(dim=1, keepdim=True).sqrt()
     return direction / length * uniforms[:, -1:]
 
 
