@@ -9,6 +9,8 @@ from lesam_dist.errors import UserError
 
 BUILTIN = "digit_domains"
 """The built-in data set that has domains."""
+BUILTIN_DOMAINS = ("mnist", "print", "scans")
+"""Their names: they may not be on disk yet."""
 
 
 def check_domains(config: Config) -> None:

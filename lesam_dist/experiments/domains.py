@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lesam_dist.config.domain_checks import BUILTIN
+from lesam_dist.config.domain_checks import BUILTIN, BUILTIN_DOMAINS
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.compare import known_methods, method_names, method_settings
@@ -23,8 +23,6 @@ from lesam_dist.experiments.domain_results import (
 )
 from lesam_dist.experiments.report import markdown, number, plot, report
 from lesam_dist.experiments.runs import ExperimentParser, run_all
-
-_BUILTIN_DOMAINS = ("mnist", "print", "scans")  # they may not be on disk yet
 
 
 def domains(argv: Sequence[str]) -> None:
@@ -95,7 +93,7 @@ def _sources(config: Config, text: str | None) -> list[str]:
     Raises:
         UserError: the config has another task, or data.root no such domain.
     """
-    found = list(_BUILTIN_DOMAINS) if config.data.builtin == BUILTIN else _folders(config.data.root)
+    found = list(BUILTIN_DOMAINS) if config.data.builtin == BUILTIN else _folders(config.data.root)
     if text is None:
         return found
     names = [name.strip() for name in text.split(",") if name.strip()]

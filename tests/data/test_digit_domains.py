@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from lesam_dist.config.domain_checks import BUILTIN_DOMAINS
 from lesam_dist.data import digit_domains as module
 from lesam_dist.data.digit_domains import SIDE, SIZES, cropped, holds, prepare_digit_domains
 from lesam_dist.data.domains import scan_domains
 from lesam_dist.errors import UserError
+from tests.conftest import Command
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,21 @@ def test_something_else_is_left_alone(root: Path, tmp_path: Path, monkeypatch: p
             with pytest.raises(UserError, match=said):
                 prepare_digit_domains(tmp_path / "new")
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_wrong_domain_is_refused_before_they_are_written(command: Command, tmp_path: Path) -> None:
+    assert sorted(SIZES) == list(BUILTIN_DOMAINS)
+    flags = (
+        "--config",
+        "digit_domains_resnet8_erm_sgd",
+        "--data.root",
+        tmp_path / "data",
+        "--run_dir",
+        tmp_path / "run",
+    )
+    status, _, err = command(*flags, "--domains.source", "[scan]")
+    assert (status, err) == (
+        2,
+        "lesam-dist: error: unknown domain in domains.source 'scan': did you mean 'scans'?\n",
+    )
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lesam_dist.config.domain_checks import BUILTIN_DOMAINS
 from lesam_dist.config.schema import Config
 from lesam_dist.data import ImageFolder
 from lesam_dist.data.domains import choose, hold_out, scan_domains
@@ -74,6 +75,7 @@ def _root(config: Config, world: Distributed) -> Path:
     if builtin is not None:
         from lesam_dist.data.digit_domains import holds, prepare_digit_domains
 
+        choose(BUILTIN_DOMAINS, config.domains.source, config.domains.target)  # before they are written
         if world.is_main and not holds(root):
             prepare_digit_domains(root)
             print(f"data.builtin {builtin}: wrote three domains of digits to data.root '{root}'", flush=True)
