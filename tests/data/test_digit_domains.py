@@ -90,15 +90,8 @@ def test_something_else_is_left_alone(root: Path, tmp_path: Path, monkeypatch: p
 
 def test_a_wrong_domain_is_refused_before_they_are_written(command: Command, tmp_path: Path) -> None:
     assert sorted(SIZES) == list(BUILTIN_DOMAINS)
-    flags = (
-        "--config",
-        "digit_domains_resnet8_erm_sgd",
-        "--data.root",
-        tmp_path / "data",
-        "--run_dir",
-        tmp_path / "run",
-    )
-    status, _, err = command(*flags, "--domains.source", "[scan]")
+    flags = ("--config", "digit_domains_resnet8_erm_sgd", "--domains.source", "[scan]")
+    status, _, err = command(*flags, "--data.root", tmp_path / "data", "--run_dir", tmp_path / "run")
     assert (status, err) == (
         2,
         "lesam-dist: error: unknown domain in domains.source 'scan': did you mean 'scans'?\n",
