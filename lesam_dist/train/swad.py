@@ -9,7 +9,8 @@ it reaches to the last segment whose loss is not above the threshold, and no fur
 row have been above it. The average is of all steps of the segments from s on to that one; before there is a valley, of
 those of the last segment. Floating buffers are averaged too.
 
-This is the paper's Algorithm 1. Its released code counts the valley's first segments twice, and takes some before s.
+This follows the paper's Algorithm 1. Its released code counts the first segment twice, and takes some before s that are
+not above the threshold; like that code, and unlike the algorithm, this leaves out what is above it when the run ends.
 """
 
 from __future__ import annotations
