@@ -11,6 +11,10 @@ BUILTIN = "digit_domains"
 """The built-in data set that has domains."""
 BUILTIN_DOMAINS = ("mnist", "print", "scans")
 """Their names: they may not be on disk yet."""
+WHERE_FROM = (
+    "PACS and VLCS are written so by DomainBed (python -m domainbed.scripts.download --data_dir DIR, then DIR/PACS or "
+    "DIR/VLCS); docs/domains.md says more."
+)
 
 
 def check_domains(config: Config) -> None:

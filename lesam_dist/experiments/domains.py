@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lesam_dist.config.domain_checks import BUILTIN, BUILTIN_DOMAINS
+from lesam_dist.config.domain_checks import BUILTIN, BUILTIN_DOMAINS, WHERE_FROM
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.experiments.compare import known_methods, method_names, method_settings
@@ -108,5 +108,7 @@ def _sources(config: Config, text: str | None) -> list[str]:
 def _folders(root: str | None) -> list[str]:
     if root is None or not Path(root).is_dir():
         state = "not set" if root is None else f"'{root}', which does not exist"
-        raise UserError(f"data.root is {state}: give the folder that holds DOMAIN/CLASS/IMAGE with --data.root DIR.")
+        raise UserError(
+            f"data.root is {state}: give the folder that holds DOMAIN/CLASS/IMAGE with --data.root DIR. {WHERE_FROM}"
+        )
     return sorted(each.name for each in Path(root).iterdir() if each.is_dir() and not each.name.startswith("."))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lesam_dist.config.domain_checks import BUILTIN_DOMAINS
+from lesam_dist.config.domain_checks import BUILTIN_DOMAINS, WHERE_FROM
 from lesam_dist.config.schema import Config
 from lesam_dist.data import ImageFolder
 from lesam_dist.data.domains import choose, hold_out, scan_domains
@@ -67,7 +67,7 @@ def _root(config: Config, world: Distributed) -> Path:
     if config.data.root is None:
         raise UserError(
             "data.root is not set: give the folder that holds DOMAIN/CLASS/IMAGE with --data.root DIR, or try the "
-            "recipe on random images with --dry_run."
+            f"recipe on random images with --dry_run. {WHERE_FROM}"
         )
     root = data_root(config.data.root)
     if isinstance(root, Url):
