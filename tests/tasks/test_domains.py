@@ -231,7 +231,10 @@ def test_refused_where_the_data_say_so(root: Path, tmp_path: Path, command: Comm
         (("--domains.source", "[aa]"), "unknown domain in domains.source 'aa': did you mean 'a'?"),
         (("--domains.target", "[a]"), "'a' is in domains.source and in domains.target"),
         (("--domains.holdout", "0.01"), "domains.holdout is 0.01, of which the 36 images"),
-        (("--data.builtin", "digit_domains"), "exists and is not the digit_domains dataset"),
+        (
+            ("--data.builtin", "digit_domains", "--domains.source", "[mnist]"),
+            "exists and is not the digit_domains dataset",
+        ),
     ):
         own = ("--data.builtin", "null", "--data.root", root, "--run_dir", tmp_path / "run", "--domains.source", "[a]")
         status, _, err = command("--config", "digit_domains_resnet8_ermpp_sam", *own, *flags)

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lesam_dist.parallel.processes import Distributed
+from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.train import trainer
 from lesam_dist.train.swad import ValleyAverage
 from lesam_dist.train.telemetry import read_metrics
 from tests.checkpoints import read_checkpoint
 from tests.conftest import Command
+from tests.parallel.processes import run
 
 STEPS, SEGMENTS = 3, 24
 
@@ -81,6 +84,39 @@ def test_it_is_the_mean_over_the_valley(seed: int, converge: int, tolerance: int
     assert any(start < end for start, end in valleys)
 
 
+def leg(world: Distributed, seed: int, strategy: str) -> list[Any]:
+    """What a small net gives for some inputs with the average, after each of 12 evaluations."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    model = wrap(net, world, strategy)  # type: ignore[arg-type]
+    average, optimizer = ValleyAverage(net, 2, 3, 0.3), torch.optim.SGD(net.parameters(), lr=0.5)
+    share = 8 // world.world_size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    found = []
+    for loss in (3.0, 2.0, 1.0, 1.1, 1.2, 1.0, 2.0, 1.1, 3.0, 3.0, 3.0, 3.0):
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[mine]), y[mine]).backward()
+            optimizer.step()
+            average.update()
+        average.evaluated(loss)
+        with average.swapped(), torch.no_grad():
+            found.append(net(x).numpy().copy())
+    return found
+
+
+def legs(world: Distributed, seed: int) -> list[list[Any]]:
+    return [leg(world, seed, name) for name in (("ddp", "fsdp") if world.world_size > 1 else ("none",))]
+
+
+def test_two_processes_have_the_average_of_one(seed: int) -> None:
+    (alone,) = legs(Distributed(0, 0, 1, torch.device("cpu")), seed)
+    for rank in run(legs, 2, seed):
+        for found in rank:
+            np.testing.assert_allclose(found, alone, rtol=0, atol=1e-4)  # measured: 2e-7
+
+
 def test_a_loss_that_is_not_a_number_begins_no_valley() -> None:
     net = Net()
     average = ValleyAverage(net, 2, 3, 0.3)
@@ -108,10 +144,10 @@ def test_a_run_is_resumed_with_the_same_average(
         patch.setattr(trainer.Trainer, "_step", cut_off)
         assert command(*small, *flags, "--run_dir", cut)[0] == 130
     assert command(*small, *flags, "--run_dir", cut, "--resume", "auto")[0] == 0
-    states = [read_checkpoint(sorted((run / "checkpoints").glob("step_*"))[-1]) for run in (whole, cut)]
+    states = [read_checkpoint(sorted((folder / "checkpoints").glob("step_*"))[-1]) for folder in (whole, cut)]
     for part in ("model", "ema"):
         torch.testing.assert_close(states[1][part], states[0][part], rtol=0, atol=0, equal_nan=True)
-    evaluations = [[line for line in read_metrics(run) if line["split"] == "val"] for run in (whole, cut)]
+    evaluations = [[line for line in read_metrics(folder) if line["split"] == "val"] for folder in (whole, cut)]
     assert evaluations[0] == evaluations[1]
     assert "ema_acc1" in evaluations[0][-1]
 
