@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 
+from lesam_dist.config.changes import changes
 from lesam_dist.config.schema import AdversarialConfig, Config
 from lesam_dist.errors import UserError
 
@@ -19,13 +19,11 @@ def check_adversarial(config: Config) -> None:
     """
     own, default = config.adversarial, AdversarialConfig()
     if own.norm is None:
-        for field in fields(own):
-            value = getattr(own, field.name)
-            if value != getattr(default, field.name):
-                raise UserError(
-                    f"adversarial.{field.name} is {value} but adversarial.norm is null, so that no image is attacked: "
-                    f"choose linf or l2, or leave it at {getattr(default, field.name)}."
-                )
+        for name, value, usual in changes(own):
+            raise UserError(
+                f"adversarial.{name} is {value} but adversarial.norm is null, so that no image is attacked: choose "
+                f"linf or l2, or leave it at {usual}."
+            )
         return
     _check_elsewhere(config)
     if own.epsilon is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lesam_dist.config.adversarial_checks import check_adversarial
 from lesam_dist.config.augmentation import check_augmentation
+from lesam_dist.config.changes import changes
 from lesam_dist.config.data_checks import check_data, check_loss
 from lesam_dist.config.domain_checks import check_domains
 from lesam_dist.config.explain import expected, is_optional
@@ -198,13 +199,9 @@ def _check_average(ema: EmaConfig) -> None:
     if len(chosen) > 1:
         values = " and ".join(f"ema.{name} is {value}" for name, value in chosen.items())
         raise UserError(f"{values}: there is one average, exponential, uniform or SWAD's. Leave the others out.")
-    default = EmaConfig()
-    for name in () if ema.swad else ("swad_converge", "swad_tolerance", "swad_tolerance_ratio"):
-        if getattr(ema, name) != getattr(default, name):
-            raise UserError(
-                f"ema.{name} is {getattr(ema, name)} but ema.swad is false: set it to true, or leave {name} at "
-                f"{getattr(default, name)}."
-            )
+    only_of_swad = () if ema.swad else ("swad_converge", "swad_tolerance", "swad_tolerance_ratio")
+    for name, value, usual in changes(ema, only_of_swad):
+        raise UserError(f"ema.{name} is {value} but ema.swad is false: set it to true, or leave {name} at {usual}.")
 
 
 def _check_measuring(config: Config) -> None:

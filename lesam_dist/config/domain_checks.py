@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-from lesam_dist.config.schema import Config, DomainsConfig
+from lesam_dist.config.changes import changes
+from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 
 BUILTIN = "digit_domains"
@@ -55,12 +54,7 @@ def check_domains(config: Config) -> None:
 
 
 def _refuse_elsewhere(config: Config) -> None:
-    default = DomainsConfig()
-    for name in (field.name for field in fields(default)):
-        value = getattr(config.domains, name)
-        if value != getattr(default, name):
-            raise UserError(
-                f"domains.{name} is {value} but task is {config.task}: choose --task domains, or leave it out."
-            )
+    for name, value, _ in changes(config.domains):
+        raise UserError(f"domains.{name} is {value} but task is {config.task}: choose --task domains, or leave it out.")
     if config.data.builtin == BUILTIN:
         raise UserError(f"data.builtin is {BUILTIN} but task is {config.task}: choose --task domains.")

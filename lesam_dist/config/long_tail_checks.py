@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lesam_dist.config.schema import OF_LONG_TAIL_METHOD, Config, DataConfig, LongTailConfig, LossConfig
+from lesam_dist.config.changes import changes
+from lesam_dist.config.schema import OF_LONG_TAIL_METHOD, Config, LongTailConfig
 from lesam_dist.errors import UserError
 
 
@@ -27,24 +28,20 @@ def check_long_tail(config: Config) -> None:
 
 
 def _refuse_all(config: Config) -> None:
-    for name, default in vars(LongTailConfig()).items():
-        value = getattr(config.long_tail, name)
-        if value != default:
-            raise UserError(
-                f"long_tail.{name} is {value} but task is {config.task}, which has no long tail: choose task "
-                f"long_tail, or leave it at {_shown(default)}."
-            )
+    for name, value, default in changes(config.long_tail):
+        raise UserError(
+            f"long_tail.{name} is {value} but task is {config.task}, which has no long tail: choose task long_tail, or "
+            f"leave it at {_shown(default)}."
+        )
 
 
 def _refuse_of_others(section: LongTailConfig) -> None:
     for method, names in OF_LONG_TAIL_METHOD.items():
-        for name in names if method != section.method else ():
-            value, default = getattr(section, name), getattr(LongTailConfig(), name)
-            if value != default:
-                raise UserError(
-                    f"long_tail.{name} is {value} but long_tail.method is {section.method}: only {method} has it. "
-                    f"Choose {method}, or leave it at {_shown(default)}."
-                )
+        for name, value, default in changes(section, names) if method != section.method else ():
+            raise UserError(
+                f"long_tail.{name} is {value} but long_tail.method is {section.method}: only {method} has it. "
+                f"Choose {method}, or leave it at {_shown(default)}."
+            )
 
 
 def _check_numbers(section: LongTailConfig) -> None:
@@ -78,20 +75,16 @@ def _check_data(config: Config) -> None:
             f"data.label_noise.kind is {data.label_noise.kind} but task is long_tail, whose classes are counted by "
             "their true labels: leave it null."
         )
-    for name in ("mixup", "cutmix", "repeats") if method == "glmc" else ("mixup", "cutmix"):
-        default = getattr(DataConfig(), name)
-        if getattr(data, name) != default:
-            raise UserError(
-                f"data.{name} is {getattr(data, name)} but task is long_tail with long_tail.method {method}, which "
-                f"does not have it: leave it at {default}."
-            )
-    for name, default in vars(LossConfig()).items():
-        value = getattr(config.loss, name)
-        if value != default:
-            raise UserError(
-                f"loss.{name} is {value} but task is long_tail, whose losses are those of long_tail.method: leave it "
-                f"at {_shown(default)}."
-            )
+    for name, value, default in changes(data, ("mixup", "cutmix", *(("repeats",) if method == "glmc" else ()))):
+        raise UserError(
+            f"data.{name} is {value} but task is long_tail with long_tail.method {method}, which does not have it: "
+            f"leave it at {default}."
+        )
+    for name, value, default in changes(config.loss):
+        raise UserError(
+            f"loss.{name} is {value} but task is long_tail, whose losses are those of long_tail.method: leave it at "
+            f"{_shown(default)}."
+        )
 
 
 def _shown(value: object) -> object:

@@ -11,6 +11,7 @@ from lesam_dist.report.grouping import Group
 from lesam_dist.report.reading import Run
 from lesam_dist.report.statistics import Difference, Spread, difference
 from lesam_dist.tasks.task import Metric
+from lesam_dist.train.best import Best, best_of
 
 
 def last(run: Run, key: str) -> float | None:
@@ -19,11 +20,9 @@ def last(run: Run, key: str) -> float | None:
     return found[-1][1] if found else None
 
 
-def best(run: Run) -> tuple[float, float] | None:
+def best(run: Run) -> Best | None:
     """The best value of the metric in all evaluations, and its epoch: the first where several are as good."""
-    sign = 1 if run.metric.higher_is_better else -1
-    known = [(value, line["epoch"]) for line, value in run.of("val", run.metric.name) if value is not None]
-    return max(known, key=lambda pair: (sign * pair[0], -pair[1]), default=None)
+    return best_of(run.lines, run.metric)
 
 
 def steps(run: Run) -> int:
