@@ -8,14 +8,14 @@ from lesam_dist.errors import UserError
 
 def check_data(config: Config) -> None:
     """Refuse what would have no effect."""
-    is_cifar = config.on_device
-    if is_cifar and config.data.skip_list is not None:
+    on_device = config.on_device
+    if on_device and config.data.skip_list is not None:
         raise UserError(
             f"data.skip_list is '{config.data.skip_list}' but data.builtin is {config.data.builtin}: only class "
             "folders have image files to leave out. Leave it null."
         )
     default = type(config.data)()
-    if is_cifar and config.data.order != default.order:
+    if on_device and config.data.order != default.order:
         raise UserError(
             f"data.order is {config.data.order} but data.builtin is {config.data.builtin}, which is kept in memory: "
             "leave it at random."
@@ -26,11 +26,11 @@ def check_data(config: Config) -> None:
             f"data.shuffle_window is {config.data.shuffle_window} but data.order is random, which shuffles all images: "
             f"choose sequential, or leave it at {default.shuffle_window}."
         )
-    for name in FOLDERS_ONLY if is_cifar else CIFAR_ONLY:
+    for name in FOLDERS_ONLY if on_device else CIFAR_ONLY:
         value = getattr(config.data, name)
         if value != getattr(default, name):
             folders = "class folders" if config.task != "long_tail" else "class folders of your own"
-            kind = folders if is_cifar else "cifar10 and cifar100"
+            kind = folders if on_device else "cifar10 and cifar100"
             raise UserError(
                 f"data.{name} is {value} but data.builtin is {config.data.builtin or 'null'}: only {kind} are "
                 f"augmented that way. Leave it at {getattr(default, name)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lesam_dist.config.changes import changes
 from lesam_dist.config.schema import HUMAN_LABELS, DataConfig
 from lesam_dist.errors import UserError
 
@@ -54,10 +55,8 @@ def _check_human(data: DataConfig) -> None:
 
 def _refuse(data: DataConfig, names: tuple[str, ...], remedy: str) -> None:
     """What a kind of noise does not look at."""
-    for name in names:
-        value = getattr(data.label_noise, name)
-        if value is not None:
-            raise UserError(
-                f"data.label_noise.{name} is {value} but data.label_noise.kind is {data.label_noise.kind or 'null'}, "
-                f"which does not look at it: {remedy}, or leave it null."
-            )
+    for name, value, _ in changes(data.label_noise, names):
+        raise UserError(
+            f"data.label_noise.{name} is {value} but data.label_noise.kind is {data.label_noise.kind or 'null'}, which "
+            f"does not look at it: {remedy}, or leave it null."
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lesam_dist.data.folder import ImageFolder, scan_split
+from lesam_dist.data.folder import ImageFolder, scan_split, subfolders
 from lesam_dist.data.order import DOMAIN_SPLIT_STREAM, generator_of
 from lesam_dist.errors import UserError, unknown_name
 
@@ -29,7 +29,7 @@ def scan_domains(root: Path, skip: Collection[str] = frozenset()) -> dict[str, I
     root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"the dataset folder '{root}' does not exist: pass the folder that holds one folder a domain.")
-    names = sorted(each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
+    names = subfolders(root)
     if names == ["train", "val"]:
         raise UserError(f"'{root}' holds train/ and val/, and not one folder a domain: arrange the images as {LAYOUT}.")
     if len(names) < 2:

@@ -137,11 +137,11 @@ def scan_split(
         raise UserError(f"the dataset folder '{root}' does not exist: pass the folder that holds {split}/.")
     folder = root / split
     if not folder.is_dir():
-        found = ", ".join(name + "/" for name in _subfolders(root)) or "no folders"
+        found = ", ".join(name + "/" for name in subfolders(root)) or "no folders"
         raise UserError(
             f"'{root}' has no {split}/ folder (found: {found}): arrange the images as {folder}/CLASS/IMAGE."
         )
-    names = _subfolders(folder)
+    names = subfolders(folder)
     if not names:
         raise UserError(
             f"'{folder}' has no class folders: put the images of each class into a folder of their own, "
@@ -194,7 +194,8 @@ def overlooked(folder: ImageFolder, split: str) -> list[str]:
     return [f"'{folder.root / split}': passed over {_listed(folder.passed_over)}"]
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """Names, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 

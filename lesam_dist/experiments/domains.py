@@ -106,9 +106,11 @@ def _sources(config: Config, text: str | None) -> list[str]:
 
 
 def _folders(root: str | None) -> list[str]:
+    from lesam_dist.data.folder import subfolders  # which needs torch
+
     if root is None or not Path(root).is_dir():
         state = "not set" if root is None else f"'{root}', which does not exist"
         raise UserError(
             f"data.root is {state}: give the folder that holds DOMAIN/CLASS/IMAGE with --data.root DIR. {WHERE_FROM}"
         )
-    return sorted(each.name for each in Path(root).iterdir() if each.is_dir() and not each.name.startswith("."))
+    return subfolders(Path(root))

@@ -22,11 +22,10 @@ _MEANS: dict[str, Any] = {"capsize": 4, "marker": "D", "markersize": 6, "color":
 def note(metric: Metric) -> str:
     """What the numbers of a table are."""
     what = metric.label[:1].upper() + metric.label[1:]
-    samples = "images" if metric.name == "acc1" else "samples"
     return (
-        f"{what} on the validation {samples} after the last epoch: mean and standard deviation over seeds. Best epoch: "
-        f"of each run, chosen on the same {samples}, which flatters; it is not what is compared. Cost: forward and "
-        "backward passes of a step; SGD makes one."
+        f"{what} on the validation {metric.samples} after the last epoch: mean and standard deviation over seeds. Best "
+        f"epoch: of each run, chosen on the same {metric.samples}, which flatters; it is not what is compared. Cost: "
+        "forward and backward passes of a step; SGD makes one."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -29,12 +29,14 @@ class Metric:
         label: in words, for tables and plots.
         unit: behind the number.
         higher_is_better: or the lower, as of a loss.
+        samples: what it is measured on, in words.
     """
 
     name: str
     label: str
     unit: str = ""
     higher_is_better: bool = True
+    samples: str = field(default="samples", compare=False)
 
     @property
     def title(self) -> str:

@@ -22,6 +22,7 @@ from lesam_dist.parallel.batchnorm import synchronized
 from lesam_dist.parallel.blocks import compile_in_place, find_blocks, recompute_in_backward
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.network import new_network
+from lesam_dist.tasks.task import Task
 from lesam_dist.train.ema import WeightAverage
 from lesam_dist.train.methods import method_arguments, param_groups
 from lesam_dist.train.swad import ValleyAverage
@@ -30,12 +31,19 @@ _BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS, "lam
 
 
 def build_network(config: Config, num_classes: int, world: Distributed) -> nn.Module:
-    """The config's network for images of so many classes, as `placed` gives it."""
-    return placed(new_network(config, num_classes, world), config, world)
+    """The config's network for images of so many classes, as `build_model` gives it."""
+    torch.manual_seed(config.seed)
+    return _placed(new_network(config, num_classes, world), config, world)
 
 
-def placed(model: nn.Module, config: Config, world: Distributed) -> nn.Module:
-    """A model on this process's device, and as it is computed; not wrapped yet."""
+def build_model(task: Task) -> nn.Module:
+    """The task's network, equal on every rank (seeded), on this process's device, and as it is computed; not wrapped
+    yet."""
+    torch.manual_seed(task.config.seed)
+    return _placed(task.build_model(), task.config, task.world)
+
+
+def _placed(model: nn.Module, config: Config, world: Distributed) -> nn.Module:
     sharded = world.world_size > 1 and config.parallel.is_sharded  # which takes no other weights
     last = config.precision.channels_last and not sharded
     memory_format = torch.channels_last if last else torch.preserve_format

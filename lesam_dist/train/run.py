@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection, Sequence
 
-import torch
-
 from lesam_dist.config.checks import checked
 from lesam_dist.config.schema import Config
 from lesam_dist.data.loader import Loader
@@ -105,8 +103,7 @@ def build_trainer(config: Config, world: Distributed, task: Task | None = None) 
     agree_on_data({"train": train, "val": val}, world)
     loaders = _loaders(task, task.loaders())
     measured = _measured(task)
-    torch.manual_seed(config.seed)
-    model = build.placed(task.build_model(), config, world)
+    model = build.build_model(task)
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
@@ -122,14 +119,19 @@ def _loaders(task: Task, loaders: tuple[Loader, Loader]) -> tuple[Loader, Loader
     Raises:
         UserError: a process's share of a batch cannot be divided into micro-batches.
     """
-    data, (train, val) = task.config.data, loaders
+    data = task.config.data
     share = data.batch_size // task.world.world_size
     if share % data.micro_batches:
         raise UserError(
             f"data.micro_batches {data.micro_batches} does not divide the {share} images that each process takes of a "
             f"batch of {data.batch_size}: choose a divisor."
         )
-    return ReplayLoader(train) if data.replay else train, val
+    return _replayed(task, loaders)
+
+
+def _replayed(task: Task, loaders: tuple[Loader, Loader]) -> tuple[Loader, Loader]:
+    train, val = loaders
+    return ReplayLoader(train) if task.config.data.replay else train, val
 
 
 def _measured(task: Task) -> Sequence[LabelledBatch] | None:
@@ -145,11 +147,8 @@ def _measured(task: Task) -> Sequence[LabelledBatch] | None:
 
 def _dry_trainer(task: Task, given: Collection[str]) -> Trainer:
     shorten(task.config, task.world, given)
-    loaders = task.dry_loaders()
-    train, val = loaders
-    torch.manual_seed(task.config.seed)
-    model = build.placed(task.build_model(), task.config, task.world)
-    return Trainer(task, model, (ReplayLoader(train) if task.config.data.replay else train, val), run_dir=None)
+    loaders = _replayed(task, task.dry_loaders())
+    return Trainer(task, build.build_model(task), loaders, run_dir=None)
 
 
 def _require_reduction(config: Config, world: Distributed) -> None:

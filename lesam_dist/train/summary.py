@@ -56,8 +56,7 @@ def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric
     """The last evaluation, which was made after so many epochs, and the best one of the run."""
     beside = {"acc5": "top-5", "robust_acc1": "under attack"}
     others = "".join(f", {text} {evaluation[name]:.2f} %" for name, text in beside.items() if name in evaluation)
-    samples = "images" if metric.name == "acc1" else "samples"
-    samples = f"{evaluation['samples']:.0f} validation {samples} after epoch {epoch}"
+    samples = f"{evaluation['samples']:.0f} validation {metric.samples} after epoch {epoch}"
     text = f"{metric.label} {_number(evaluation[metric.name], metric)}{others} of {samples}"
     if best is None:
         return text

@@ -19,6 +19,7 @@ from lesam_dist.errors import PreemptedError, SharedError
 from lesam_dist.parallel.batch import Batch
 from lesam_dist.parallel.wrapping import wrap
 from lesam_dist.tasks.loading import is_built_in
+from lesam_dist.tasks.precision import autocast_dtype
 from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.batchnorm import average_batchnorm
@@ -90,7 +91,7 @@ class Trainer:
             gather_dtype=torch.bfloat16 if config.precision.gather_dtype == "bf16" else None,
             reduce_dtype=torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
         )
-        autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.compute]
+        autocast = autocast_dtype(config.precision)
         self.samples = samples_per_perturbation(config, world)
         self.scaler = GradScaler(world.device.type) if config.precision.compute == "fp16" else None
         self.optimizer = build.build_optimizer(model, replace(config.optimizer, lr=peak_lr(config)))

@@ -187,8 +187,7 @@ def build_with(source: Source, num_classes: int, world: Distributed) -> nn.Modul
     config = plain(source.config)
     task = _image_task(source, config, world)
     task.num_classes = num_classes
-    torch.manual_seed(config.seed)
-    model = build.placed(task.build_model(), config, world)
+    model = build.build_model(task)
     if wrong := misfit(model.state_dict(), source.weights):
         raise UserError(
             f"{source.name} in '{source.folder}' is not of model.name {config.model.name} with {num_classes} classes: "

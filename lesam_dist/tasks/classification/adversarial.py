@@ -25,8 +25,7 @@ from lesam_dist.config.schema import Config
 from lesam_dist.data.order import ADVERSARIAL_STREAM, position_uniforms
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.classification.pgd import Norm, Scale, pgd
-
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lesam_dist.tasks.precision import autocast_dtype
 
 
 class Attack:
@@ -43,7 +42,7 @@ class Attack:
         assert own.epsilon is not None
         self._own, self._norm, self._epsilon = own, own.norm, own.epsilon
         self._seed, self._world, self._parts = config.seed, world, data.micro_batches
-        self._scale, self._autocast = Scale(data.mean, data.std), _AUTOCAST[config.precision.compute]
+        self._scale, self._autocast = Scale(data.mean, data.std), autocast_dtype(config.precision)
 
     def on_training(self, network: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The images of a batch as a training step sees them.

@@ -17,13 +17,14 @@ from lesam_dist.tasks.images.mixing import Mixing
 from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.task import At, Metric
 
-ACC1 = Metric("acc1", "top-1", "%")
+ACC1 = Metric("acc1", "top-1", "%", samples="images")
 
 
 class Classification(ImageTask):
     """Images ``(B, 3, S, S)`` and labels ``(B,)``; the targets of mixed images are ``(B, K)``."""
 
     metric: ClassVar[Metric] = ACC1
+    _metrics: ClassVar[ClassifierMetrics] = ClassifierMetrics()
 
     @cached_property
     def _mixing(self) -> Mixing | None:
@@ -38,10 +39,6 @@ class Classification(ImageTask):
     @cached_property
     def _attack(self) -> Attack | None:
         return None if self.config.adversarial.norm is None else Attack(self.config, self.world)
-
-    @cached_property
-    def _metrics(self) -> ClassifierMetrics:
-        return ClassifierMetrics()
 
     @property
     def draw_passes(self) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from lesam_dist.config.methods import complete, method_of
@@ -14,7 +13,7 @@ from lesam_dist.parallel.processes import Distributed
 
 
 def new_network(config: Config, num_classes: int, world: Distributed) -> nn.Module:
-    """The model that a config names, equal on every rank (seeded), on the host.
+    """The model that a config names, on the host.
 
     Raises:
         UserError: images of some size, or too few of them, cannot go through it; its weights cannot be had.
@@ -24,7 +23,6 @@ def new_network(config: Config, num_classes: int, world: Distributed) -> nn.Modu
         if world.local_rank == 0:
             fetch_weights(config.model.name)
         world.barrier()
-    torch.manual_seed(config.seed)
     model = build_model(
         config.model.name,
         num_classes,

@@ -48,6 +48,7 @@ class LongTail(ImageTask):
     """
 
     metric: ClassVar[Metric] = ACC1
+    _metrics: ClassVar[ClassifierMetrics] = ClassifierMetrics()
 
     def open_data(self) -> tuple[Images, Images]:
         train, val = super().open_data()
@@ -76,10 +77,6 @@ class LongTail(ImageTask):
     @cached_property
     def _method(self) -> Method:
         return METHODS[self.config.long_tail.method](self.config.long_tail, self.counts, self.config.seed)
-
-    @cached_property
-    def _metrics(self) -> ClassifierMetrics:
-        return ClassifierMetrics()
 
     def loaders(self) -> tuple[Loader, Loader]:
         train, val = self.splits

@@ -30,11 +30,7 @@ def export(argv: Sequence[str]) -> None:
     parser = Parser("export", _TEXT, "lesam-dist export runs/default model.safetensors --ema")
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint; or of a run, for its latest one")
     parser.add_argument("output", type=Path, help="file to write, model.safetensors")
-    parser.add_argument(
-        "--ema",
-        action="store_true",
-        help="the averaged weights, of a run that keeps an average",
-    )
+    parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run that keeps an average")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     args = parser.parse_args(argv)
     _require_free(args.output, args.force)
