@@ -171,7 +171,7 @@ def on_some(
             yield batch
 
     Plan.epoch = listening  # type: ignore[method-assign,assignment]
-    module.build.placed = lambda model, config, world: _seeded()  # type: ignore[attr-defined]
+    module.build.build_model = lambda task: _seeded()  # type: ignore[attr-defined]
     argv = [*SMALL, *DALI, "--data.root", root, *flags]
     trainer = start(parse([*argv, "--run_dir", folder]), world, stop)
     params = trainer.model.named_parameters()
