@@ -1,0 +1,75 @@
+"""What pages are like: short, in the index, and their tables and pictures as what they are made of."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lesam_dist
+from lesam_dist.config.command_line import read_command_line
+from tests.docs.pages import PAGES, ROOT
+
+
+def test_pages_are_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+    assert all(len(page.read_text().splitlines()) < 400 for page in PAGES)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(
+        re.findall(r"^\| \[(\w+\.md)\]\(\1\)", index, re.M)
+    )
+
+
+def test_the_tables_of_methods() -> None:
+    """They are what the classes say of themselves, and every method that a user can import is there."""
+    script = runpy.run_path(str(ROOT / "docs" / "render_methods.py"))
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert page == script["render"](page), "run python docs/render_methods.py"
+    classes = {name for name in lesam_dist.__all__ if hasattr(getattr(lesam_dist, name), "registration")}
+    assert set(re.findall(r"^\| `(\w+)` \| `\w+` \| [^`]", page, re.M)) == classes
+
+
+@pytest.mark.parametrize("page", ["methods.md", "distributed.md"])
+def test_methods_without_scopes(page: str) -> None:
+    """The methods that a page says are refused under the scopes "local" and "replica" are, and no others."""
+    (listed,) = re.findall(
+        r"drift\s+apart: ((?:.|\n)*?)have no first\s+pass to change", (ROOT / "docs" / page).read_text()
+    )
+    named = {name.strip("`") for name in re.findall(r"`\w+`|LE-SAM\+", listed)}
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    classes = {n: getattr(lesam_dist, n) for n in lesam_dist.__all__}
+    cases = {n: (cls, {}) for n, cls in classes.items() if hasattr(cls, "registration")}
+    cases["LE-SAM+"] = (lesam_dist.LESAM, {"alpha": 0.5})
+
+    def is_refused(cls: Any, **arguments: Any) -> bool:
+        try:
+            cls(lesam_dist.norm_groups(net), torch.optim.SGD, lr=0.1, momentum=0.9, scope="local", **arguments)
+        except ValueError:
+            return True
+        return False
+
+    assert named == {case for case, (cls, arguments) in cases.items() if is_refused(cls, **arguments)}
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    """Its script draws what runs log, and the README's caption says what the picture's own metadata say."""
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "loss_budget.py"))
+    for command in script["COMMANDS"].values():
+        read_command_line(command.split())
+    line = {"loss": 1.0, "rho": 0.05, "perturbed_loss": 1.1}
+    log = [{"epoch": step / 4, **line} for step in range(1, 9)]
+    script["draw"]({"SAM": log, "LE-SAM": log}, tmp_path / "drawn.svg", "how it was made")
+    assert "how it was made" in (tmp_path / "drawn.svg").read_text()
+    picture = ROOT / "docs" / "figures" / "loss_budget.svg"
+    found = re.search(r"<dc:description>commit (\w+), .*digits_resnet8_sam.*digits_resnet8_lesam", picture.read_text())
+    assert found
+    assert f"as of commit {found[1]}" in (ROOT / "README.md").read_text()
+    assert all(each.stat().st_size <= 200_000 for each in (picture, picture.with_name("report.png")))
