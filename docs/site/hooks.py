@@ -7,6 +7,7 @@ pages from elsewhere (include-markdown, monorepo) want a page or a config for ea
 
 - What pages link to becomes part of the site, and what that links to in turn: other pages, pictures, and source
   files, each as a page of its own.
+- The entries of docs/reference.md become the docstrings of what they name (mkdocstrings).
 - Bars in a table's code have a backslash on code hosts, which would be shown here.
 """
 
@@ -25,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 AS_THEY_ARE = (".md", ".png", ".svg", ".css")
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 LINK = re.compile(r"(?<=\]\()(?!https?://|#)([^)\s#]+)((?:#[^)\s]*)?)(?=\))")
+REFERENCE = "docs/reference.md"
+ENTRY = re.compile(r"^- \[`([\w.]+)`\]\((\S+)\): .*$", re.M)
+WITH_MEMBERS = ("lesam_dist.CosineBudget", "lesam_dist.SharpnessAware", "lesam_dist.optim.engine.rule.Rule")
 FENCE = re.compile(r"^(`{3,}).*?^\1`*\s*?$", re.M | re.DOTALL)
 
 
@@ -46,7 +50,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to source files lead to their pages; tables' code has bars without a backslash."""
+    """Links to source files lead to their pages; tables' code has bars without a backslash; entries are docstrings."""
+    if page.file.src_uri == REFERENCE:
+        markdown = ENTRY.sub(_docstring, markdown)
     parts = [_rewritten(part) if prose else part for prose, part in _split(markdown)]
     return "".join(parts)
 
@@ -87,6 +93,17 @@ def _rewritten(prose: str) -> str:
     return re.sub(
         r"^\|.*", lambda row: re.sub(r"`[^`]+`", lambda code: code[0].replace(r"\|", "|"), row[0]), prose, flags=re.M
     )
+
+
+def _docstring(entry: re.Match[str]) -> str:
+    """What mkdocstrings reads, by the name's own file. A method has the options and steps of all: its class alone."""
+    name, file = entry[1], entry[2].removeprefix("../")
+    module = file.removesuffix(".py").replace("/", ".")
+    bare = file.startswith("lesam_dist/optim/") and name not in WITH_MEMBERS
+    options = f"heading: {name}, toc_label: {name.rpartition('.')[2]}, members: {'false' if bare else 'null'}"
+    if name == "lesam_dist.SharpnessAware":
+        options += ", inherited_members: [restore]"
+    return f"::: {module}.{name.rpartition('.')[2]}\n    options: {{{options}}}\n\nIn [{file}]({entry[2]}).\n"
 
 
 def _to_page(target: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 
 import lesam_dist
+import lesam_dist.analysis
+import lesam_dist.parallel
+import lesam_dist.tasks
 from lesam_dist.config.command_line import read_command_line
 from tests.docs.pages import PAGES, ROOT
 
@@ -26,6 +30,18 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(
         re.findall(r"^\| \[(\w+\.md)\]\(\1\)", index, re.M)
     )
+
+
+def test_the_reference_is_complete() -> None:
+    """Every public name is there, with the file that defines it."""
+    modules = (lesam_dist, lesam_dist.tasks, lesam_dist.analysis, lesam_dist.parallel)
+    public = {f"{m.__name__}.{n}": getattr(m, n) for m in modules for n in m.__all__ if not n.startswith("_")}
+    entries = re.findall(r"^- \[`([\w.]+)`\]\(\.\./(\S+)\): ", (ROOT / "docs" / "reference.md").read_text(), re.M)
+    assert len(dict(entries)) == len(entries)
+    assert set(public) <= set(dict(entries))
+    for entry, file in entries:
+        module, _, last = entry.rpartition(".")
+        assert getattr(importlib.import_module(module), last).__module__ == file.removesuffix(".py").replace("/", ".")
 
 
 def test_the_tables_of_methods() -> None:
