@@ -35,6 +35,8 @@ def test_flags_and_paths_exist(page: Path) -> None:
     for span in spans:
         if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]+", span):
             assert (ROOT / span).exists(), f"{name(page)}: {span}"
+        elif found := re.fullmatch(r"(tests/[\w/]+\.py)::(test_\w+)", span):
+            assert f"def {found[2]}(" in (ROOT / found[1]).read_text(), f"{name(page)}: {span}"
         elif re.fullmatch(r"[\w-]+\.(?:py|sh)", span):
             assert span in names_of_files, f"{name(page)}: {span}"
         elif found := re.fullmatch(r"(lesam_dist(?:\.[a-z_]+)*)((?:\.[A-Za-z_]+)?)(?:\(.*\))?", span):
