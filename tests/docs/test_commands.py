@@ -25,11 +25,11 @@ def commands(page: Path) -> Iterator[list[str]]:
     shell = [line for block in blocks(page, "(?:sh|bash)") for line in block.split("\n")]
     text = "\n".join([prose(page), *("    " + line for line in shell)])
     for line in re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.M):
-        words = shlex.split(line.split("  #")[0], posix=True) if re.match(r"[\w./=-]+( |$)", line) else []
-        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-            words.pop(0)
-        if words and words[0] in COMMANDS:
-            yield [word for word in words if word != "..."]
+        command = re.match(r"(?:[A-Z_]+=\S* +)*([\w./-]+)(?= |$)", line)
+        if (
+            command and command[1] in COMMANDS
+        ):  # formulas are indented too, and have quotes that a shell would not close
+            yield [word for word in shlex.split(line[command.start(1) :].split("  #")[0]) if word != "..."]
 
 
 class StartedError(Exception):
