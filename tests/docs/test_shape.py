@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import lesam_dist
@@ -88,4 +89,28 @@ def test_the_picture(tmp_path: Path) -> None:
     found = re.search(r"<dc:description>commit (\w+), .*digits_resnet8_sam.*digits_resnet8_lesam", picture.read_text())
     assert found
     assert f"as of commit {found[1]}" in (ROOT / "README.md").read_text()
-    assert all(each.stat().st_size <= 200_000 for each in (picture, picture.with_name("report.png")))
+
+
+def test_the_drawn_figures(tmp_path: Path) -> None:
+    """Their script draws them, and what the text beside them says of them holds."""
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "picture.py"))
+    radius, rise = script["radius"], script["rise"]
+    steep, flat, rho = script["STEEP"], script["FLAT"], script["RHO"]
+    assert [rho * norm for norm in (steep, flat)] == pytest.approx([0.25, 0.075])
+    assert [rise(rho, norm) - rho * norm for norm in (steep, flat)] == pytest.approx([0.0625, 0.0625])
+    assert [radius(norm) for norm in (steep, flat)] == pytest.approx([0.12, 0.4])
+    assert [rise(radius(norm), norm) - 0.12 for norm in (steep, flat)] == pytest.approx([0.0144, 0.16])
+    ends = [(script["drift"](dtype)[0], script["drift"](dtype)[-1]) for dtype in (torch.float32, torch.bfloat16)]
+    assert ends == [
+        (pytest.approx(3e-9, rel=0.2), pytest.approx(8e-8, rel=0.2)),
+        (pytest.approx(2e-4, rel=0.2), pytest.approx(4e-3, rel=0.2)),
+    ]
+    script["draw_budget"](figure := Figure())
+    assert len(figure.axes) == 2
+
+
+def test_figures_are_small_and_used() -> None:
+    shown = {target for page in PAGES for target in re.findall(r"\]\((?:docs/)?figures/([\w.]+)\)", page.read_text())}
+    there = [path for path in (ROOT / "docs" / "figures").iterdir() if path.suffix in (".svg", ".png")]
+    assert {path.name for path in there} == shown
+    assert all(path.stat().st_size <= 200_000 for path in there)
