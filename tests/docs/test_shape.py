@@ -109,6 +109,21 @@ def test_the_drawn_figures(tmp_path: Path) -> None:
     assert len(figure.axes) == 2
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "hsdp"])
+def test_the_diagrams_of_strategies(strategy: str, tmp_path: Path) -> None:
+    """Every row has each process once, and bars are as many as the calls of the table of what a step communicates."""
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "strategies.py"))
+    rows = script["FIGURES"][strategy]()
+    processes = [sorted(i for part in row for i in range(part.first, part.last + 1)) for row in rows]
+    assert all(row == list(range(len(processes[0]))) for row in processes)
+    scalars = sum(row[0].what == "a number" for row in rows)
+    named = {"ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP, shards of s"}[strategy]
+    table = (ROOT / "docs" / "distributed.md").read_text()
+    assert re.findall(rf"^\| {named} \| [^|]+ \| (\d) \|", table, re.M) == [str(scalars)]
+    script["draw"](rows, tmp_path / "drawn.svg")
+    assert "</svg>" in (tmp_path / "drawn.svg").read_text()
+
+
 def test_figures_are_small_and_used() -> None:
     shown = {target for page in PAGES for target in re.findall(r"\]\((?:docs/)?figures/([\w.]+)\)", page.read_text())}
     there = [path for path in (ROOT / "docs" / "figures").iterdir() if path.suffix in (".svg", ".png")]
