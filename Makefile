@@ -34,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP) ## the site of the documentation, into build/site; a link or an anchor that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # --quiet would hide warnings from `strict` too
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
