@@ -134,15 +134,22 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+def shown() -> dict[str, str]:
+    """Each command line of all pages once, and the pages that show it."""
+    pages: dict[str, list[str]] = {}
+    for page in PAGES:
+        inline = re.findall(r"`((?:make|pip|python|torchrun) [^`]+|accelerate launch --[^`]+py)`", prose(page))
+        for words in [*commands(page), *map(shlex.split, inline)]:
+            pages.setdefault(shlex.join(words), []).append(name(page))
+    return {line: ", ".join(pages) for line, pages in pages.items()}
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, id=f"{line} ({pages})") for line, pages in shown().items()])
 def test_commands_parse(
-    page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inline = [shlex.split(text) for text in re.findall(r"`((?:make|pip|python|torchrun) [^`]+)`", prose(page))]
-    inline += [shlex.split(text) for text in re.findall(r"`(accelerate launch --[^`]+py)`", prose(page))]
-    for words in [*commands(page), *inline]:
-        words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
-        COMMANDS[words[0]](words[1:], monkeypatch)
+    words = [str(tmp_path / word) if word.startswith("runs/") else word for word in shlex.split(line)]
+    COMMANDS[words[0]](words[1:], monkeypatch)
 
 
 def test_commands_are_found() -> None:
