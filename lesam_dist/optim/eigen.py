@@ -33,10 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import Count, NonNegative, Positive
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer
 from lesam_dist.optim.engine.products import NotTwiceDifferentiableError, TwiceDifferentiable
 from lesam_dist.optim.engine.rule import Closure
 from lesam_dist.optim.engine.vectors import Ascent, Vector, ratio
-from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.optim.sam import SAM
 
 _VECTOR = "eigenvector"

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative, PositiveShare
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer
 from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.rule import Closure
 from lesam_dist.optim.engine.vectors import Vector
-from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.optim.sam import SAM
 
 

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer
 from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.vectors import Vector, ratio
-from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.optim.sam import SAM
 
 

@@ -26,9 +26,9 @@ from torch.optim.optimizer import ParamsT
 from lesam_dist.optim.asam import is_adaptive, metric
 from lesam_dist.optim.engine.arguments import NonNegative
 from lesam_dist.optim.engine.base import SharpnessAware
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer
 from lesam_dist.optim.engine.reference import Radius
 from lesam_dist.optim.engine.vectors import Ascent, Vector
-from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class LESAM(

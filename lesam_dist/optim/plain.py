@@ -11,8 +11,8 @@ from typing import Any
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.base import Kind, SharpnessAware
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer
 from lesam_dist.optim.engine.reference import Radius
-from lesam_dist.optim.engine.wrapper import BaseOptimizer
 
 
 class Plain(SharpnessAware):

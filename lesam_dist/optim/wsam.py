@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.arguments import NonNegative, ShareBelowOne
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer
 from lesam_dist.optim.engine.vectors import Update, Vector
-from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.optim.sam import SAM
 
 

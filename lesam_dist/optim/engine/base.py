@@ -7,7 +7,7 @@ pass is made (the closure has it).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,13 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.optimizer import ParamsT
 
 from lesam_dist.optim.engine.accumulate import GradientSum
-from lesam_dist.optim.engine.contract import require_closureless, require_no_gradients, require_whole_batches
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer, require_arguments
+from lesam_dist.optim.engine.contract import (
+    require_closureless,
+    require_no_gradients,
+    require_training_mode,
+    require_whole_batches,
+)
 from lesam_dist.optim.engine.eager import eager
 from lesam_dist.optim.engine.fused import step_unless
 from lesam_dist.optim.engine.graphed import Graphed, as_update
@@ -23,8 +29,10 @@ from lesam_dist.optim.engine.memory import ASCENT
 from lesam_dist.optim.engine.options import split
 from lesam_dist.optim.engine.rule import Closure
 from lesam_dist.optim.engine.vectors import Ascent, Column, NotKept, Update, Vector
-from lesam_dist.optim.engine.wrapper import BaseOptimizer
 from lesam_dist.parallel.shards import reduce_max
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Kind = Literal["ascend", "ahead", "plain"]
 """Of a step: two passes; one pass, at weights perturbed by what earlier steps left; the base optimizer's own."""
@@ -60,7 +68,7 @@ class SharpnessAware(Graphed):
     Args:
         params: parameters or param groups. ``perturb=False`` in a group leaves it out of norm and perturbation.
         base_optimizer: class (or function) that builds the base optimizer from the groups and what is left of
-            ``kwargs``.
+            ``kwargs``; or an optimizer of these parameters, whose groups, settings and state then hold.
         kwargs: the method's own hyper-parameters, which are kept in every param group; those of `Options` (``backend``,
             ``scope``, ``max_grad_norm``, ``ascent_interval``, ...); the rest goes to ``base_optimizer``. torch's fused
             implementation of SGD, Adam and AdamW is used unless ``fused`` or ``foreach`` says otherwise.
@@ -75,9 +83,9 @@ class SharpnessAware(Graphed):
     ``perturbed_loss`` are both it.
 
     Raises:
-        TypeError: for a parameter of an unsupported dtype.
+        TypeError: for a parameter of an unsupported dtype, or an argument that nobody has.
         ValueError: for a hyper-parameter or an option out of range, options that exclude each other, or a base
-            optimizer whose ``step`` needs a closure (LBFGS).
+            optimizer whose ``step`` needs a closure (LBFGS), or that has other parameters.
     """
 
     enabled = True
@@ -87,6 +95,10 @@ class SharpnessAware(Graphed):
     _kind: Kind = "plain"  # of the step that has begun
     _first: Column  # its first gradient, where it is kept
     _has_looked = False  # whether the overflow flag is that of this step
+
+    def __new__(cls, *args: Any, **_: Any) -> Self:
+        require_arguments(cls, args)  # before Python says less of them
+        return super().__new__(cls)
 
     def __init__(self, params: ParamsT, base_optimizer: BaseOptimizer, **kwargs: Any) -> None:
         name = type(self).__name__
@@ -128,6 +140,7 @@ class SharpnessAware(Graphed):
         if not closures:
             raise ValueError(f"{type(self).__name__}.step got no closure: give it one, or a sequence of at least one.")
         self.known_scaler()  # raises where it is not known
+        require_training_mode(type(self).__name__, self.base_optimizer)
         require_whole_batches(type(self).__name__)
         if not self.options.static_grads:
             require_no_gradients(type(self).__name__, self._params())
@@ -201,6 +214,7 @@ class SharpnessAware(Graphed):
             raise RuntimeError(
                 f"{name}.first_step: {reason}, which a loop that makes both passes cannot do: call step(closure)."
             )
+        require_training_mode(name, self.base_optimizer)
         self._kind = self.kind_of_step()
         self.require_capturable()
         if self._kind == "plain":

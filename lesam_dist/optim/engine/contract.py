@@ -39,6 +39,15 @@ def require_whole_batches(method: str) -> None:
         )
 
 
+def require_training_mode(method: str, base: Optimizer) -> None:
+    """Raise RuntimeError for a schedule-free base optimizer in its mode for evaluation, which refuses to step."""
+    if any(group.get("train_mode") is False for group in base.param_groups):
+        raise RuntimeError(
+            f"{method}: its base optimizer, {type(base).__name__}, holds the weights of an evaluation. Write "
+            "optimizer.train() before you train, and optimizer.eval() before you evaluate or save."
+        )
+
+
 def has_gradients(params: Iterable[Tensor]) -> bool:
     """Whether any gradient is not zero."""
     return any(bool(local_shard(p.grad).any()) for p in params if p.grad is not None)

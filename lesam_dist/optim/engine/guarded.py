@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer
 from lesam_dist.optim.engine.contract import has_gradients
 from lesam_dist.optim.engine.eager import eager
 from lesam_dist.optim.engine.early_sums import Arrivals
@@ -16,7 +17,7 @@ from lesam_dist.optim.engine.fused import unfuse_dtensors
 from lesam_dist.optim.engine.memory import ASCENT, Memory
 from lesam_dist.optim.engine.options import Backend, Options
 from lesam_dist.optim.engine.weights import Weights
-from lesam_dist.optim.engine.wrapper import BaseOptimizer, SharedOptimizer
+from lesam_dist.optim.engine.wrapper import SharedOptimizer
 from lesam_dist.parallel.bucket_arrivals import BucketHook, tell_of_buckets
 
 if TYPE_CHECKING:
@@ -102,6 +103,21 @@ class GuardedOptimizer(SharedOptimizer):
                 self.weights.early.arrived(p, grad)
 
     # Each of these would lose the copies, or save perturbed weights.
+
+    def train(self) -> None:
+        """The weights to train with, where the base optimizer has others to evaluate: schedule-free ones."""
+        self._require_exact_weights("train")
+        self._switch("train")
+
+    def eval(self) -> None:
+        """The weights to evaluate and to save, where the base optimizer has others to train: schedule-free ones."""
+        self._require_exact_weights("eval")
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        switch = getattr(self.base_optimizer, mode, None)
+        if switch is not None:
+            switch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; not while the weights are perturbed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lesam_dist.optim.engine.fused import fused_if_possible
-
-BaseOptimizer = Callable[..., Optimizer]
+from lesam_dist.optim.engine.base_optimizer import BaseOptimizer, build_base
+from lesam_dist.optim.engine.foreign import readable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,14 +24,16 @@ class SharedOptimizer(Optimizer):
 
     Args:
         params: parameters or param groups.
-        base_optimizer: builds the base optimizer from the groups and ``base_kwargs``.
+        base_optimizer: builds the base optimizer from the groups and ``base_kwargs``, or is one of these parameters:
+            its groups then hold, with what they set.
         defaults: the wrapper's own hyper-parameters, kept in every param group beside the base optimizer's.
         base_kwargs: for ``base_optimizer``; torch's fused implementation of SGD, Adam and AdamW is chosen unless they
             say otherwise.
 
     Raises:
-        TypeError: for a parameter of an unsupported dtype.
-        ValueError: where both have a hyper-parameter of the same name, or a parameter is given twice.
+        TypeError: for a parameter of an unsupported dtype, or an argument that neither has.
+        ValueError: where both have a hyper-parameter of the same name, a parameter is given twice, or a base optimizer
+            that is there has other parameters.
     """
 
     _built = False  # the base optimizer knows its groups before this one does
@@ -40,10 +41,10 @@ class SharedOptimizer(Optimizer):
     def __init__(
         self, params: ParamsT, base_optimizer: BaseOptimizer, defaults: dict[str, Any], **base_kwargs: Any
     ) -> None:
-        groups = _as_groups(params)
-        if not base_kwargs.keys() & {"fused", "foreach", "capturable", "differentiable"}:
-            base_kwargs |= fused_if_possible(base_optimizer, groups)
-        self.base_optimizer = base_optimizer(groups, **base_kwargs)
+        own = [key for key in defaults if key not in ("perturb", "ascent_step")]
+        self.base_optimizer: Optimizer = build_base(
+            type(self).__name__, base_optimizer, _as_groups(params), base_kwargs, own
+        )
         clash = defaults.keys() & self.base_optimizer.defaults.keys()
         if clash:
             raise ValueError(
@@ -131,6 +132,7 @@ class SharedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, and as the base optimizer's where that has rules of its own."""
+        state_dict = readable(type(self).__name__, state_dict, adaptive="adaptive" in self.defaults)
         super().load_state_dict(state_dict)
         base = self.base_optimizer
         if type(base).load_state_dict is not Optimizer.load_state_dict:
