@@ -11,7 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test test-all dist lint format bench bench-gpu clean
+.PHONY: train test test-all dist lint format docs bench bench-gpu clean
 
 train: $(STAMP) ## train the digits recipe with LE-SAM on all GPUs, or on two CPU processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" NPROC_PER_NODE=$(NPROC) launch/torchrun.sh --config digits --run_dir $(RUN_DIR) $(ARGS)
@@ -32,6 +32,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## the site of the documentation, into build/site; a link or an anchor that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # --quiet would hide warnings from `strict` too
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,11 @@
-"""Writes the two tables of methods.md from what each method says of itself: python docs/render_methods.py"""
+"""Writes the tables and formulas of methods.md from what each method says of itself: python docs/render_methods.py"""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 from lesam_dist.optim.engine.registry import Method, methods
@@ -28,8 +30,14 @@ def text(words: str) -> str:
     return words.replace("``", "`").replace("|", r"\|")
 
 
+def formula(method: Method) -> str:
+    """What the method's file opens with, which is Markdown but for reStructuredText's code marks."""
+    opening = inspect.getdoc(import_module(method.module)) or ""
+    return f"### {method.class_name}\n\n{opening.replace('``', '`')}\n"
+
+
 def render(page: str) -> str:
-    """The page with its tables as they should be."""
+    """The page with its tables and formulas as they should be."""
     found = shipped()
     about = [
         (f"`{m.class_name}`", f"`{m.name}`", text(m.registration.along), m.registration.passes, m.registration.keeps)
@@ -41,6 +49,7 @@ def render(page: str) -> str:
     tables = {
         "methods": table(("class", "in a config", "perturbs along", "passes a step", "keeps, besides the copy"), about),
         "arguments": table(("method", "argument", "default", "meaning"), arguments),
+        "formulas": "\n".join(map(formula, found)),
     }
     for name, lines in tables.items():
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

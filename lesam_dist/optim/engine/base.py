@@ -130,8 +130,8 @@ class SharpnessAware(Graphed):
         Raises:
             TypeError: for a closure that returns no loss.
             RuntimeError: where there are gradients already, or accelerate accumulates them over several batches.
-            Whatever the closure raises. The weights are then the exact ones, the gradients zeroed, nothing updated; a
-            GradScaler may be updated or not before the next step.
+            Exception: whatever the closure raises. The weights are then the exact ones, the gradients zeroed, nothing
+                updated; a GradScaler may be updated or not before the next step.
         """
         if closure is None:
             return self._create_state()

@@ -1,0 +1,160 @@
+"""The command lines that pages show are read by the commands that they call, up to where these would start to work."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lesam_dist import cli
+from lesam_dist.config.command_line import read_command_line
+from lesam_dist.errors import UserError
+from lesam_dist.experiments.compare import compare
+from lesam_dist.experiments.domains import domains
+from lesam_dist.experiments.sweep import sweep
+from lesam_dist.planning.command import plan
+from tests.docs.pages import PAGES, ROOT, blocks, name, prose
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command line: indented lines and blocks for a shell, without comments, variables and `...`."""
+    shell = [line for block in blocks(page, "(?:sh|bash)") for line in block.split("\n")]
+    text = "\n".join([prose(page), *("    " + line for line in shell)])
+    for line in re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.M):
+        command = re.match(r"(?:[A-Z_]+=\S* +)*([\w./-]+)(?= |$)", line)
+        if (
+            command and command[1] in COMMANDS
+        ):  # formulas are indented too, and have quotes that a shell would not close
+            yield [word for word in shlex.split(line[command.start(1) :].split("  #")[0]) if word != "..."]
+
+
+class StartedError(Exception):
+    """In place of the first run of an experiment."""
+
+
+def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if command == "train":
+        with pytest.raises(SystemExit) as end:
+            read_command_line([*arguments, "--print_config"])
+        assert end.value.code == 0
+        return
+
+    if command in (
+        "analyze",
+        "scan",
+        "index",
+        "pack",
+        "report",
+        "export",
+        "checkpoints",
+    ):  # what they name is not there
+        absent = r"does not exist|has no checkpoints|is no checkpoint|has no index|has no metrics.jsonl"
+        with pytest.raises(UserError, match=absent) as missing:
+            cli._COMMANDS[command][0](arguments)
+        assert "--help" not in str(missing.value), "its arguments are wrong"
+        return
+
+    def start(*_: object) -> None:
+        raise StartedError
+
+    run = {"compare": compare, "sweep": sweep, "domains": domains, "plan": plan}[command]
+    first = "planning.command.predict_and_report" if command == "plan" else f"experiments.{command}.run_all"
+    monkeypatch.setattr(f"lesam_dist.{first}", start)
+    monkeypatch.setattr("lesam_dist.experiments.domains._folders", lambda _: ["photo", "LabelMe", "SUN09"])
+    with pytest.raises(StartedError):
+        run(arguments)
+
+
+def check_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's modules with their arguments; that other modules and scripts exist."""
+    if words[0].endswith(".py"):
+        assert (ROOT / words[0]).is_file()
+    elif words[0] == "lesam_dist":
+        check_trainer(words[1], words[2:], monkeypatch)
+    elif words[0] == "lesam_dist.train":
+        check_trainer("train", words[1:], monkeypatch)
+    else:
+        assert importlib.util.find_spec(words[0])
+
+
+def check_torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.run import get_args_parser
+
+    read = get_args_parser().parse_args(words)
+    check_module([read.training_script, *read.training_script_args], monkeypatch)
+
+
+def check_accelerate(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    read = launch_command_parser().parse_args(words[1:])
+    assert (ROOT / read.config_file).is_file()
+    if read.training_script != "FILE":
+        check_module([read.training_script, *read.training_script_args], monkeypatch)
+
+
+def check_srun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    start = words.index("lesam-dist")
+    check_trainer(words[start + 1], words[start + 2 :], monkeypatch)
+
+
+def check_make(words: list[str], _: pytest.MonkeyPatch) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    variables = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.M)
+    for word in words:
+        assert word.split("=")[0] in variables if "=" in word else word in targets
+
+
+def check_pip(words: list[str], _: pytest.MonkeyPatch) -> None:
+    assert words[0] == "install"
+    project = (ROOT / "pyproject.toml").read_text()
+    section = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", project, re.DOTALL)
+    assert section
+    extras = re.findall(r"^([\w-]+) = ", section[1], re.M)
+    for word in words[1:]:
+        found = re.fullmatch(r"(?:lesam-dist|\.)(?:\[([\w,-]+)\])?", word)
+        assert found or word in ("-e", "pytorch_optimizer")
+        assert not found or not found[1] or set(found[1].split(",")) <= set(extras), f"no such extra: {word}"
+
+
+COMMANDS = {
+    "lesam-dist": lambda words, patch: check_trainer(words[0], words[1:], patch),
+    "launch/torchrun.sh": lambda words, patch: check_trainer("train", words, patch),
+    "python": lambda words, patch: check_module(words[1:] if words[0] == "-m" else words, patch),
+    "torchrun": check_torchrun,
+    "accelerate": check_accelerate,
+    "srun": check_srun,
+    "make": check_make,
+    "pip": check_pip,
+}
+
+
+def shown() -> dict[str, str]:
+    """Each command line of all pages once, and the pages that show it."""
+    pages: dict[str, list[str]] = {}
+    for page in PAGES:
+        inline = re.findall(r"`((?:make|pip|python|torchrun) [^`]+|accelerate launch --[^`]+py)`", prose(page))
+        for words in [*commands(page), *map(shlex.split, inline)]:
+            pages.setdefault(shlex.join(words), []).append(name(page))
+    return {line: ", ".join(pages) for line, pages in pages.items()}
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, id=f"{line} ({pages})") for line, pages in shown().items()])
+def test_commands_parse(
+    line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tmp_path / word) if word.startswith("runs/") else word for word in shlex.split(line)]
+    COMMANDS[words[0]](words[1:], monkeypatch)
+
+
+def test_commands_are_found() -> None:
+    """The parser above sees what a reader sees: some of the lines that the pages are known to have."""
+    found = [command for page in PAGES for command in commands(page)]
+    assert {words[0] for words in found} == COMMANDS.keys()
+    assert ["lesam-dist", "train", "--config", "digits", "--epochs", "5", "--optimizer.sigma", "0.2"] in found
+    assert len(found) >= 12
