@@ -40,9 +40,9 @@ def test_what_the_text_says(names: dict[str, Any]) -> None:
                 assert rho[0] < 0.1
                 assert rho[-1] == pytest.approx(0.5, rel=1e-5)
     sam, lesam = rises["SAM, rho 0.1"], rises["LE-SAM, sigma 0.1"]
-    assert sam[-1] < sam[0] / 50
-    assert lesam.min() > 0.1 / 2.6
-    assert lesam.max() < 0.1 * 2.6
+    assert sam[-1] < sam[0] / 30
+    assert lesam.min() > 0.1 / 3
+    assert lesam.max() < 0.1 * 3
 
 
 def test_two_pictures_and_their_numbers(names: dict[str, Any]) -> None:
