@@ -11,7 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test test-all dist lint format docs bench bench-gpu clean
+.PHONY: train test test-all dist release-check constraints lint format docs bench bench-gpu clean
 
 train: $(STAMP) ## train the digits recipe with LE-SAM on all GPUs, or on two CPU processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" NPROC_PER_NODE=$(NPROC) launch/torchrun.sh --config digits --run_dir $(RUN_DIR) $(ARGS)
@@ -27,6 +27,14 @@ dist: $(STAMP) ## build the sdist and the wheel into dist/, and try them as a us
 	$(BIN)/python -m build -C--global-option=--quiet # setuptools: errors alone, not each file
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python -m pytest tests/packaging/check_dist.py
+
+release-check: dist ## and install the wheel with pip into an environment of its own, and the README's first commands there
+	$(BIN)/python -m pytest tests/packaging/check_release.py
+
+constraints: $(STAMP) ## write down the versions that are installed here, for installs that can be repeated
+	sed -n '/^#/p' constraints.txt > constraints.new
+	$(BIN)/pip freeze --disable-pip-version-check --exclude-editable >> constraints.new
+	mv constraints.new constraints.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

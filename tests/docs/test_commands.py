@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,12 @@ def check_pip(words: list[str], _: pytest.MonkeyPatch) -> None:
     section = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", project, re.DOTALL)
     assert section
     extras = re.findall(r"^([\w-]+) = ", section[1], re.M)
-    for word in words[1:]:
+    for before, word in pairwise(words):
+        if before == "-c":
+            assert (ROOT / word).is_file()
+            continue
         found = re.fullmatch(r"(?:lesam-dist|\.)(?:\[([\w,-]+)\])?", word)
-        assert found or word in ("-e", "pytorch_optimizer")
+        assert found or word in ("-c", "-e", "pytorch_optimizer")
         assert not found or not found[1] or set(found[1].split(",")) <= set(extras), f"no such extra: {word}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lesam_dist
 from lesam_dist import cli
@@ -81,6 +82,16 @@ def test_dependencies_are_explained_and_have_bounds() -> None:
             continue
         assert requirement.specifier, f"{requirement} has no lower bound to test with"
         assert re.search(rf"^\|[^|]*\b{requirement.name}\b[^|]*\|", table, re.M), f"{requirement} has no reason"
+
+
+def test_constraints_name_a_version_of_every_dependency_that_its_bound_admits() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", line) for line in lines), "versions from an index, no files or links"
+    other_cuda = {"nvidia-dali-cuda120"}
+    for requirement in chain(map(Requirement, PROJECT["dependencies"]), *EXTRAS.values()):
+        if requirement.name not in {PROJECT["name"], *other_cuda}:
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
 
 
 def test_version_needs_no_installation() -> None:
