@@ -14,7 +14,7 @@ from typing import NoReturn
 from lesam_dist import __version__
 from lesam_dist.errors import PreemptedError, UserError, unknown_name
 from lesam_dist.parallel.place import Place, find_place
-from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure
+from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure, report_remedy
 from lesam_dist.parallel.signals import preempted_status
 from lesam_dist.parallel.stacks import dump_on_signals
 
@@ -28,7 +28,7 @@ def _train(argv: Sequence[str]) -> None:
             print(note, flush=True)
     from lesam_dist.train.run import train  # here: --help and what is refused need no torch
 
-    train(read.config, read.given)
+    train(read.config, read.given, argv)
 
 
 def _compare(argv: Sequence[str]) -> None:
@@ -183,14 +183,17 @@ def run(command: str) -> NoReturn:
     except PreemptedError as error:
         if place.rank == 0:
             print(f"lesam-dist: {error}", file=sys.stderr, flush=True)
+        report_remedy(place, error)
         _leave(preempted_status(), at_once=place.world_size > 1)
     except UserError as error:
         if not getattr(error, "same_node", False):
             report_failure(place, error)
+        report_remedy(place, error)
         _leave(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if place.rank == 0:
             print("lesam-dist: interrupted", file=sys.stderr)
+        report_remedy(place, error)
         _leave(130)
     except SystemExit as left:  # by --help, or with a status of the command's own
         if isinstance(left.code, str):
@@ -201,12 +204,14 @@ def run(command: str) -> NoReturn:
             _fail(place, error)
         if command in _TRAINING and place.rank == 0:
             print("lesam-dist: ended, as what read its output has", file=sys.stderr, flush=True)
+            report_remedy(place, error)
         _leave(_PIPE_CLOSED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _fail(place, error)
         what = f" for '{error.filename}'" if error.filename else ", perhaps where the output goes"
         report_failure(place, UserError(f"{error.strerror}{what}: make room, then give the same command again."))
+        report_remedy(place, error)
         _leave(2)
     except Exception as error:
         _fail(place, error)
@@ -222,8 +227,10 @@ def _missing() -> str:
 def _fail(place: Place, error: Exception) -> NoReturn:
     """With a traceback: a fault of the program."""
     if place.world_size == 1:
+        report_remedy(place, error)
         raise error
     report_failure(place, error)
+    report_remedy(place, error)
     _leave(1)
 
 

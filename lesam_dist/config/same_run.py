@@ -18,6 +18,7 @@ _FREE_ON_RESUME = (
     "max_nonfinite_steps",
     "checkpoint",
     "logging",
+    "guard.max_rollbacks",
     "checks",
     "analysis",
     "data.root",

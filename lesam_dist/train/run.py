@@ -11,6 +11,7 @@ from lesam_dist.data.loader import Loader
 from lesam_dist.data.replay import ReplayLoader
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.parallel.progress import Progress
 from lesam_dist.tasks.classification.task import Classification
 from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.loading import build_task
@@ -24,18 +25,21 @@ from lesam_dist.train.flops import flops_of
 from lesam_dist.train.numerics import explain_nondeterminism, numerics
 from lesam_dist.train.out_of_memory import explain_memory
 from lesam_dist.train.preemption import preemption
+from lesam_dist.train.resume_command import RunCommand, run_command
 from lesam_dist.train.run_dir import claim
 from lesam_dist.train.trainer import Trainer
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
+def train(config: Config, given: Collection[str] = (), words: Sequence[str] | None = None) -> dict[str, float]:
     """Train as the config says, on the processes that torchrun started or alone.
 
     Args:
         config: the run.
         given: fields that a dry run leaves as they are, by dotted path; others it makes smaller on a CPU.
+        words: of the command line, where there is one. An exception then says how to go on, as its ``go_on``, once the
+            run has a folder.
 
     Returns:
         The last evaluation, see `evaluate`.
@@ -44,25 +48,36 @@ def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
         UserError: for anything that the user can mend; raised before training where it can be known then.
         PreemptedError: a signal asked it to stop, and it has saved.
     """
-    with process_group(config.parallel.device, config.parallel.timeout_s) as world:
-        return train_here(config, world, given)
+    command = None if words is None else run_command(words, config)
+    progress = Progress()
+    try:
+        with process_group(config.parallel.device, config.parallel.timeout_s, progress) as world:
+            return train_here(config, world, given, command)
+    except BaseException as error:
+        if command is not None and progress.resume:
+            error.go_on = command.after(error)  # type: ignore[attr-defined]
+        raise
 
 
-def train_here(config: Config, world: Distributed, given: Collection[str] = ()) -> dict[str, float]:
+def train_here(
+    config: Config, world: Distributed, given: Collection[str] = (), command: RunCommand | None = None
+) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
     config = checked(config)
     try:
         with numerics(config.precision, world.device):
-            return _train_here(config, world, given)
+            return _train_here(config, world, given, command)
     except (MemoryError, RuntimeError, OSError) as error:
-        explained = explain_memory(error, config, str(world.progress.at), world.device.type)
+        explained: UserError | None = explain_memory(error, config, str(world.progress.at), world.device.type)
         explained = explained or explain_nondeterminism(error, config.precision)
         if explained is None:
             raise
         raise explained from error
 
 
-def _train_here(config: Config, world: Distributed, given: Collection[str]) -> dict[str, float]:
+def _train_here(
+    config: Config, world: Distributed, given: Collection[str], command: RunCommand | None
+) -> dict[str, float]:
     world.move("comparing its settings with the others'")
     agree_on_setup(config, world)
     if world.is_main:  # the others learn of an error from it
@@ -70,6 +85,8 @@ def _train_here(config: Config, world: Distributed, given: Collection[str]) -> d
     task = build_task(config, world)  # refuses what it can before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)
     trainer = _dry_trainer(task, given) if config.dry_run else build_trainer(config, world, task)
+    if command is not None and not config.dry_run:
+        trainer.command, world.progress.resume = command, command.again()
     with preemption(world, config.checkpoint.grace_seconds, active=not config.dry_run):
         try:
             return trainer.fit()

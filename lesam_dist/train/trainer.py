@@ -40,6 +40,7 @@ from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import LOGGING, WAITING, Clock, Phases, event_of
 from lesam_dist.train.profiling import profiling
 from lesam_dist.train.readings import Readings
+from lesam_dist.train.resume_command import RunCommand
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.saves import Saves
@@ -152,6 +153,7 @@ class Trainer:
         self.cadence = Cadence(config.checkpoint, config.epochs, self.steps_per_epoch, world)
         self.saves = Saves(self.checkpoints, state, self.guard, self.cadence, self.steps_per_epoch)
         self.log: RunLog | None = None
+        self.command: RunCommand | None = None  # that started it, where one did
         self._outcome: Outcome = "failed"  # until it is known
 
     @property
@@ -216,6 +218,8 @@ class Trainer:
                     best = best_evaluation(self.run_dir, self.task.metric)
                     self.log.print(describe_results(self.last_evaluation, self.epoch, self.task.metric, best))
                 self.log.print(f"results: {self.run_dir}  (metrics.jsonl, {curves}checkpoints/, tensorboard/)")
+                if self._outcome == "finished" and self.command:
+                    self.log.print(self.command.longer())
             self.log = None
         if self._claim:
             self._claim.release()
