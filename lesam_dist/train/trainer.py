@@ -36,6 +36,7 @@ from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.input_bound import InputBound
 from lesam_dist.train.integrity import ReplicaCheck
 from lesam_dist.train.meter import Meter
+from lesam_dist.train.opening import describe_settings
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import LOGGING, WAITING, Clock, Phases, event_of
 from lesam_dist.train.profiling import profiling
@@ -174,6 +175,7 @@ class Trainer:
             boards = None if self.run_dir is None else open_boards(self.config, self.run_dir, self.step)
             self.log = RunLog(self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated)
             self.log.print(describe_run(self.task, self.model, self.steps_per_epoch, self.step))
+            self.log.print(describe_settings(self.task))
             if self.check and (remark := self.check.remark()):
                 self.log.print(remark)
         if not evaluated:  # it was cut off after its checkpoint
