@@ -29,19 +29,17 @@ def describe_settings(task: Task) -> str:
 
 def _row(name: str, text: str, most: int) -> str:
     begin = f"  {name:{most}s}  "
-    indents = {"initial_indent": begin, "subsequent_indent": " " * len(begin)}
-    lines = textwrap.fill(text, _WIDTH, **indents, break_long_words=False, break_on_hyphens=False)
-    return lines.replace("\0", " ")
+    wrapper = textwrap.TextWrapper(_WIDTH, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = begin, " " * len(begin)
+    return wrapper.fill(text).replace("\0", " ")
 
 
 def _data(task: Task) -> Iterator[tuple[str, str]]:
     train, val = task.splits
     classes = getattr(train, "classes", None)
     of = f" of {len(classes):,} classes" if classes else ""
-    yield (
-        "data",
-        f"{len(train):,} training and {len(val):,} validation {task.metric.samples}{of}, from {_whole(str(train.root))}",
-    )
+    samples = f"{len(train):,} training and {len(val):,} validation {task.metric.samples}"
+    yield "data", f"{samples}{of}, from {_whole(str(train.root))}"
     if left_out := [*_left_out(train, "training"), *_left_out(val, "validation")]:
         yield "left out", ", ".join(left_out)
 

@@ -173,7 +173,10 @@ class Trainer:
         evaluated = self._is_evaluated()
         if self.world.is_main:
             boards = None if self.run_dir is None else open_boards(self.config, self.run_dir, self.step)
-            self.log = RunLog(self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated)
+            metric, epochs = self.task.metric, self.config.epochs
+            self.log = RunLog(
+                self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated, metric=metric, epochs=epochs
+            )
             self.log.print(describe_run(self.task, self.model, self.steps_per_epoch, self.step))
             self.log.print(describe_settings(self.task))
             if self.check and (remark := self.check.remark()):
