@@ -1,11 +1,9 @@
-"""What a run writes for people: metrics.jsonl, curves.png, the terminal, and its boards. Rank 0 only."""
+"""What a run writes for people: metrics.jsonl, the terminal, and its boards. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,60 +121,6 @@ def _parsed(text: str) -> dict[str, Any] | None:
         if isinstance(line, dict) and isinstance(line.get("step"), int) and line.get("split") in ("train", "val"):
             return line
     return None
-
-
-def plot_curves(run_dir: Path, metric: Metric) -> Path:
-    """Draw loss, the task's metric, rho and sigma over the steps into RUN_DIR/curves.png."""
-    from matplotlib.figure import Figure  # no pyplot: no global state and no display
-
-    lines = read_metrics(run_dir)
-    panels: list[tuple[str, Sequence[tuple[str, str, str]]]] = [
-        (
-            "loss",
-            [
-                ("train", "loss", "train"),
-                ("train", "perturbed_loss", "train, perturbed"),
-                ("val", "loss", "val"),
-                ("val", "ema_loss", "val, averaged weights"),
-                ("val", "lpf", "train, low-pass filtered"),
-                ("val", "lpf_loss", "train, the same images"),
-            ],
-        ),
-        (
-            metric.title,
-            [
-                ("val", metric.name, "val"),
-                ("val", f"robust_{metric.name}", "val, attacked"),
-                ("val", f"ema_{metric.name}", "val, averaged weights"),
-            ],
-        ),
-        ("radius rho", [("train", "rho", "rho")]),
-        ("loss budget sigma", [("train", "sigma", "sigma")]),
-    ]
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for split, key, label in curves:
-            points = [
-                (e["step"], e[key]) for e in lines if e["split"] == split and isinstance(e.get(key), (int, float))
-            ]
-            if points:
-                style = {"marker": "o", "markersize": 3} if split == "val" else {}
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-            if title == "loss":
-                axes.set_yscale("log")  # a first evaluation with young BatchNorm statistics can be off the scale
-        else:
-            axes.text(0.5, 0.5, "not used by this optimizer", ha="center", transform=axes.transAxes, color="gray")
-    name = run_dir.name.encode(errors="replace").decode()  # a name in another encoding than the terminal's
-    figure.suptitle(name, parse_math=False)
-    target = run_dir / "curves.png"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it draws a box instead
-        figure.savefig(target, dpi=110)
-    return target
 
 
 def _supersede(run_dir: Path, start_step: int, evaluated: bool) -> None:

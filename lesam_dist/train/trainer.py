@@ -23,11 +23,11 @@ from lesam_dist.tasks.precision import autocast_dtype
 from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.batchnorm import average_batchnorm
-from lesam_dist.train.best import best_evaluation
 from lesam_dist.train.boards.board import Outcome
 from lesam_dist.train.boards.boards import open_boards
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
+from lesam_dist.train.curves import Curves
 from lesam_dist.train.divergence import NonFiniteSteps
 from lesam_dist.train.flatness import Flatness, LabelledBatch
 from lesam_dist.train.flops import Flops
@@ -45,8 +45,8 @@ from lesam_dist.train.resume_command import RunCommand
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.saves import Saves
-from lesam_dist.train.summary import describe_results, describe_run, replay_verdict, shares_of
-from lesam_dist.train.telemetry import RunLog, plot_curves
+from lesam_dist.train.summary import describe_end, describe_run, replay_verdict, shares_of
+from lesam_dist.train.telemetry import RunLog
 from lesam_dist.train.updates import Updates
 from lesam_dist.train.validation import Validation
 
@@ -154,6 +154,7 @@ class Trainer:
         self.cadence = Cadence(config.checkpoint, config.epochs, self.steps_per_epoch, world)
         self.saves = Saves(self.checkpoints, state, self.guard, self.cadence, self.steps_per_epoch)
         self.log: RunLog | None = None
+        self.curves: Curves | None = None  # on rank 0
         self.command: RunCommand | None = None  # that started it, where one did
         self._outcome: Outcome = "failed"  # until it is known
 
@@ -173,6 +174,7 @@ class Trainer:
         evaluated = self._is_evaluated()
         if self.world.is_main:
             boards = None if self.run_dir is None else open_boards(self.config, self.run_dir, self.step)
+            self.curves = None if self.run_dir is None else Curves(self.run_dir, self.task.metric)
             metric, epochs = self.task.metric, self.config.epochs
             self.log = RunLog(
                 self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated, metric=metric, epochs=epochs
@@ -214,17 +216,15 @@ class Trainer:
                 self.world.move("closing its logs")
             seconds = 5.0 if self.world.agreed.stopping else min(20.0, self.config.parallel.timeout_s / 4)
             self.log.close(self._outcome, seconds)
-            if self.run_dir:
-                curves = "" if self.world.agreed.stopping else "curves.png, "  # there are seconds left
-                with suppress(OSError):  # a full disk has been reported by now
-                    if curves:
-                        plot_curves(self.run_dir, self.task.metric)
-                if self.last_evaluation:
-                    best = best_evaluation(self.run_dir, self.task.metric)
-                    self.log.print(describe_results(self.last_evaluation, self.epoch, self.task.metric, best))
-                self.log.print(f"results: {self.run_dir}  (metrics.jsonl, {curves}checkpoints/, tensorboard/)")
-                if self._outcome == "finished" and self.command:
-                    self.log.print(self.command.longer())
+            if self.curves:
+                drawn = not self.world.agreed.stopping  # else there are seconds left
+                warning = self.curves.draw() if drawn else None
+                longer = self.command.longer() if self.command and self._outcome == "finished" else None
+                told = describe_end(
+                    self.curves.run_dir, self.last_evaluation, self.epoch, self.task.metric, drawn=drawn
+                )
+                for line in filter(None, [warning, *told, longer]):
+                    self.log.print(line)
             self.log = None
         if self._claim:
             self._claim.release()
@@ -383,6 +383,8 @@ class Trainer:
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)
+            if self.curves and not self.world.agreed.stopping and (warning := self.curves.refresh()):
+                self.log.print(warning)
         if self.saves.step == self.step:
             self.saves.amend({"evaluation": result})
 
