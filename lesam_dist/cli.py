@@ -67,6 +67,19 @@ def _report(argv: Sequence[str]) -> None:
     report(argv)
 
 
+def _eval(argv: Sequence[str]) -> None:
+    from lesam_dist.train.eval_command import evaluate_command
+
+    evaluate_command(argv)
+
+
+def _predict(argv: Sequence[str]) -> None:
+    from lesam_dist.train.predict_command import predict_command
+
+    if status := predict_command(argv):
+        sys.exit(status)
+
+
 def _export(argv: Sequence[str]) -> None:
     from lesam_dist.train.checkpoint.export import export
 
@@ -111,6 +124,8 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
     "analyze": (_analyze, "see how flat the loss is around a checkpoint (lesam-dist analyze --help)"),
     "report": (_report, "one HTML file about runs: curves, analyses, cost (lesam-dist report --help)"),
+    "eval": (_eval, "evaluate a checkpoint as its run does (lesam-dist eval --help)"),
+    "predict": (_predict, "the classes of images, by a checkpoint (lesam-dist predict --help)"),
     "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
 }

@@ -19,6 +19,7 @@ from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.boards.boards import require_boards
+from lesam_dist.train.class_names import write_classes
 from lesam_dist.train.dry_run import shorten
 from lesam_dist.train.flatness import LabelledBatch, read_images
 from lesam_dist.train.flops import flops_of
@@ -124,6 +125,8 @@ def build_trainer(config: Config, world: Distributed, task: Task | None = None) 
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
+    if world.is_main and isinstance(task, ImageTask):
+        write_classes(run_dir.path, task.splits[0].classes)
     flops = None
     if isinstance(task, Classification) and world.is_main:
         flops = flops_of(config, task.num_classes, world.device)
