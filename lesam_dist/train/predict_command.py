@@ -164,7 +164,11 @@ def _class_names(source: Source, task: ImageTask) -> list[str]:
 def read_images(
     config: Config, paths: Sequence[str], device: torch.device, broken: list[str]
 ) -> tuple[list[str], Tensor]:
-    """Those that can be read, and their images as evaluation sees them, float32 (B, 3, S, S) on the device."""
+    """Those that can be read, and their images as evaluation sees them, float32 (B, 3, S, S) on the device.
+
+    Read one by one, to name those that are broken, and as the torchvision backend reads them: after a resize DALI's
+    pixels may be another of 256 levels beside theirs.
+    """
     read: list[str] = []
     views: list[NDArray[np.uint8] | Tensor] = []
     transform = None if config.on_device else folder_transform(config)

@@ -118,8 +118,20 @@ def test_images_are_those_that_evaluation_reads(images: Path) -> None:
     """Class folders at any size, and what stays on the device at 32 x 32 pixels."""
     folder = scan_split(images, "val")
     for flags, split in (
-        (["--config", "digits", "--data.builtin", "null", "--data.val_resize", "40"], folder),
-        (["--config", "mnist5k_lt100"], in_memory(folder)),
+        (
+            [
+                "--config",
+                "digits",
+                "--data.builtin",
+                "null",
+                "--data.val_resize",
+                "40",
+                "--data.backend",
+                "torchvision",
+            ],
+            folder,
+        ),
+        (["--config", "mnist5k_lt100_resnet8_la"], in_memory(folder)),
     ):
         config = parse([*flags, "--data.root", str(images), "--data.workers", "1", "--data.eval_batch_size", "64"])
         loader = build_evaluation_loader(config, split, ALONE)
