@@ -27,6 +27,12 @@ def describe_settings(task: Task) -> str:
     return "\n".join(_row(name, text, most) for name, text in rows)
 
 
+def describe_longer(then: int, now: int, values: Mapping[str, float]) -> str:
+    """What a run that has finished, and is trained for longer, goes on with."""
+    told = ", ".join(f"{name} {values[name]:.4g}" for name in ("lr", "sigma") if name in values)
+    return f"trained for longer, from {then} to {now} epochs: it goes on with {told}, as a run of {now} epochs has here"
+
+
 def _row(name: str, text: str, most: int) -> str:
     begin = f"  {name:{most}s}  "
     wrapper = textwrap.TextWrapper(_WIDTH, break_long_words=False, break_on_hyphens=False)

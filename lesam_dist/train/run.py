@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from torch import nn
 
 from lesam_dist.config.checks import checked
 from lesam_dist.config.schema import Config
@@ -19,10 +22,12 @@ from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.boards.boards import require_boards
+from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.class_names import write_classes
 from lesam_dist.train.dry_run import shorten
 from lesam_dist.train.flatness import LabelledBatch, read_images
 from lesam_dist.train.flops import flops_of
+from lesam_dist.train.initial import start_from
 from lesam_dist.train.numerics import explain_nondeterminism, numerics
 from lesam_dist.train.out_of_memory import explain_memory
 from lesam_dist.train.preemption import preemption
@@ -122,6 +127,7 @@ def build_trainer(config: Config, world: Distributed, task: Task | None = None) 
     loaders = _loaders(task, task.loaders())
     measured = _measured(task)
     model = build.build_model(task)
+    _start_from(task, model)
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
@@ -131,6 +137,18 @@ def build_trainer(config: Config, world: Distributed, task: Task | None = None) 
     if isinstance(task, Classification) and world.is_main:
         flops = flops_of(config, task.num_classes, world.device)
     return Trainer(task, model, loaders, run_dir, len(val), flops, measured)
+
+
+def _start_from(task: Task, model: nn.Module) -> None:
+    """Take the weights of ``init_from``, unless there is a checkpoint to go on from."""
+    config, world = task.config, task.world
+    saved = Checkpointer(Path(config.run_dir) / "checkpoints", world, config.checkpoint)
+    if config.init_from is None or world.share(saved.exist()):
+        return
+    world.move("reading the weights of init_from")
+    told = start_from(config, model, world, getattr(task.splits[0], "classes", None))
+    if world.is_main:
+        print(told, flush=True)
 
 
 def _loaders(task: Task, loaders: tuple[Loader, Loader]) -> tuple[Loader, Loader]:

@@ -47,11 +47,16 @@ class Source:
     @property
     def digest(self) -> str:
         """Of all weights: another checkpoint under the same name has another one."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(name.encode() + b"\0")
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        return digest.hexdigest()
+        return digest_of(self.weights)
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """A text that differs for other weights, which lie on the host."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def read_source(path: Path, config: str | None = None, flags: Sequence[str] = (), *, averaged: bool = False) -> Source:
@@ -74,7 +79,7 @@ def read_source(path: Path, config: str | None = None, flags: Sequence[str] = ()
             )
         if averaged:
             raise UserError(f"'{path}' is a file of weights, and averaged ones are a checkpoint's: leave out --ema.")
-        return Source(path.stem, path.parent, _read_file(path), _config_of(config, flags))
+        return Source(path.stem, path.parent, read_weights_file(path), _config_of(config, flags))
     if config is not None:
         raise UserError(
             f"--config is for a file of weights, and '{path}' is a folder: leave it out, as a checkpoint has its own."
@@ -164,7 +169,12 @@ def _as_yaml(leaves: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(tree, sort_keys=False))
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """A model's state_dict in the safetensors format or torch's, of which nothing but tensors is loaded.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:

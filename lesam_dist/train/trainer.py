@@ -36,7 +36,7 @@ from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.input_bound import InputBound
 from lesam_dist.train.integrity import ReplicaCheck
 from lesam_dist.train.meter import Meter
-from lesam_dist.train.opening import describe_settings
+from lesam_dist.train.opening import describe_longer, describe_settings
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import LOGGING, WAITING, Clock, Phases, event_of
 from lesam_dist.train.profiling import profiling
@@ -169,7 +169,8 @@ class Trainer:
         Raises:
             PreemptedError: it was asked to stop, and has saved what it needs to go on.
         """
-        if self.config.resume is not None and (progress := self._load()):
+        progress = self._load() if self.config.resume is not None else None
+        if progress is not None:
             self.guard.load(progress.get("guard") or self.guard.state())
         evaluated = self._is_evaluated()
         if self.world.is_main:
@@ -181,6 +182,8 @@ class Trainer:
             )
             self.log.print(describe_run(self.task, self.model, self.steps_per_epoch, self.step))
             self.log.print(describe_settings(self.task))
+            if progress and (then := progress["config"]["epochs"]) != epochs:
+                self.log.print(describe_longer(then, epochs, self._schedule_values()))
             if self.check and (remark := self.check.remark()):
                 self.log.print(remark)
         if not evaluated:  # it was cut off after its checkpoint

@@ -131,7 +131,7 @@ def test_images_are_those_that_evaluation_reads(images: Path) -> None:
             ],
             folder,
         ),
-        (["--config", "mnist5k_lt100_resnet8_la"], in_memory(folder)),
+        (["--config", "mnist5k_lt100_resnet8_la_lesam"], in_memory(folder)),
     ):
         config = parse([*flags, "--data.root", str(images), "--data.workers", "1", "--data.eval_batch_size", "64"])
         loader = build_evaluation_loader(config, split, ALONE)
