@@ -14,7 +14,7 @@ from typing import NoReturn
 from lesam_dist import __version__
 from lesam_dist.errors import PreemptedError, UserError, unknown_name
 from lesam_dist.parallel.place import Place, find_place
-from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure
+from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure, report_remedy
 from lesam_dist.parallel.signals import preempted_status
 from lesam_dist.parallel.stacks import dump_on_signals
 
@@ -28,7 +28,7 @@ def _train(argv: Sequence[str]) -> None:
             print(note, flush=True)
     from lesam_dist.train.run import train  # here: --help and what is refused need no torch
 
-    train(read.config, read.given)
+    train(read.config, read.given, argv)
 
 
 def _compare(argv: Sequence[str]) -> None:
@@ -65,6 +65,19 @@ def _report(argv: Sequence[str]) -> None:
     from lesam_dist.report.command import report
 
     report(argv)
+
+
+def _eval(argv: Sequence[str]) -> None:
+    from lesam_dist.train.eval_command import evaluate_command
+
+    evaluate_command(argv)
+
+
+def _predict(argv: Sequence[str]) -> None:
+    from lesam_dist.train.predict_command import predict_command
+
+    if status := predict_command(argv):
+        sys.exit(status)
 
 
 def _export(argv: Sequence[str]) -> None:
@@ -111,6 +124,8 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
     "analyze": (_analyze, "see how flat the loss is around a checkpoint (lesam-dist analyze --help)"),
     "report": (_report, "one HTML file about runs: curves, analyses, cost (lesam-dist report --help)"),
+    "eval": (_eval, "evaluate a checkpoint as its run does (lesam-dist eval --help)"),
+    "predict": (_predict, "the classes of images, by a checkpoint (lesam-dist predict --help)"),
     "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
 }
@@ -183,14 +198,17 @@ def run(command: str) -> NoReturn:
     except PreemptedError as error:
         if place.rank == 0:
             print(f"lesam-dist: {error}", file=sys.stderr, flush=True)
+        report_remedy(place, error)
         _leave(preempted_status(), at_once=place.world_size > 1)
     except UserError as error:
         if not getattr(error, "same_node", False):
             report_failure(place, error)
+        report_remedy(place, error)
         _leave(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if place.rank == 0:
             print("lesam-dist: interrupted", file=sys.stderr)
+        report_remedy(place, error)
         _leave(130)
     except SystemExit as left:  # by --help, or with a status of the command's own
         if isinstance(left.code, str):
@@ -201,12 +219,14 @@ def run(command: str) -> NoReturn:
             _fail(place, error)
         if command in _TRAINING and place.rank == 0:
             print("lesam-dist: ended, as what read its output has", file=sys.stderr, flush=True)
+            report_remedy(place, error)
         _leave(_PIPE_CLOSED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _fail(place, error)
         what = f" for '{error.filename}'" if error.filename else ", perhaps where the output goes"
         report_failure(place, UserError(f"{error.strerror}{what}: make room, then give the same command again."))
+        report_remedy(place, error)
         _leave(2)
     except Exception as error:
         _fail(place, error)
@@ -222,8 +242,10 @@ def _missing() -> str:
 def _fail(place: Place, error: Exception) -> NoReturn:
     """With a traceback: a fault of the program."""
     if place.world_size == 1:
+        report_remedy(place, error)
         raise error
     report_failure(place, error)
+    report_remedy(place, error)
     _leave(1)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lesam_dist.analysis.engine.objective import Objective
-    from lesam_dist.analysis.engine.subject import load, load_run, read_source
+    from lesam_dist.analysis.engine.subject import load, load_run
     from lesam_dist.analysis.measures.connect import connect
     from lesam_dist.analysis.measures.hessian import hessian
     from lesam_dist.analysis.measures.landscape import filter_normalised, grid, landscape
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lesam_dist.analysis.measures.robustness import robustness
     from lesam_dist.analysis.measures.sharpness import sharpness
     from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
+    from lesam_dist.train.source import read_source
 
 _WHERE = {
     "engine.objective": ("Objective",),

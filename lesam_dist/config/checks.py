@@ -136,11 +136,13 @@ def checked(config: Config) -> Config:
     optimizer = replace(config.optimizer, args=settle(config.optimizer.name, config.optimizer.args))
     root, skip_list = config.data.root, config.data.skip_list
     noise = config.data.label_noise
+    initial = None if config.init_from is None else folder("init_from", config.init_from, "checkpoint, a run or a file")
     labels = None if noise.file is None else folder("data.label_noise.file", noise.file, "file")
     config = replace(
         config,
         optimizer=optimizer,
         run_dir=folder("run_dir", config.run_dir),
+        init_from=initial,
         data=replace(
             config.data,
             root=None if root is None else folder("data.root", root),
@@ -167,6 +169,13 @@ def _check(config: Config) -> None:
     values = flatten(config)
     if config.resume not in (None, "auto"):
         raise UserError(f"resume is '{config.resume}': it is 'auto' or null.")
+    if config.init_from is None and config.init_from_ema:
+        raise UserError("init_from_ema is true but init_from is null: say whose averaged weights, or leave it out.")
+    if config.init_from is not None and config.model.pretrained:
+        raise UserError(
+            f"init_from is '{config.init_from}' and model.pretrained is true, and the weights come from one place: "
+            "leave one of them out."
+        )
     for path, low in _AT_LEAST.items():
         if values[path] is not None and not values[path] >= low:
             raise UserError(f"{path} is {values[path]}: it must be at least {low}.")

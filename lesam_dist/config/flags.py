@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from lesam_dist.config.explain import expected, nearest_key, stray_word
 from lesam_dist.config.methods import canonical, paths_read
@@ -89,6 +89,20 @@ def flags_for(method: str, others: Sequence[str], words: Sequence[str], base: st
 def words_of(flags: Sequence[Flag]) -> list[str]:
     """The words of a command line with these flags."""
     return [f"--{path}" if text is None else f"--{path}={text}" for path, text in flags]
+
+
+def words_without(words: Sequence[str], paths: Container[str]) -> list[str]:
+    """The words of a command line as they are, but for the flags of these canonical paths."""
+    kept: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        path, given, _ = word.removeprefix("--").partition("=")
+        takes_value = not given and path not in _WITHOUT_VALUE and rest and _is_value(rest[0])
+        flag = [word, rest.pop(0)] if takes_value else [word]
+        if not (word.startswith("--") and canonical(path) in paths):
+            kept += flag
+    return kept
 
 
 def _last(flags: Sequence[Flag], path: str) -> str | None:

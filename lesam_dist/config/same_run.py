@@ -13,11 +13,13 @@ from lesam_dist.errors import UserError
 _FREE_ON_RESUME = (
     "run_dir",
     "resume",
+    "init_from",  # and init_from_ema: the weights are the checkpoint's
     "dry_run",
     "profile",
     "max_nonfinite_steps",
     "checkpoint",
     "logging",
+    "guard.max_rollbacks",
     "checks",
     "analysis",
     "data.root",
@@ -32,6 +34,11 @@ _FREE_ON_RESUME = (
     "parallel.replicate_size",
     "model.compile",
     "model.activation_checkpointing",
+)
+# What the length of a run may change when it has finished and is trained for longer.
+_OF_LENGTH = (
+    "epochs",
+    *("schedule.lr_warmup_epochs", "schedule.sigma_warmup_epochs", "schedule.anneal_start_epoch"),
 )
 _NAME, _ARGS = "optimizer.name", "optimizer.args."
 # Version 0.1 wrote the arguments of all methods into every config; these were LE-SAM's alone, null never its default.
@@ -71,6 +78,44 @@ def _with_all(saved: dict[str, Any]) -> dict[str, Any]:
         if (method.name == "lesam" or not once_of_lesam) and method.arguments[name].accepts(value):
             own[canonical(path)] = method.arguments[name].typed(value)
     return {path: value for path, value in then.items() if not path.startswith(_ARGS)} | own
+
+
+def is_longer(now: Config, saved: dict[str, Any], epochs: int) -> bool:
+    """Whether a run that has finished is to be trained for more epochs.
+
+    Args:
+        now: the config of this start.
+        saved: `flatten` of the config that the checkpoint was made with.
+        epochs: that the checkpoint has behind it.
+    """
+    then: int = saved.get("epochs", now.epochs)
+    return now.epochs > then <= epochs
+
+
+def require_longer(now: Config, saved: dict[str, Any], when: str) -> None:
+    """Refuse to train a finished run for longer where more than its length would change.
+
+    Its learning rate and sigma then follow the schedules of the longer run from here on. `--epochs` stretches a
+    recipe's schedules, so their warm-ups may differ if they are over by now, and so may the start of the annealing.
+
+    Raises:
+        UserError: with each field that differs otherwise, or a warm-up that is not over.
+    """
+    then = saved["epochs"]
+    for name in ("lr_warmup_epochs", "sigma_warmup_epochs"):
+        value = getattr(now.schedule, name)
+        if value > then:
+            raise UserError(
+                f"cannot train for {now.epochs} epochs: schedule.{name} is {value:g}, and the run has made {then} "
+                f"without. Set --schedule.{name} 0, or start anew in another --run_dir."
+            )
+    differing = [line for line in differences(now, saved, when) if line.partition(":")[0] not in _OF_LENGTH]
+    if differing:
+        raise UserError(
+            f"cannot train for {now.epochs} epochs: more than the number of epochs differs:\n  "
+            + "\n  ".join(differing)
+            + "\nUse the saved values (RUN_DIR/config.yaml), or start anew in another --run_dir."
+        )
 
 
 def check_same_run(now: Config, saved: dict[str, Any]) -> None:

@@ -33,9 +33,14 @@ def _small(index: int, path: str) -> NDArray[np.uint8]:
     try:
         data = read_file(path)
         size = len(data)
-        image = Image.fromarray(decode_rgb(data))
+        image = decode_rgb(data)
     except Exception as error:  # whatever a broken file leads Pillow to
         raise unreadable_image(Failure(index, path, reason_of(error), size)) from error
-    if image.size != (SIDE, SIDE):
-        image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return small(image)
+
+
+def small(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image (H, W, 3) of any shape at 32 x 32 pixels."""
+    if image.shape[:2] == (SIDE, SIDE):
+        return image
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))

@@ -38,10 +38,7 @@ class TorchvisionLoader:
     def __init__(self, plan: Plan, device: torch.device, workers: int) -> None:
         self._plan = plan
         self._device = device
-        self._mean, self._std = (
-            torch.tensor([255 * value for value in values], dtype=torch.float32, device=device).view(1, 3, 1, 1)
-            for values in (plan.transform.mean, plan.transform.std)
-        )
+        self._mean, self._std = scale_of(plan.transform, device)
         self._epoch = _Epoch(plan)
         self._decoder = _Decoder(plan.transform)
         self._loader: DataLoader[Any] | None = DataLoader(
@@ -154,7 +151,9 @@ class _Decoder(Dataset[Any]):
             except Exception as error:  # Pillow raises whatever a broken file leads it to
                 failures.append(Failure(i, batch.paths[i], reason_of(error), len(data)))
                 continue
-            images[i] = self._val(image) if batch.draws is None else self._train(image, batch.draws, i)
+            images[i] = (
+                evaluation_view(image, self.transform) if batch.draws is None else self._train(image, batch.draws, i)
+            )
         # In a worker default_collate writes into the memory that the main process will read.
         return default_collate(images), torch.from_numpy(batch.labels), failures
 
@@ -168,15 +167,26 @@ class _Decoder(Dataset[Any]):
             image = augment(image.contiguous(), self._policy, draws.operation[i], draws.level[i])
         return adjust(image, draws.color[i], draws.factor[i], int(draws.gray[i]))
 
-    def _val(self, image: Tensor) -> Tensor:
-        height, width = image.shape[1:]
-        side = self.transform.val_side
-        if not self.transform.val_keep_aspect:
-            return _resize(image, (side, side))
-        resize, short = self.transform.val_resize, min(height, width)
-        image = _resize(image, (resize * height // short, resize * width // short))
-        cropped: Tensor = F.center_crop(image, [side, side])
-        return cropped
+
+def evaluation_view(image: Tensor, transform: Transform) -> Tensor:
+    """An image as evaluation sees it, but for its scale: uint8 ``(3, H, W)`` to ``(3, S, S)``."""
+    height, width = image.shape[1:]
+    side = transform.val_side
+    if not transform.val_keep_aspect:
+        return _resize(image, (side, side))
+    resize, short = transform.val_resize, min(height, width)
+    image = _resize(image, (resize * height // short, resize * width // short))
+    cropped: Tensor = F.center_crop(image, [side, side])
+    return cropped
+
+
+def scale_of(transform: Transform, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels in 0 to 255, each float32 ``(1, 3, 1, 1)``."""
+    mean, std = (
+        torch.tensor([255 * value for value in values], dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        for values in (transform.mean, transform.std)
+    )
+    return mean, std
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:

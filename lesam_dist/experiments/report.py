@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +100,22 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
 
 
+def are_spaced_by_factors(values: Sequence[float]) -> bool:
+    """Whether at least three positive values lie more evenly by their logarithms than by themselves, as 0.01, 0.1, 1.
+
+    By the spread of the gaps between neighbours, each as a share of the mean gap.
+    """
+    places = sorted(values)
+    if len(places) < 3 or places[0] <= 0:
+        return False
+    return _unevenness([math.log(place) for place in places]) < _unevenness(places)
+
+
+def _unevenness(places: Sequence[float]) -> float:
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    return statistics.pstdev(gaps) / statistics.fmean(gaps)
+
+
 def plot(
     target: Path,
     outcomes: Sequence[Outcome],
@@ -113,7 +131,8 @@ def plot(
         outcomes: one for each place on the x axis.
         metric: what they are of.
         title, xlabel: texts.
-        values: where each outcome is, joined by a line; None writes their names side by side.
+        values: where each outcome is, joined by a line; None writes their names side by side. The axis is logarithmic
+            where they are spaced so, see `are_spaced_by_factors`.
     """
     from matplotlib.figure import Figure
 
@@ -130,6 +149,10 @@ def plot(
     if values is None:
         axes.set_xticks(places, [outcome.name for outcome in outcomes], rotation=30 if len(outcomes) > 8 else 0)
         axes.set_xlim(-0.5, len(outcomes) - 0.5)
+    elif are_spaced_by_factors(values):
+        axes.set_xscale("log")
+        axes.set_xticks(places, [f"{place:g}" for place in places], rotation=30 if len(places) > 8 else 0)
+        axes.set_xticks([], minor=True)  # else ticks between the values are written over theirs
     axes.set_title(title, parse_math=False)
     axes.set(xlabel=xlabel, ylabel=metric.title)
     axes.grid(alpha=0.3)

@@ -22,7 +22,7 @@ from lesam_dist.parallel.board import Board, Failure
 from lesam_dist.parallel.meeting import Member, store_of_agent
 from lesam_dist.parallel.place import Place
 from lesam_dist.parallel.progress import Progress
-from lesam_dist.parallel.report import is_kept, name_of, report_failure
+from lesam_dist.parallel.report import is_kept, name_of, report_failure, report_once
 from lesam_dist.parallel.stall import StallWatch
 
 _LOST = re.compile(
@@ -233,6 +233,8 @@ class Peers:
     def _leave(self, error: PeerError, status: int) -> NoReturn:
         if not error.same_node:
             report_failure(self._place, error)
+        if self._progress.resume:
+            report_once(self._place, f"go on with: {self._progress.resume}")
         _exit(status)
 
 

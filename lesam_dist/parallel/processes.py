@@ -81,7 +81,9 @@ class Distributed:
 
 
 @contextmanager
-def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterator[Distributed]:
+def process_group(
+    device: str | None = None, timeout_s: float = 600.0, progress: Progress | None = None
+) -> Iterator[Distributed]:
     """Join the processes that torchrun, accelerate launch, srun or mpirun started, and leave them at the end.
 
     The launcher's environment decides, see `lesam_dist.parallel.place`. Without one this is a single process. Each
@@ -90,6 +92,7 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
     Args:
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         timeout_s: seconds that a process may keep the others waiting.
+        progress: where this process says what it does; None makes one.
 
     Raises:
         UserError: for more local processes than GPUs, "cuda" on a host without one.
@@ -99,7 +102,8 @@ def process_group(device: str | None = None, timeout_s: float = 600.0) -> Iterat
     """
     place = find_place(os.environ)
     target = _choose_device(device, place)
-    world = Distributed(place.rank, place.local_rank, place.world_size, target, place.local_world_size)
+    progress = Progress() if progress is None else progress
+    world = Distributed(place.rank, place.local_rank, place.world_size, target, place.local_world_size, progress)
     if place.world_size == 1:
         yield world
         return

@@ -22,11 +22,13 @@ class Progress:
 
     Attributes:
         at: the last move.
+        resume: the command that goes on with the run, once it has a folder; "" where that is not known.
         stacks: folder for what the threads of a process that holds the others up are doing; None before it is known.
     """
 
     def __init__(self) -> None:
         self.at = At(0, "starting", None)
+        self.resume = ""
         self.stacks: Path | None = None
 
     def move(self, what: str = "", step: int | None = None) -> None:

@@ -49,6 +49,19 @@ def report_failure(place: Place, error: BaseException) -> None:
     print(f"lesam-dist: error: {text}", file=sys.stderr, flush=True)
 
 
+def report_once(place: Place, text: str) -> None:
+    """Print a line to stderr, unless another process of this node has done so."""
+    line = f"lesam-dist: {text}"
+    if place.world_size == 1 or _first_on_this_node(place, line):
+        print(line, file=sys.stderr, flush=True)
+
+
+def report_remedy(place: Place, error: BaseException) -> None:
+    """Print what an error says as its ``go_on``, if it has one: how to go on with the run that it has ended."""
+    if text := getattr(error, "go_on", ""):
+        report_once(place, text)
+
+
 def _first_on_this_node(place: Place, message: str) -> bool:
     """Whether no other child of this process's launcher has had this to say: they keep a list in a file.
 

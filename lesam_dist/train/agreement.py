@@ -31,6 +31,7 @@ _FREE = (
     "data.label_noise.file",
     "data.workers",
     "run_dir",
+    "init_from",
 )  # paths and cores are a node's own; what they hold is compared
 _PACKAGES = ("triton", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _LOOKS, _PAUSE = 4, 0.5  # how often, and after how many seconds, a process looks for a file on a slow file system
@@ -56,6 +57,16 @@ def agree_on_data(splits: Mapping[str, Any], world: Distributed) -> None:
     if world.world_size > 1:
         facts = {f"{name} data": f"{len(split)} images ({split.digest})" for name, split in splits.items()}
         _compare(facts, world, "Copy the same images to all nodes")
+
+
+def agree_on_weights(digest: str, world: Distributed) -> None:
+    """Compare the weights that a run starts from, by their digest.
+
+    Raises:
+        SharedError: as `agree_on_setup`.
+    """
+    if world.world_size > 1:
+        _compare({"the weights of init_from": digest}, world, "Copy the same file to all nodes")
 
 
 def agree_on_run_dir(run_dir: Path, world: Distributed) -> None:

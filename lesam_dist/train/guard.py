@@ -167,7 +167,7 @@ class LossGuard:
             raise SharedError(
                 f"the loss has jumped by more than guard.max_loss_increase {self._limit:g} {len(jumps)} times, and "
                 f"guard.max_rollbacks is {self._most}: {'last ' if len(jumps) > _SHOWN else ''}at {told}. Lower "
-                "optimizer.lr or the radius, look at the data, or raise either limit and go on with --resume auto."
+                "optimizer.lr or the radius, look at the data, or raise max_rollbacks and go on with --resume auto."
             )
         self._jumps.append(jump)
         self._left_out |= {jump.step}

@@ -11,6 +11,11 @@ import torch
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 
+
+class NoMemoryError(UserError):
+    """Memory has run out; the message says what to change."""
+
+
 _Place = Literal["device", "host", "shared", "worker"]
 
 _SIGNS: dict[_Place, re.Pattern[str]] = {  # looked for in this order
@@ -32,7 +37,7 @@ _SCATTERED = re.compile(rf"{_SIZE} is reserved by PyTorch but unallocated")
 _UNITS = {"bytes": 1.0, "B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 
 
-def explain_memory(error: BaseException, config: Config, phase: str, device: str) -> UserError | None:
+def explain_memory(error: BaseException, config: Config, phase: str, device: str) -> NoMemoryError | None:
     """What a user can do about an error that says that memory ran out; None for any other error.
 
     Args:
@@ -67,7 +72,7 @@ def explain_memory(error: BaseException, config: Config, phase: str, device: str
     else:
         changes.append("fewer processes per host" if place != "device" else "more processes, or a GPU with more memory")
     said = f" ({', '.join(numbers)})" if numbers else ""
-    return UserError(f"{what} in {phase}{said}. Try, in this order: {'; '.join(changes)}.")
+    return NoMemoryError(f"{what} in {phase}{said}. Try, in this order: {'; '.join(changes)}.")
 
 
 def _place_of(error: BaseException) -> _Place | None:

@@ -104,6 +104,8 @@ class _Watch:
         elif number is signal.SIGINT and time.monotonic() - self._since >= _AGAIN:
             if self._world.is_main:
                 self._say("interrupted again: ending at once, without saving.")
+                if self._world.progress.resume:
+                    self._say(f"go on from the last checkpoint with {self._resume()}")
             _leave(130)
 
     def _begin(self) -> None:
@@ -117,9 +119,12 @@ class _Watch:
         name = f"rank {self._world.rank}" if self._world.world_size > 1 else "the run"
         self._say(
             f"{name} has not ended within checkpoint.grace_seconds ({self._grace:g} s), being at "
-            f"{_main_thread_is_at()}: it is ended. Go on from the last checkpoint with --resume auto."
+            f"{_main_thread_is_at()}: it is ended. Go on from the last checkpoint with {self._resume()}"
         )
         _leave(preempted_status())
+
+    def _resume(self) -> str:
+        return self._world.progress.resume or "--resume auto."
 
     def _say(self, text: str) -> None:
         # Not by print, whose lock the main thread may hold for ever: a terminal that is stopped, a pipe that is full.

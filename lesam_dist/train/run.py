@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from torch import nn
 
 from lesam_dist.config.checks import checked
 from lesam_dist.config.schema import Config
@@ -11,6 +14,7 @@ from lesam_dist.data.loader import Loader
 from lesam_dist.data.replay import ReplayLoader
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed, process_group
+from lesam_dist.parallel.progress import Progress
 from lesam_dist.tasks.classification.task import Classification
 from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.loading import build_task
@@ -18,24 +22,30 @@ from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.agreement import agree_on_data, agree_on_run_dir, agree_on_setup
 from lesam_dist.train.boards.boards import require_boards
+from lesam_dist.train.checkpoint import Checkpointer
+from lesam_dist.train.class_names import write_classes
 from lesam_dist.train.dry_run import shorten
 from lesam_dist.train.flatness import LabelledBatch, read_images
 from lesam_dist.train.flops import flops_of
+from lesam_dist.train.initial import start_from
 from lesam_dist.train.numerics import explain_nondeterminism, numerics
 from lesam_dist.train.out_of_memory import explain_memory
 from lesam_dist.train.preemption import preemption
+from lesam_dist.train.resume_command import RunCommand, run_command
 from lesam_dist.train.run_dir import claim
 from lesam_dist.train.trainer import Trainer
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
+def train(config: Config, given: Collection[str] = (), words: Sequence[str] | None = None) -> dict[str, float]:
     """Train as the config says, on the processes that torchrun started or alone.
 
     Args:
         config: the run.
         given: fields that a dry run leaves as they are, by dotted path; others it makes smaller on a CPU.
+        words: of the command line, where there is one. An exception then says how to go on, as its ``go_on``, once the
+            run has a folder.
 
     Returns:
         The last evaluation, see `evaluate`.
@@ -44,25 +54,36 @@ def train(config: Config, given: Collection[str] = ()) -> dict[str, float]:
         UserError: for anything that the user can mend; raised before training where it can be known then.
         PreemptedError: a signal asked it to stop, and it has saved.
     """
-    with process_group(config.parallel.device, config.parallel.timeout_s) as world:
-        return train_here(config, world, given)
+    command = None if words is None else run_command(words, config)
+    progress = Progress()
+    try:
+        with process_group(config.parallel.device, config.parallel.timeout_s, progress) as world:
+            return train_here(config, world, given, command)
+    except BaseException as error:
+        if command is not None and progress.resume:
+            error.go_on = command.after(error)  # type: ignore[attr-defined]
+        raise
 
 
-def train_here(config: Config, world: Distributed, given: Collection[str] = ()) -> dict[str, float]:
+def train_here(
+    config: Config, world: Distributed, given: Collection[str] = (), command: RunCommand | None = None
+) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
     config = checked(config)
     try:
         with numerics(config.precision, world.device):
-            return _train_here(config, world, given)
+            return _train_here(config, world, given, command)
     except (MemoryError, RuntimeError, OSError) as error:
-        explained = explain_memory(error, config, str(world.progress.at), world.device.type)
+        explained: UserError | None = explain_memory(error, config, str(world.progress.at), world.device.type)
         explained = explained or explain_nondeterminism(error, config.precision)
         if explained is None:
             raise
         raise explained from error
 
 
-def _train_here(config: Config, world: Distributed, given: Collection[str]) -> dict[str, float]:
+def _train_here(
+    config: Config, world: Distributed, given: Collection[str], command: RunCommand | None
+) -> dict[str, float]:
     world.move("comparing its settings with the others'")
     agree_on_setup(config, world)
     if world.is_main:  # the others learn of an error from it
@@ -70,6 +91,8 @@ def _train_here(config: Config, world: Distributed, given: Collection[str]) -> d
     task = build_task(config, world)  # refuses what it can before a data set of millions of files is scanned
     build.check_optimizer(config.optimizer, world.device)
     trainer = _dry_trainer(task, given) if config.dry_run else build_trainer(config, world, task)
+    if command is not None and not config.dry_run:
+        trainer.command, world.progress.resume = command, command.again()
     with preemption(world, config.checkpoint.grace_seconds, active=not config.dry_run):
         try:
             return trainer.fit()
@@ -104,13 +127,28 @@ def build_trainer(config: Config, world: Distributed, task: Task | None = None) 
     loaders = _loaders(task, task.loaders())
     measured = _measured(task)
     model = build.build_model(task)
+    _start_from(task, model)
     run_dir = claim(config, world)
     world.progress.stacks = run_dir.path / "stacks"
     agree_on_run_dir(run_dir.path, world)
+    if world.is_main and isinstance(task, ImageTask):
+        write_classes(run_dir.path, task.splits[0].classes)
     flops = None
     if isinstance(task, Classification) and world.is_main:
         flops = flops_of(config, task.num_classes, world.device)
     return Trainer(task, model, loaders, run_dir, len(val), flops, measured)
+
+
+def _start_from(task: Task, model: nn.Module) -> None:
+    """Take the weights of ``init_from``, unless there is a checkpoint to go on from."""
+    config, world = task.config, task.world
+    saved = Checkpointer(Path(config.run_dir) / "checkpoints", world, config.checkpoint)
+    if config.init_from is None or world.share(saved.exist()):
+        return
+    world.move("reading the weights of init_from")
+    told = start_from(config, model, world, getattr(task.splits[0], "classes", None))
+    if world.is_main:
+        print(told, flush=True)
 
 
 def _loaders(task: Task, loaders: tuple[Loader, Loader]) -> tuple[Loader, Loader]:

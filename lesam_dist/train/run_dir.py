@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesam_dist.config.command_line import dump, parse
-from lesam_dist.config.same_run import check_same_run, differences
+from lesam_dist.config.same_run import check_same_run, differences, is_longer, require_longer
 from lesam_dist.config.schema import Config
 from lesam_dist.config.values import flatten
 from lesam_dist.errors import UserError
@@ -67,9 +67,13 @@ def _claim(config: Config, world: Distributed, path: Path) -> RunDir:
     lock = Lock(path / _LOCK, lambda text: print(f"warning: {text}", flush=True))
     try:
         saved = checkpoints.progress()
-        if saved is not None:
-            check_same_run(config, saved["config"])
-        _write_config(config, path / CONFIG)
+        if saved is not None and is_longer(config, saved["config"], saved["epoch"]):
+            require_longer(config, saved["config"], "then")
+            _replace_config(config, path / CONFIG)
+        else:
+            if saved is not None:
+                check_same_run(config, saved["config"])
+            _write_config(config, path / CONFIG)
     except BaseException:
         lock.release()
         raise
@@ -84,15 +88,29 @@ def _write_config(config: Config, file: Path) -> None:
         _require_same(config, file)
 
 
+def _replace_config(config: Config, file: Path) -> None:
+    """With that of a longer run; the old one stays beside it, as config.N_epochs.yaml."""
+    if file.exists():
+        there = _parsed(file)
+        if there.epochs != config.epochs:
+            require_longer(config, flatten(there), "there")
+            file.replace(file.with_name(f"config.{there.epochs}_epochs.yaml"))
+    _write_config(config, file)
+
+
 def _require_same(config: Config, file: Path) -> None:
     """Refuse a config.yaml, of another run or written by hand, that does not say what this run does."""
-    try:
-        there = parse(["--config", str(file)])
-    except (UserError, ValueError) as error:  # ValueError: not even text
-        raise UserError(f"'{file}' is in the way: {error}. Choose another --run_dir.") from error
+    there = _parsed(file)
     if differing := differences(config, flatten(there), "there"):
         raise UserError(
             f"run_dir '{file.parent}' holds a {CONFIG} that says something else, and is not overwritten:\n  "
             + "\n  ".join(differing)
             + "\nUse its values, or choose another --run_dir."
         )
+
+
+def _parsed(file: Path) -> Config:
+    try:
+        return parse(["--config", str(file)])
+    except (UserError, ValueError) as error:  # ValueError: not even text
+        raise UserError(f"'{file}' is in the way: {error}. Choose another --run_dir.") from error

@@ -85,12 +85,21 @@ class RunState:
     def restore(self, progress: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
         """Go on from what `progress` and `own` were; ``own`` is empty in a checkpoint of version 0.1."""
         self.lr_schedule.load_state_dict(progress["lr_schedule"])
+        if progress["config"]["epochs"] != self.config.epochs:  # it has finished, and is trained for longer
+            self._follow_schedule()
         if self.budget:
             self.budget.load_state_dict(progress["budget"])
         if self.scaler:
             self.scaler.load_state_dict(progress["scaler"])
         for name, tensor in self.own().items() if own else ():
             tensor.copy_(own[name])
+
+    def _follow_schedule(self) -> None:
+        """The learning rate of the coming step by the schedule of now: the optimizer's is that of another one."""
+        schedule = self.lr_schedule
+        rates = zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, peak, factor in rates:
+            group["lr"] = peak * factor(schedule.last_epoch)
 
     def _memory(self) -> dict[str, Tensor]:
         """What the method keeps, where each process (or replica) has its own: checkpoints hold one copy of the rest."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.task import Metric, Task
-from lesam_dist.train.best import Best
+from lesam_dist.train.best import Best, best_evaluation
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import COMMUNICATION, DRAW, OPTIMIZER, PASS_1, PASS_2
 
@@ -63,6 +64,15 @@ def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric
     if best.epoch == epoch:
         return f"{text}, the best of all"
     return f"{text}; best after epoch {best.epoch:g}: {_number(best.value, metric)}, chosen on the same ones"
+
+
+def describe_end(
+    run_dir: Path, evaluation: Mapping[str, float] | None, epoch: int, metric: Metric, *, drawn: bool
+) -> Iterator[str]:
+    """The last evaluation, if it is known, which was made after so many epochs; and where the run's files are."""
+    if evaluation:
+        yield describe_results(evaluation, epoch, metric, best_evaluation(run_dir, metric))
+    yield f"results: {run_dir}  (metrics.jsonl, {'curves.png, ' * drawn}checkpoints/, tensorboard/)"
 
 
 def _number(value: float, metric: Metric) -> str:

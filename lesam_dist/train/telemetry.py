@@ -1,19 +1,17 @@
-"""What a run writes for people: metrics.jsonl, curves.png, the terminal, and its boards. Rank 0 only."""
+"""What a run writes for people: metrics.jsonl, the terminal, and its boards. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lesam_dist.tasks.task import Metric
+from lesam_dist.train.bar import Bar
 from lesam_dist.train.boards.board import Outcome
 from lesam_dist.train.boards.boards import Boards
 from lesam_dist.train.lines import Lines
@@ -35,6 +33,8 @@ class RunLog:
             move to metrics.superseded.jsonl.
         boards: show each line too; None for none.
         evaluated: the evaluation after ``start_step`` is known; otherwise its line moves too.
+        metric: of the evaluations, for the progress bar.
+        epochs: of the run, for the progress bar.
     """
 
     def __init__(
@@ -45,24 +45,18 @@ class RunLog:
         boards: Boards | None = None,
         *,
         evaluated: bool = True,
+        metric: Metric | None = None,
+        epochs: int = 0,
     ) -> None:
         self._run_dir, self._boards = run_dir, boards or Boards({})
         self._open(start_step, evaluated)
         self.console = Console()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
-        self._progress.start()
+        self._bar = Bar(self.console, metric, total_steps, start_step, epochs)
+        self._bar.go_to(start_step, self._logged())
 
     def advance(self) -> None:
         """One more update was made."""
-        self._progress.advance(self._task)
+        self._bar.advance()
 
     def write(self, split: str, step: int, epoch: float, values: dict[str, float]) -> None:
         """Log one line of ``values`` everywhere."""
@@ -73,9 +67,8 @@ class RunLog:
         for news in self._boards.scalars({f"{split}/{name}": value for name, value in values.items()}, step):
             self.print(news)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.console.is_terminal and split == "train":
-            self._progress.update(self._task, description=f"epoch {epoch:.1f}  loss {values['loss']:.3f}")
-        else:
+        (self._bar.evaluated if split == "val" else self._bar.trained)(values)
+        if not (self.console.is_terminal and split == "train"):
             self.print(f"[{split}] step {step}  epoch {epoch:.2f}  {shown}")
 
     def go_back(self, step: int, *, evaluated: bool) -> None:
@@ -84,7 +77,7 @@ class RunLog:
         self._open(step, evaluated)
         for news in self._boards.go_back(step):
             self.print(news)
-        self._progress.update(self._task, completed=step)
+        self._bar.go_to(step, self._logged())
 
     def _open(self, start_step: int, evaluated: bool) -> None:
         self._file: Lines | None = None
@@ -92,13 +85,17 @@ class RunLog:
             _supersede(self._run_dir, start_step, evaluated)
             self._file = Lines(self._run_dir / METRICS)
 
+    def _logged(self) -> list[dict[str, Any]]:
+        """The lines so far, for the bar: a log is long, and without a terminal nobody looks at it."""
+        return [] if self._run_dir is None or not self.console.is_terminal else read_metrics(self._run_dir)
+
     def print(self, text: str) -> None:
         """A plain line on the terminal, above the progress bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self, outcome: Outcome, seconds: float) -> None:
         """Flush and close everything; each board within so many seconds."""
-        self._progress.stop()
+        self._bar.stop()
         self._close_file()
         for news in self._boards.close(outcome, seconds):
             self.print(news)
@@ -124,60 +121,6 @@ def _parsed(text: str) -> dict[str, Any] | None:
         if isinstance(line, dict) and isinstance(line.get("step"), int) and line.get("split") in ("train", "val"):
             return line
     return None
-
-
-def plot_curves(run_dir: Path, metric: Metric) -> Path:
-    """Draw loss, the task's metric, rho and sigma over the steps into RUN_DIR/curves.png."""
-    from matplotlib.figure import Figure  # no pyplot: no global state and no display
-
-    lines = read_metrics(run_dir)
-    panels: list[tuple[str, Sequence[tuple[str, str, str]]]] = [
-        (
-            "loss",
-            [
-                ("train", "loss", "train"),
-                ("train", "perturbed_loss", "train, perturbed"),
-                ("val", "loss", "val"),
-                ("val", "ema_loss", "val, averaged weights"),
-                ("val", "lpf", "train, low-pass filtered"),
-                ("val", "lpf_loss", "train, the same images"),
-            ],
-        ),
-        (
-            metric.title,
-            [
-                ("val", metric.name, "val"),
-                ("val", f"robust_{metric.name}", "val, attacked"),
-                ("val", f"ema_{metric.name}", "val, averaged weights"),
-            ],
-        ),
-        ("radius rho", [("train", "rho", "rho")]),
-        ("loss budget sigma", [("train", "sigma", "sigma")]),
-    ]
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for split, key, label in curves:
-            points = [
-                (e["step"], e[key]) for e in lines if e["split"] == split and isinstance(e.get(key), (int, float))
-            ]
-            if points:
-                style = {"marker": "o", "markersize": 3} if split == "val" else {}
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-            if title == "loss":
-                axes.set_yscale("log")  # a first evaluation with young BatchNorm statistics can be off the scale
-        else:
-            axes.text(0.5, 0.5, "not used by this optimizer", ha="center", transform=axes.transAxes, color="gray")
-    name = run_dir.name.encode(errors="replace").decode()  # a name in another encoding than the terminal's
-    figure.suptitle(name, parse_math=False)
-    target = run_dir / "curves.png"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it draws a box instead
-        figure.savefig(target, dpi=110)
-    return target
 
 
 def _supersede(run_dir: Path, start_step: int, evaluated: bool) -> None:

@@ -23,11 +23,11 @@ from lesam_dist.tasks.precision import autocast_dtype
 from lesam_dist.tasks.task import Task
 from lesam_dist.train import build
 from lesam_dist.train.batchnorm import average_batchnorm
-from lesam_dist.train.best import best_evaluation
 from lesam_dist.train.boards.board import Outcome
 from lesam_dist.train.boards.boards import open_boards
 from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
+from lesam_dist.train.curves import Curves
 from lesam_dist.train.divergence import NonFiniteSteps
 from lesam_dist.train.flatness import Flatness, LabelledBatch
 from lesam_dist.train.flops import Flops
@@ -36,15 +36,17 @@ from lesam_dist.train.guard import LossGuard
 from lesam_dist.train.input_bound import InputBound
 from lesam_dist.train.integrity import ReplicaCheck
 from lesam_dist.train.meter import Meter
+from lesam_dist.train.opening import describe_longer, describe_settings
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import LOGGING, WAITING, Clock, Phases, event_of
 from lesam_dist.train.profiling import profiling
 from lesam_dist.train.readings import Readings
+from lesam_dist.train.resume_command import RunCommand
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.saves import Saves
-from lesam_dist.train.summary import describe_results, describe_run, replay_verdict, shares_of
-from lesam_dist.train.telemetry import RunLog, plot_curves
+from lesam_dist.train.summary import describe_end, describe_run, replay_verdict, shares_of
+from lesam_dist.train.telemetry import RunLog
 from lesam_dist.train.updates import Updates
 from lesam_dist.train.validation import Validation
 
@@ -152,6 +154,8 @@ class Trainer:
         self.cadence = Cadence(config.checkpoint, config.epochs, self.steps_per_epoch, world)
         self.saves = Saves(self.checkpoints, state, self.guard, self.cadence, self.steps_per_epoch)
         self.log: RunLog | None = None
+        self.curves: Curves | None = None  # on rank 0
+        self.command: RunCommand | None = None  # that started it, where one did
         self._outcome: Outcome = "failed"  # until it is known
 
     @property
@@ -165,13 +169,21 @@ class Trainer:
         Raises:
             PreemptedError: it was asked to stop, and has saved what it needs to go on.
         """
-        if self.config.resume is not None and (progress := self._load()):
+        progress = self._load() if self.config.resume is not None else None
+        if progress is not None:
             self.guard.load(progress.get("guard") or self.guard.state())
         evaluated = self._is_evaluated()
         if self.world.is_main:
             boards = None if self.run_dir is None else open_boards(self.config, self.run_dir, self.step)
-            self.log = RunLog(self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated)
+            self.curves = None if self.run_dir is None else Curves(self.run_dir, self.task.metric)
+            metric, epochs = self.task.metric, self.config.epochs
+            self.log = RunLog(
+                self.run_dir, self.total_steps, self.step, boards, evaluated=evaluated, metric=metric, epochs=epochs
+            )
             self.log.print(describe_run(self.task, self.model, self.steps_per_epoch, self.step))
+            self.log.print(describe_settings(self.task))
+            if progress and (then := progress["config"]["epochs"]) != epochs:
+                self.log.print(describe_longer(then, epochs, self._schedule_values()))
             if self.check and (remark := self.check.remark()):
                 self.log.print(remark)
         if not evaluated:  # it was cut off after its checkpoint
@@ -207,15 +219,15 @@ class Trainer:
                 self.world.move("closing its logs")
             seconds = 5.0 if self.world.agreed.stopping else min(20.0, self.config.parallel.timeout_s / 4)
             self.log.close(self._outcome, seconds)
-            if self.run_dir:
-                curves = "" if self.world.agreed.stopping else "curves.png, "  # there are seconds left
-                with suppress(OSError):  # a full disk has been reported by now
-                    if curves:
-                        plot_curves(self.run_dir, self.task.metric)
-                if self.last_evaluation:
-                    best = best_evaluation(self.run_dir, self.task.metric)
-                    self.log.print(describe_results(self.last_evaluation, self.epoch, self.task.metric, best))
-                self.log.print(f"results: {self.run_dir}  (metrics.jsonl, {curves}checkpoints/, tensorboard/)")
+            if self.curves:
+                drawn = not self.world.agreed.stopping  # else there are seconds left
+                warning = self.curves.draw() if drawn else None
+                longer = self.command.longer() if self.command and self._outcome == "finished" else None
+                told = describe_end(
+                    self.curves.run_dir, self.last_evaluation, self.epoch, self.task.metric, drawn=drawn
+                )
+                for line in filter(None, [warning, *told, longer]):
+                    self.log.print(line)
             self.log = None
         if self._claim:
             self._claim.release()
@@ -374,6 +386,8 @@ class Trainer:
         self.last_evaluation = result
         if self.log:
             self.log.write("val", self.step, self.epoch, result)
+            if self.curves and not self.world.agreed.stopping and (warning := self.curves.refresh()):
+                self.log.print(warning)
         if self.saves.step == self.step:
             self.saves.amend({"evaluation": result})
 

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lesam_dist.analysis.command import ANALYSES
-from lesam_dist.analysis.engine.subject import load, read_source
+from lesam_dist.analysis.engine.subject import load
 from lesam_dist.analysis.measures.hessian import hessian
 from lesam_dist.config.command_line import parse
 from lesam_dist.data import Transform, build_loader, scan_split
 from lesam_dist.models import build_model
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.run import train
+from lesam_dist.train.source import read_source
 from tests.parallel import processes
 
 Call = Callable[..., tuple[int, str, str]]

@@ -16,11 +16,12 @@ from lesam_dist.analysis.command import analyze
 from lesam_dist.analysis.commands.connect import ANALYSIS as CONNECT
 from lesam_dist.analysis.commands.landscape import ANALYSIS as LANDSCAPE
 from lesam_dist.analysis.engine import several
-from lesam_dist.analysis.engine.subject import Source, load, read_source
+from lesam_dist.analysis.engine.subject import load
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.train.source import Source, read_source
 
 FLAGS = ("--config", "digits", "--data.builtin", "null", "--data.workers", "1")
 SIZES = ("--data.image_size", "16", "--data.val_resize", "16", "--parallel.device", "cpu", "--samples", "12")

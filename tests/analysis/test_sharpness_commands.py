@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lesam_dist.analysis.command import analyze
-from lesam_dist.analysis.engine.subject import load, read_source
+from lesam_dist.analysis.engine.subject import load
 from lesam_dist.analysis.measures.sharpness_plan import SharpnessPlan
 from lesam_dist.errors import UserError
 from lesam_dist.models import build_model
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.train.source import read_source
 
 
 @pytest.fixture

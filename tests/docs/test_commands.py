@@ -52,6 +52,8 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
         "report",
         "export",
         "checkpoints",
+        "eval",
+        "predict",
     ):  # what they name is not there
         absent = r"does not exist|has no checkpoints|is no checkpoint|has no index|has no metrics.jsonl"
         with pytest.raises(UserError, match=absent) as missing:

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lesam_dist.analysis.engine.objective import Objective
-from lesam_dist.analysis.engine.subject import load, read_source
+from lesam_dist.analysis.engine.subject import load
 from lesam_dist.analysis.measures.lpf import lpf_one_pass
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.schema import Config
@@ -23,6 +23,7 @@ from lesam_dist.train import build, trainer
 from lesam_dist.train.checkpoint.weights import checkpoint_in
 from lesam_dist.train.flatness import SEED, Flatness, read_images
 from lesam_dist.train.randomness import LPF_NOISE, normal
+from lesam_dist.train.source import read_source
 from lesam_dist.train.telemetry import read_metrics
 from tests.checkpoints import read_checkpoint
 from tests.conftest import Command

@@ -204,4 +204,5 @@ def test_a_run_says_it_in_one_line(
     assert status == 2, err
     phase = "evaluating one batch." if evaluates else f"step {step}: pass 1 or 2 (90.95 TiB asked for)."
     assert err.startswith(f"lesam-dist: error: this host is out of memory in {phase} Try, in this order: data.")
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert err.splitlines()[1].startswith("lesam-dist: with one of these changes as a flag behind it, go on with: ")

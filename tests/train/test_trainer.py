@@ -259,7 +259,8 @@ def test_diverging_run_is_stopped(command: Command, small: tuple[str, ...], tmp_
     flags = ("--optimizer.name", method, "--optimizer.lr", "1e10", "--max_nonfinite_steps", "4")
     status, out, err = command(*small, *flags, "--run_dir", tmp_path / "run")
     assert status == 2
-    assert len(err.splitlines()) == 1
+    assert len(err.splitlines()) == 2
+    assert "With half the learning rate, from the start: lesam-dist train " in err.splitlines()[1]
     assert "the run has diverged: the loss or a gradient in the last 4 steps was not finite" in err
     assert "Lower optimizer.lr (it is 1e+10)" in err
     assert out.count("warning: ") == 1

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 from lesam_dist import cli
 from lesam_dist.data import torchvision_loader
 from lesam_dist.parallel import agreed
+from lesam_dist.train import curves, preemption, run_dir
 from lesam_dist.train import evaluate as evaluation
-from lesam_dist.train import preemption, run_dir, telemetry
 from lesam_dist.train.agreement import agree_on_setup
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.passes import Passes
@@ -127,8 +127,7 @@ class Process:
 
     def wrap(self) -> None:
         """Put the points into this process."""
-        telemetry_plot = telemetry.plot_curves
-        _everywhere(telemetry_plot, lambda *_: Path())  # half a second for a picture that nobody looks at
+        _everywhere(curves.plot_curves, lambda *_: Path())  # half a second for a picture that nobody looks at
         _everywhere(agree_on_setup, self._around(agree_on_setup, "joined", None))
         _everywhere(run_dir.claim, self._around(run_dir.claim, None, "claimed"))
         _everywhere(evaluation.evaluate, self._around(evaluation.evaluate, "evaluate", "evaluated"))

@@ -9,9 +9,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lesam_dist.analysis.engine.subject import Source, Subject, build_with, load, read_source
+from lesam_dist.analysis.engine.subject import Subject, load
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.train.source import Source, build_with, read_source
 
 _LONGEST = 100  # characters of names in a file's name
 _OF_IMAGES = (

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lesam_dist.analysis.engine.journal import Journal
 from lesam_dist.analysis.engine.objective import Objective
 from lesam_dist.analysis.engine.points import each_once
-from lesam_dist.analysis.engine.subject import misfit
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
+from lesam_dist.train.source import misfit
 
 BATCHNORM = ("estimate", "interpolate")
 

@@ -90,6 +90,11 @@ class Config:
     """folder for everything that the run writes"""
     resume: str | None = None
     """"auto": go on from RUN_DIR's latest checkpoint, or start where there is none"""
+    init_from: str | None = None
+    """start from the weights of a run's folder (its latest checkpoint), of a checkpoint or of an exported file, with a
+    fresh optimizer and schedule; a last layer for other classes is fresh too. A run that resumes does not read it"""
+    init_from_ema: bool = False
+    """of init_from, the averaged weights"""
     profile: int | None = None
     """steps of this start to trace, after the first 3: RUN_DIR/profile gets a trace from each process, and the terminal
     a summary; null for none"""

@@ -174,21 +174,23 @@ def _loader(config: Config) -> Callable[..., Loader]:
     """`CifarLoader` or `build_loader` with its own part of the config."""
     if config.on_device:
         return partial(CifarLoader, transform=device_transform(config))
-    data, sizes = config.data, config.schedule.image_size
-
-    def named(*names: str) -> dict[str, Any]:
-        return {name: getattr(data, name) for name in names}
-
-    common = named(*_COMMON)
-    own = named("val_resize", *FOLDERS_ONLY) | {"sizes": None if sizes is None else tuple(map(tuple, sizes))}
-    transform = Transform(**common, **own)
-    dali = {name.removeprefix("dali_"): value for name, value in named(*DALI_ONLY).items()}
-    own = {
-        **named("backend", "workers"),
+    data = config.data
+    transform = folder_transform(config)
+    dali = {name.removeprefix("dali_"): getattr(data, name) for name in DALI_ONLY}
+    own: dict[str, Any] = {
+        "backend": data.backend,
+        "workers": data.workers,
         "window": data.shuffle_window if data.order == "sequential" else None,
         "dali": DaliOptions(**dali, channels_last=config.precision.channels_last),
     }
     return partial(build_loader, transform=transform, **own)
+
+
+def folder_transform(config: Config) -> Transform:
+    """What is done to images of class folders, in training and in evaluation."""
+    data, sizes = config.data, config.schedule.image_size
+    own = {name: getattr(data, name) for name in (*_COMMON, "val_resize", *FOLDERS_ONLY)}
+    return Transform(**own, sizes=None if sizes is None else tuple((epoch, side) for epoch, side in sizes))
 
 
 def device_transform(config: Config) -> CifarTransform:

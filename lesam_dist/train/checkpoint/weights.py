@@ -53,7 +53,9 @@ def _weights(tensors: dict[str, Tensor], source: Path, *, averaged: bool) -> dic
     if averaged:
         averages = _part(tensors, "ema.")
         if not averages:
-            raise UserError(f"{source} has no averaged weights: the run kept no average. Leave out --ema.")
+            raise UserError(
+                f"{source} has no averaged weights: the run kept no average. Leave out --ema (or init_from_ema)."
+            )
         weights = {name: averages.get(name, tensor).to(tensor.dtype) for name, tensor in weights.items()}
     if not weights:
         raise UserError(f"{source} holds no model.")
