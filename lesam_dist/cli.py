@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from lesam_dist import __version__
 from lesam_dist.errors import PreemptedError, UserError, unknown_name
+from lesam_dist.guide.welcome import WELCOME, usage
 from lesam_dist.parallel.place import Place, find_place
 from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure
 from lesam_dist.parallel.signals import preempted_status
@@ -100,19 +101,33 @@ def _pack(argv: Sequence[str]) -> None:
         sys.exit(status)
 
 
+def _recipes(argv: Sequence[str]) -> None:
+    from lesam_dist.guide.recipes import recipes_command
+
+    recipes_command(argv)
+
+
+def _methods(argv: Sequence[str]) -> None:
+    from lesam_dist.guide.methods import methods_command
+
+    methods_command(argv)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (_train, "train a network (lesam-dist train --help)"),
-    "compare": (_compare, "train several methods with several seeds, and compare them (lesam-dist compare --help)"),
-    "scan": (_scan, "find the images of a data set that cannot be decoded (lesam-dist scan --help)"),
-    "index": (_index, "list a large data set once, so that runs start at once (lesam-dist index --help)"),
-    "pack": (_pack, "pack a data set into tar shards, smaller ones if you like (lesam-dist pack --help)"),
-    "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
-    "domains": (_domains, "train on each domain in turn, and test on the others (lesam-dist domains --help)"),
-    "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
-    "analyze": (_analyze, "see how flat the loss is around a checkpoint (lesam-dist analyze --help)"),
-    "report": (_report, "one HTML file about runs: curves, analyses, cost (lesam-dist report --help)"),
-    "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
-    "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
+    "train": (_train, "train a network"),
+    "compare": (_compare, "train several methods with several seeds, and compare them"),
+    "scan": (_scan, "find the images of a data set that cannot be decoded"),
+    "index": (_index, "list a large data set once, so that runs start at once"),
+    "pack": (_pack, "pack a data set into tar shards, smaller ones if you like"),
+    "sweep": (_sweep, "train with several values of one field, and compare them"),
+    "domains": (_domains, "train on each domain in turn, and test on the others"),
+    "plan": (_plan, "predict what a run takes on any number of GPUs"),
+    "analyze": (_analyze, "see how flat the loss is around a checkpoint"),
+    "report": (_report, "one HTML file about runs: curves, analyses, cost"),
+    "export": (_export, "the weights of a checkpoint as one safetensors file"),
+    "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints"),
+    "recipes": (_recipes, "list recipes, look for one, see what it sets and costs"),
+    "methods": (_methods, "the methods: formula, cost, arguments and their defaults"),
 }
 
 # What a command imports and the library does without: modules, and their packages in the extra "train".
@@ -145,7 +160,7 @@ def main() -> NoReturn:
             if sys.argv[1:2] == ["--version"]:
                 print(f"lesam-dist {__version__}")
             else:
-                _show_usage()
+                _show_usage(everything=len(sys.argv) > 1)
         except BrokenPipeError:
             _leave(_PIPE_CLOSED)
         _leave(0 if len(sys.argv) > 1 else 2)
@@ -153,10 +168,10 @@ def main() -> NoReturn:
     run(command)
 
 
-def _show_usage() -> None:
-    print("usage: lesam-dist COMMAND ...\n\ncommands:")
-    for name, (_, text) in _COMMANDS.items():
-        print(f"  {name:13s}{text}")
+def _show_usage(everything: bool) -> None:
+    """The list of all commands, or what one does first."""
+    texts = {name: text for name, (_, text) in _COMMANDS.items()}
+    print(usage(texts) if everything else WELCOME.format(version=__version__), end="\n" if everything else "")
     if missing := _missing():
         print(f"\nEvery command needs {missing}")
 

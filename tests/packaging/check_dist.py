@@ -53,7 +53,20 @@ def test_metadata() -> None:
         scripts = wheel.read(f"{NAME}.dist-info/entry_points.txt").decode()
     assert (metadata["Name"], metadata["Version"]) == ("lesam-dist", lesam_dist.__version__)
     assert "lesam-dist = lesam_dist.cli:main" in scripts
-    extras = {"train", "dali", "dali-cuda120", "timm", "report", "corruptions", "mnist", "wandb", "mlflow", "completion", "docs", "dev"}
+    extras = {
+        "train",
+        "dali",
+        "dali-cuda120",
+        "timm",
+        "report",
+        "corruptions",
+        "mnist",
+        "wandb",
+        "mlflow",
+        "completion",
+        "docs",
+        "dev",
+    }
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
 
