@@ -16,9 +16,9 @@ from lesam_dist.config.values import flatten
 from lesam_dist.guide.arguments import Parser
 from lesam_dist.optim.engine.registry import Method, methods
 
-_TEXT = """List the methods: what each perturbs along, its passes a step, its hyper-parameters with their defaults. The
-NAME of one prints its formula and source, what is exact, what it costs and keeps, and every argument with range and default.
-package.module:Class takes one of your own."""
+_TEXT = """List the methods: what each perturbs along, its passes a step, its hyper-parameters with their defaults.
+The NAME of one prints its formula and source, what is exact, what it costs and keeps, and every argument with range
+and default. package.module:Class takes one of your own."""
 _WIDTH = 78
 _PLAIN = {
     "sgd": "torch's SGD",
