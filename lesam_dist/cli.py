@@ -113,6 +113,13 @@ def _methods(argv: Sequence[str]) -> None:
     methods_command(argv)
 
 
+def _doctor(argv: Sequence[str]) -> None:
+    from lesam_dist.doctor.command import doctor
+
+    if status := doctor(argv, _missing_packages()):
+        sys.exit(status)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a network"),
     "compare": (_compare, "train several methods with several seeds, and compare them"),
@@ -126,6 +133,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "report": (_report, "one HTML file about runs: curves, analyses, cost"),
     "export": (_export, "the weights of a checkpoint as one safetensors file"),
     "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints"),
+    "doctor": (_doctor, "whether this machine has what a run needs, and what to do"),
     "recipes": (_recipes, "list recipes, look for one, see what it sets and costs"),
     "methods": (_methods, "the methods: formula, cost, arguments and their defaults"),
 }
@@ -149,6 +157,7 @@ _TRAIN_EXTRA = {
 }
 
 
+_LOOKS = ("doctor",)  # it says itself which packages are missing, and what is wrong with the launcher's variables
 _TRAINING = ("train", "compare", "sweep", "domains")
 _PIPE_CLOSED = 141  # as the shell has it of a program that SIGPIPE ends
 
@@ -173,7 +182,7 @@ def _show_usage(everything: bool) -> None:
     texts = {name: text for name, (_, text) in _COMMANDS.items()}
     print(usage(texts) if everything else WELCOME.format(version=__version__), end="\n" if everything else "")
     if missing := _missing():
-        print(f"\nEvery command needs {missing}")
+        print(f"\nEvery command but doctor needs {missing}")
 
 
 def run(command: str) -> NoReturn:
@@ -185,13 +194,16 @@ def run(command: str) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may not have every character
     place = Place()
     try:
-        place = find_place(os.environ)
+        if command not in _LOOKS:
+            place = find_place(os.environ)
         if place.launcher not in ("", "hand"):  # a shell may end before what it started
             end_with_launcher()
         dump_on_signals(place)
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)
-        if missing := _missing():  # all at once, and before a run that would need the last of them at its end
+        if command not in _LOOKS and (
+            missing := _missing()
+        ):  # all at once, and before a run that would need the last of them at its end
             raise UserError(f"lesam-dist {command} needs {missing}")
         with ends_with_any_thread(place):
             _COMMANDS[command][0](sys.argv[1:])
@@ -230,8 +242,12 @@ def run(command: str) -> NoReturn:
 
 def _missing() -> str:
     """The packages of the extra "train" that are not installed, and how to install them; "" where all are."""
-    missing = [package for module, package in _TRAIN_EXTRA.items() if find_spec(module) is None]
+    missing = _missing_packages()
     return f'packages that are not installed ({", ".join(missing)}): pip install "lesam-dist[train]"' if missing else ""
+
+
+def _missing_packages() -> list[str]:
+    return [package for module, package in _TRAIN_EXTRA.items() if find_spec(module) is None]
 
 
 def _fail(place: Place, error: Exception) -> NoReturn:
