@@ -120,6 +120,12 @@ def _doctor(argv: Sequence[str]) -> None:
         sys.exit(status)
 
 
+def _completion(argv: Sequence[str]) -> None:
+    from lesam_dist.guide.completion import completion
+
+    completion(argv, {name: command for name, (command, _) in _COMMANDS.items()})
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train a network"),
     "compare": (_compare, "train several methods with several seeds, and compare them"),
@@ -136,6 +142,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "doctor": (_doctor, "whether this machine has what a run needs, and what to do"),
     "recipes": (_recipes, "list recipes, look for one, see what it sets and costs"),
     "methods": (_methods, "the methods: formula, cost, arguments and their defaults"),
+    "completion": (_completion, "a script by which bash or zsh complete all of this"),
 }
 
 # What a command imports and the library does without: modules, and their packages in the extra "train".

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from lesam_dist.data.urls import is_url
 from lesam_dist.doctor.devices import check_cuda, read_cuda
 from lesam_dist.doctor.finding import Finding, guarded
 from lesam_dist.doctor.host import (
@@ -106,7 +105,7 @@ def table(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def _folder(text: str) -> Path:
-    if is_url(text):
+    if "://" in text:
         raise UserError(f"--data is '{text}', an address: doctor looks at folders alone.")
     root = Path(text).expanduser()
     if not root.is_dir():

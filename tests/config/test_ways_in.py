@@ -27,7 +27,7 @@ LIGHT = [
     (0, "recipes"),
     (0, "recipes cifar100_resnet18_lesam"),
     (0, "methods lesam"),
-    (0, "completion bash"),
+    (0, "completion --help"),
     (0, "doctor --help"),
     (0, "train --help"),
     (0, "train --help.optimizer"),
