@@ -18,10 +18,14 @@ import lesam_dist
 from lesam_dist import cli
 from lesam_dist.config.command_line import read_command_line
 from lesam_dist.config.explain import unknown_key
+from lesam_dist.doctor.command import parser as doctor_parser
 from lesam_dist.errors import UserError
 from lesam_dist.experiments.compare import compare
 from lesam_dist.experiments.domains import domains
 from lesam_dist.experiments.sweep import sweep
+from lesam_dist.guide import completion as guide_completion
+from lesam_dist.guide import methods as guide_methods
+from lesam_dist.guide import recipes as guide_recipes
 from lesam_dist.planning.command import plan
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +57,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     text = "\n".join([prose(page), *("    " + line for block in blocks(page, "sh") for line in block.split("\n"))])
     for line in re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.M):
         words = shlex.split(line.split("  #")[0], posix=True) if re.match(r"[\w./=-]+( |$)", line) else []
+        words = words[: words.index(">")] if ">" in words else words
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words.pop(0)
         if words and words[0] in COMMANDS:
@@ -122,15 +127,30 @@ def test_kernels_readme() -> None:
 # --- Commands
 
 
+LOOKING = {
+    "recipes": guide_recipes.parser(),
+    "methods": guide_methods.parser(),
+    "completion": guide_completion.parser(),
+    "doctor": doctor_parser(),
+}
+
+
 class StartedError(Exception):
     """In place of the first run of an experiment."""
 
 
 def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if command == "train":
+        helps = any(word.startswith("--help") for word in arguments)
         with pytest.raises(SystemExit) as end:
-            read_command_line([*arguments, "--print_config"])
+            read_command_line([*arguments, *([] if helps else ["--print_config"])])
         assert end.value.code == 0
+        return
+
+    if command in LOOKING:
+        LOOKING[command].parse_args(arguments)
+        if command != "doctor":  # that looks at this machine, and takes seconds
+            cli._COMMANDS[command][0](arguments)
         return
 
     if command in (

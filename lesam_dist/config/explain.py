@@ -17,6 +17,9 @@ from lesam_dist.config.values import default_values
 from lesam_dist.errors import one_line
 from lesam_dist.optim.engine.registry import Method, methods
 
+SCREENS = RUN, METHODS, ALL = "run", "methods", "all"
+"""What --help.NAME shows beside the sections: fields that are in none, the methods' arguments, everything."""
+
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -53,7 +56,13 @@ def unknown_key(paths: Iterable[str], also: Iterable[Method | None] = ()) -> str
         paths: of a file or of flags.
         also: methods whose arguments are known beside those of the registry.
     """
-    known = {*_kinds(), *argument_paths(also), "help", "print_config", *(f"help.{name}" for name in sections())}
+    known = {
+        *_kinds(),
+        *argument_paths(also),
+        "help",
+        "print_config",
+        *(f"help.{name}" for name in (*SCREENS, *sections())),
+    }
     unknown = (path for path in paths if path.removesuffix("+") not in known and not path.startswith("task_args."))
     return next((nearest_key(path, also) for path in unknown), None)
 

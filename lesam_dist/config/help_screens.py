@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import get_type_hints
 
-from lesam_dist.config.explain import sections
+from lesam_dist.config.explain import ALL, METHODS, RUN, sections
 from lesam_dist.config.help import bounded, methods_help
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import unknown_name
 
-RUN, METHODS, ALL = "run", "methods", "all"
 _INDENT = 27
 _LONGEST = 80 - _INDENT
 
