@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from lesam_dist import __version__
 from lesam_dist.errors import PreemptedError, UserError, unknown_name
+from lesam_dist.guide.welcome import WELCOME, usage
 from lesam_dist.parallel.place import Place, find_place
 from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure, report_remedy
 from lesam_dist.parallel.signals import preempted_status
@@ -113,21 +114,50 @@ def _pack(argv: Sequence[str]) -> None:
         sys.exit(status)
 
 
+def _recipes(argv: Sequence[str]) -> None:
+    from lesam_dist.guide.recipes import recipes_command
+
+    recipes_command(argv)
+
+
+def _methods(argv: Sequence[str]) -> None:
+    from lesam_dist.guide.methods import methods_command
+
+    methods_command(argv)
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    from lesam_dist.doctor.command import doctor
+
+    if status := doctor(argv, _missing_packages()):
+        sys.exit(status)
+
+
+def _completion(argv: Sequence[str]) -> None:
+    from lesam_dist.guide.completion import completion
+
+    completion(argv, {name: command for name, (command, _) in _COMMANDS.items()})
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (_train, "train a network (lesam-dist train --help)"),
-    "compare": (_compare, "train several methods with several seeds, and compare them (lesam-dist compare --help)"),
-    "scan": (_scan, "find the images of a data set that cannot be decoded (lesam-dist scan --help)"),
-    "index": (_index, "list a large data set once, so that runs start at once (lesam-dist index --help)"),
-    "pack": (_pack, "pack a data set into tar shards, smaller ones if you like (lesam-dist pack --help)"),
-    "sweep": (_sweep, "train with several values of one field, and compare them (lesam-dist sweep --help)"),
-    "domains": (_domains, "train on each domain in turn, and test on the others (lesam-dist domains --help)"),
-    "plan": (_plan, "predict what a run takes on any number of GPUs (lesam-dist plan --help)"),
-    "analyze": (_analyze, "see how flat the loss is around a checkpoint (lesam-dist analyze --help)"),
-    "report": (_report, "one HTML file about runs: curves, analyses, cost (lesam-dist report --help)"),
-    "eval": (_eval, "evaluate a checkpoint as its run does (lesam-dist eval --help)"),
-    "predict": (_predict, "the classes of images, by a checkpoint (lesam-dist predict --help)"),
-    "export": (_export, "the weights of a checkpoint as one safetensors file (lesam-dist export --help)"),
-    "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints (lesam-dist checkpoints --help)"),
+    "train": (_train, "train a network"),
+    "compare": (_compare, "train several methods with several seeds, and compare them"),
+    "scan": (_scan, "find the images of a data set that cannot be decoded"),
+    "index": (_index, "list a large data set once, so that runs start at once"),
+    "pack": (_pack, "pack a data set into tar shards, smaller ones if you like"),
+    "sweep": (_sweep, "train with several values of one field, and compare them"),
+    "domains": (_domains, "train on each domain in turn, and test on the others"),
+    "plan": (_plan, "predict what a run takes on any number of GPUs"),
+    "analyze": (_analyze, "see how flat the loss is around a checkpoint"),
+    "report": (_report, "one HTML file about runs: curves, analyses, cost"),
+    "eval": (_eval, "evaluate a checkpoint as its run does"),
+    "predict": (_predict, "the classes of images, by a checkpoint"),
+    "export": (_export, "the weights of a checkpoint as one safetensors file"),
+    "checkpoints": (_checkpoints, "list, verify and remove a run's checkpoints"),
+    "doctor": (_doctor, "whether this machine has what a run needs, and what to do"),
+    "recipes": (_recipes, "list recipes, look for one, see what it sets and costs"),
+    "methods": (_methods, "the methods: formula, cost, arguments and their defaults"),
+    "completion": (_completion, "a script by which bash or zsh complete all of this"),
 }
 
 # What a command imports and the library does without: modules, and their packages in the extra "train".
@@ -149,6 +179,7 @@ _TRAIN_EXTRA = {
 }
 
 
+_LOOKS = ("doctor",)  # it says itself which packages are missing, and what is wrong with the launcher's variables
 _TRAINING = ("train", "compare", "sweep", "domains")
 _PIPE_CLOSED = 141  # as the shell has it of a program that SIGPIPE ends
 
@@ -160,7 +191,7 @@ def main() -> NoReturn:
             if sys.argv[1:2] == ["--version"]:
                 print(f"lesam-dist {__version__}")
             else:
-                _show_usage()
+                _show_usage(everything=len(sys.argv) > 1)
         except BrokenPipeError:
             _leave(_PIPE_CLOSED)
         _leave(0 if len(sys.argv) > 1 else 2)
@@ -168,12 +199,12 @@ def main() -> NoReturn:
     run(command)
 
 
-def _show_usage() -> None:
-    print("usage: lesam-dist COMMAND ...\n\ncommands:")
-    for name, (_, text) in _COMMANDS.items():
-        print(f"  {name:13s}{text}")
+def _show_usage(everything: bool) -> None:
+    """The list of all commands, or what one does first."""
+    texts = {name: text for name, (_, text) in _COMMANDS.items()}
+    print(usage(texts) if everything else WELCOME.format(version=__version__), end="\n" if everything else "")
     if missing := _missing():
-        print(f"\nEvery command needs {missing}")
+        print(f"\nEvery command but doctor needs {missing}")
 
 
 def run(command: str) -> NoReturn:
@@ -185,13 +216,16 @@ def run(command: str) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may not have every character
     place = Place()
     try:
-        place = find_place(os.environ)
+        if command not in _LOOKS:
+            place = find_place(os.environ)
         if place.launcher not in ("", "hand"):  # a shell may end before what it started
             end_with_launcher()
         dump_on_signals(place)
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)
-        if missing := _missing():  # all at once, and before a run that would need the last of them at its end
+        if command not in _LOOKS and (
+            missing := _missing()
+        ):  # all at once, and before a run that would need the last of them at its end
             raise UserError(f"lesam-dist {command} needs {missing}")
         with ends_with_any_thread(place):
             _COMMANDS[command][0](sys.argv[1:])
@@ -235,8 +269,12 @@ def run(command: str) -> NoReturn:
 
 def _missing() -> str:
     """The packages of the extra "train" that are not installed, and how to install them; "" where all are."""
-    missing = [package for module, package in _TRAIN_EXTRA.items() if find_spec(module) is None]
+    missing = _missing_packages()
     return f'packages that are not installed ({", ".join(missing)}): pip install "lesam-dist[train]"' if missing else ""
+
+
+def _missing_packages() -> list[str]:
+    return [package for module, package in _TRAIN_EXTRA.items() if find_spec(module) is None]
 
 
 def _fail(place: Place, error: Exception) -> NoReturn:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
@@ -26,6 +26,7 @@ from lesam_dist.config.checks import checked
 from lesam_dist.config.explain import explain, sections, unknown_key
 from lesam_dist.config.flags import Flag, both_given, read_flags, require_values, values_of, words_of
 from lesam_dist.config.help import methods_help
+from lesam_dist.config.help_screens import first_screen, is_help, screen
 from lesam_dist.config.launcher import accelerate_flags
 from lesam_dist.config.methods import as_typed, canonical, known_method, paths_of_some, paths_read, shown
 from lesam_dist.config.recipes import Tree, bases, compose, describe, recipes, split
@@ -94,11 +95,10 @@ def read_command_line(argv: Sequence[str] | None = None) -> CommandLine:
         UserError: for anything wrong in it, with the nearest valid name for an unknown key.
         SystemExit: after --help and --print_config.
     """
-    parser = build_parser()
     flags = read_flags(sys.argv[1:] if argv is None else argv)
-    if "help" in dict(flags):
-        parser.print_help()
-        sys.exit(0)
+    if asked := [path for path, _ in flags if is_help(path)]:
+        show_help(asked[0])
+    parser = build_parser()
     require_values(flags)
     names = [str(text) for path, text in flags if path == "config"]
     flags = [*read_flags(accelerate_flags(os.environ)), *(flag for flag in flags if flag[0] != "config")]
@@ -119,6 +119,17 @@ def read_command_line(argv: Sequence[str] | None = None) -> CommandLine:
     own = [source for name, source in zip(names, sources, strict=True) if not split(name)]
     set_by_user = {canonical(path) for source in own for path in leaves(source)}
     return CommandLine(config, combined.notes, frozenset(set_by_user | values.keys()))
+
+
+def show_help(path: str) -> NoReturn:
+    """Print what ``--help`` or ``--help.SECTION`` asks for, and exit.
+
+    Raises:
+        UserError: for a section that there is not.
+    """
+    name = path.removeprefix("help").removeprefix(".")
+    print(screen(name, build_parser().format_help()) if name else first_screen())
+    sys.exit(0)
 
 
 def dump(config: Config) -> str:

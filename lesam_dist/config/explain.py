@@ -17,6 +17,9 @@ from lesam_dist.config.values import default_values
 from lesam_dist.errors import one_line
 from lesam_dist.optim.engine.registry import Method, methods
 
+SCREENS = RUN, METHODS, ALL = "run", "methods", "all"
+"""What --help.NAME shows beside the sections: fields that are in none, the methods' arguments, everything."""
+
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -53,7 +56,13 @@ def unknown_key(paths: Iterable[str], also: Iterable[Method | None] = ()) -> str
         paths: of a file or of flags.
         also: methods whose arguments are known beside those of the registry.
     """
-    known = {*_kinds(), *argument_paths(also), "help", "print_config"}
+    known = {
+        *_kinds(),
+        *argument_paths(also),
+        "help",
+        "print_config",
+        *(f"help.{name}" for name in (*SCREENS, *sections())),
+    }
     unknown = (path for path in paths if path.removesuffix("+") not in known and not path.startswith("task_args."))
     return next((nearest_key(path, also) for path in unknown), None)
 
@@ -79,13 +88,15 @@ def nearest_key(key: str, also: Iterable[Method | None] = ()) -> str:
     """What to say of a key that the config does not have."""
     keys = [*_kinds(), *argument_paths(also), "config", "help", "print_config"]
     if key.split(".")[-1] == "help":
-        return "--help shows every field with its meaning; --print_config the values of a recipe."
+        section = key.rpartition(".")[0].lstrip("-")
+        shows = f"--help.{section} shows its fields" if section in sections() else "--help.all shows every field"
+        return f"{shows} with their meaning; --print_config the values of a recipe."
     near = difflib.get_close_matches(key.replace("-", "_"), keys, n=1, cutoff=0.5)
     if not near:  # a field named without its section
         leaves = {k.split(".")[-1]: k for k in keys}
         leaf = key.split(".")[-1].replace("-", "_")
         near = [leaves[leaf] for leaf in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
-    hint = f"did you mean '{near[0]}'?" if near else "see --help for all of them."
+    hint = f"did you mean '{near[0]}'?" if near else "see --help.all for all of them."
     return f"unknown key '{one_line(key)}': {hint}"
 
 

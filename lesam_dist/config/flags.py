@@ -30,11 +30,11 @@ def read_flags(words: Sequence[str]) -> list[Flag]:
             raise UserError(stray_word(word))
         path, given, text = word[2:].partition("=")
         value: str | None = text if given else None
-        if not given and path not in _WITHOUT_VALUE and rest and _is_value(rest[0]):
+        if not given and not _stands_alone(path) and rest and _is_value(rest[0]):
             value = rest.pop(0)
         if value is None and path == "dry_run":
             value = "true"
-        if value is not None and path in _WITHOUT_VALUE:
+        if value is not None and _stands_alone(path):
             raise UserError(f"--{path} takes no value: it stands alone.")
         if value is not None and "&" in value and "*" in value and value.lstrip()[:1] in "[{&":
             raise UserError(f"--{path} has YAML aliases: write its values out.")
@@ -45,7 +45,7 @@ def read_flags(words: Sequence[str]) -> list[Flag]:
 def require_values(flags: Sequence[Flag]) -> None:
     """Raise UserError for a flag with nothing behind it."""
     for path, text in flags:
-        if text is None and path not in _WITHOUT_VALUE:
+        if text is None and not _stands_alone(path):
             if path != "config" and expected(path) is None:
                 raise UserError(nearest_key(path))
             wanted = "a recipe's name or a YAML file" if path == "config" else expected(path)
@@ -61,7 +61,7 @@ def values_of(flags: Sequence[Flag]) -> dict[str, str]:
     texts: dict[str, str] = {}
     spelled: dict[str, str] = {}
     for path, text in flags:
-        if text is None or path in _WITHOUT_VALUE:
+        if text is None or _stands_alone(path):
             continue
         key = canonical(path)
         if spelled.get(key, path) != path and read_value(texts[key]) != read_value(text):
@@ -108,6 +108,11 @@ def words_without(words: Sequence[str], paths: Container[str]) -> list[str]:
 def _last(flags: Sequence[Flag], path: str) -> str | None:
     found: Mapping[str, str | None] = dict(flags)
     return found.get(path)
+
+
+def _stands_alone(path: str) -> bool:
+    """Whether nothing may stand behind a flag: ``help.SECTION`` as well."""
+    return path in _WITHOUT_VALUE or path.startswith("help.")
 
 
 def _is_value(word: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from inspect import Parameter
 
 from lesam_dist.config.methods import in_words, shown
 from lesam_dist.optim.engine.arguments import Argument
@@ -27,13 +28,34 @@ def _method(method: Method) -> str:
 
 
 def _argument(argument: Argument) -> str:
-    meaning = re.split(r"\.\s", argument.text, maxsplit=1)[0]
+    meaning = re.split(r"\.\s", _of_module(argument.text), maxsplit=1)[0]
     meaning = re.sub(r", (?:[<>]=? [\d.]+|in [\[(][^\])]*[\])])(?=[.;:]|$| \()", "", meaning)  # it is said behind
+    return _entry(f"    {argument.name}", f"{meaning} ({_limits(argument)})")
+
+
+def argument_in_full(argument: Argument) -> str:
+    """An argument with all that its class says of it, its range and its default."""
+    return _entry(f"    {argument.name}", f"{_of_module(argument.text) or 'see above'} ({_limits(argument)})")
+
+
+def _of_module(text: str) -> str:
+    """What a docstring says from within its file."""
+    return text.replace("see the module's text", "see the formula")
+
+
+def _limits(argument: Argument) -> str:
+    """The range and the default: that of the method's class, which null takes too where null is no value."""
     limits = in_words(argument).replace("a finite number ", "")
-    return _entry(f"    {argument.name}", f"{meaning} ({limits}; default: {shown(argument.default)})")
+    if argument.default is Parameter.empty:
+        return f"{limits}; must be given"
+    return f"{limits}; default: {shown(argument.default)}"
+
+
+def bounded(name: str, text: str, indent: int = _INDENT) -> str:
+    """A name on the left, the text on the right; below it where the name is too long."""
+    filled = textwrap.fill(text.replace("`", ""), _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
+    return name.ljust(indent) + filled[indent:] if len(name) < indent - 1 else f"{name}\n{filled}"
 
 
 def _entry(name: str, text: str) -> str:
-    """A name on the left, the text on the right; below it where the name is too long."""
-    filled = textwrap.fill(text.replace("`", ""), _WIDTH, initial_indent=" " * _INDENT, subsequent_indent=" " * _INDENT)
-    return name.ljust(_INDENT) + filled[_INDENT:] if len(name) < _INDENT - 1 else f"{name}\n{filled}"
+    return bounded(name, re.sub(r"\bNone\b", "null", text))

@@ -44,7 +44,7 @@ def methods_of(base: str) -> list[str]:
 @cache
 def base_optimizer(base: str) -> str:
     """The plain optimizer that the methods of a DATA_MODEL step with."""
-    _, model = _data_and_model(base)
+    _, model = data_and_model(base)
     name: str = _part("models", model).get("optimizer", {}).get("base", "sgd")
     return name
 
@@ -78,7 +78,7 @@ def compose_parts(base: str, method: str) -> Tree:
 
     ``sgd`` is the baseline: the recipe's own optimizer alone, which may be another than SGD.
     """
-    data, model = _data_and_model(base)
+    data, model = data_and_model(base)
     together = _combinations()[base]
     tree: Tree = {}
     for one in (
@@ -114,7 +114,7 @@ def describe() -> str:
     """All recipes in a few lines, by their parts."""
     models_of: dict[str, list[str]] = {}
     for base in bases():
-        data, model = _data_and_model(base)
+        data, model = data_and_model(base)
         models_of.setdefault(data, []).append(model)
     data_with: dict[str, list[str]] = {}
     for data, models in models_of.items():
@@ -127,7 +127,8 @@ def describe() -> str:
     )
 
 
-def _data_and_model(base: str) -> tuple[str, str]:
+def data_and_model(base: str) -> tuple[str, str]:
+    """The DATA and the MODEL of a DATA_MODEL."""
     pairs = ((data, model) for data in _names("data") for model in _names("models"))
     return next(pair for pair in pairs if "_".join(pair) == base)
 

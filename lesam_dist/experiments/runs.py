@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lesam_dist.config.checks import folder
-from lesam_dist.config.command_line import read_command_line
+from lesam_dist.config.command_line import read_command_line, show_help
 from lesam_dist.config.methods import canonical
 from lesam_dist.config.same_run import check_same_run
 from lesam_dist.config.schema import Config
@@ -93,7 +93,8 @@ class ExperimentParser(argparse.ArgumentParser):
             prog=f"lesam-dist {command}",
             usage=usage,
             description=textwrap.fill(description, 100),
-            epilog=f"example:\n  {example}\n\non several GPUs:\n  {start}",
+            epilog=f"example:\n  {example}\n\non several GPUs:\n  {start}\n\nfields of the runs:\n"
+            f"  lesam-dist {command} --help.optimizer, or another section of lesam-dist train --help; --help.all",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -113,6 +114,9 @@ class ExperimentParser(argparse.ArgumentParser):
         Raises:
             UserError: for a wrong or missing own flag, and for one that each run has another value of.
         """
+        for word in argv:
+            if word.startswith("--help."):  # a section of the fields of `lesam-dist train`
+                show_help(word.removeprefix("--"))
         arguments, flags = self.parse_known_args(list(argv))
         if not 1 <= arguments.seeds <= _MOST_SEEDS:
             raise UserError(f"--seeds is {arguments.seeds}: it must be at least 1, and at most {_MOST_SEEDS}.")

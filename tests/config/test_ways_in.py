@@ -24,7 +24,13 @@ def test_module_and_console_script_agree(tmp_path: Path) -> None:
 LIGHT = [
     (0, "--version"),
     (0, "--help"),
+    (0, "recipes"),
+    (0, "recipes cifar100_resnet18_lesam"),
+    (0, "methods lesam"),
+    (0, "completion --help"),
+    (0, "doctor --help"),
     (0, "train --help"),
+    (0, "train --help.optimizer"),
     (0, "compare --help"),
     (0, "sweep --help"),
     (0, "plan --help"),

@@ -13,10 +13,14 @@ import pytest
 
 from lesam_dist import cli
 from lesam_dist.config.command_line import read_command_line
+from lesam_dist.doctor.command import parser as doctor_parser
 from lesam_dist.errors import UserError
 from lesam_dist.experiments.compare import compare
 from lesam_dist.experiments.domains import domains
 from lesam_dist.experiments.sweep import sweep
+from lesam_dist.guide import completion as guide_completion
+from lesam_dist.guide import methods as guide_methods
+from lesam_dist.guide import recipes as guide_recipes
 from lesam_dist.planning.command import plan
 from tests.docs.pages import PAGES, ROOT, blocks, name, prose
 
@@ -30,7 +34,16 @@ def commands(page: Path) -> Iterator[list[str]]:
         if (
             command and command[1] in COMMANDS
         ):  # formulas are indented too, and have quotes that a shell would not close
-            yield [word for word in shlex.split(line[command.start(1) :].split("  #")[0]) if word != "..."]
+            words = [word for word in shlex.split(line[command.start(1) :].split("  #")[0]) if word != "..."]
+            yield words[: words.index(">")] if ">" in words else words
+
+
+LOOKING = {
+    "recipes": guide_recipes.parser(),
+    "methods": guide_methods.parser(),
+    "completion": guide_completion.parser(),
+    "doctor": doctor_parser(),
+}
 
 
 class StartedError(Exception):
@@ -39,9 +52,16 @@ class StartedError(Exception):
 
 def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if command == "train":
+        helps = any(word.startswith("--help") for word in arguments)
         with pytest.raises(SystemExit) as end:
-            read_command_line([*arguments, "--print_config"])
+            read_command_line([*arguments, *([] if helps else ["--print_config"])])
         assert end.value.code == 0
+        return
+
+    if command in LOOKING:
+        LOOKING[command].parse_args(arguments)
+        if command != "doctor":  # that looks at this machine, and takes seconds
+            cli._COMMANDS[command][0](arguments)
         return
 
     if command in (
