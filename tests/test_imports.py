@@ -15,7 +15,7 @@ PACKAGES = {"lesam_dist": ROOT / "lesam_dist", "lesam_kernels": ROOT / "kernels"
 LAYERS = [
     {"cli"},
     {"report"},
-    {"experiments", "analysis", "planning"},
+    {"experiments", "analysis", "planning", "lightning", "transformers", "accelerate"},
     {"train"},
     {"tasks"},
     {"optim", "data", "models", "config"},

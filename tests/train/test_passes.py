@@ -23,7 +23,7 @@ from lesam_dist.optim.engine.products import COST, NotTwiceDifferentiableError
 from lesam_dist.parallel.blocks import compile_in_place
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
-from lesam_dist.train import alike, passes
+from lesam_dist.train import alike
 from lesam_dist.train.batchnorm import average_batchnorm, frozen_batchnorm
 from lesam_dist.train.passes import BatchPasses
 from tests.parallel.hooks import counting_hook
