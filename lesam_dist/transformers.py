@@ -4,8 +4,8 @@
     after:  SharpnessAwareTrainer(model, args, train_dataset=data, sharpness=(LESAM, {"sigma": 0.1, "rho_max": 0.3}))
 
 `Trainer` computes gradients in ``training_step``, one micro-batch at a time, and then calls ``optimizer.step()``
-without a closure. Here the last ``training_step`` before an update makes all passes, over all micro-batches of it, and the
-update; the others wait, and the loop's own clipping and ``optimizer.step()`` find no gradients, so they change nothing.
+without a closure. Here the last ``training_step`` before an update makes all passes, over all micro-batches of it, and
+the update; the others wait. The loop's own clipping and ``optimizer.step()`` find no gradients, so they change nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SharpnessAwareMixin(_ANYTHING):  # type: ignore[misc]
     its ``grad_norm`` is the length of the gradient that perturbs.
 
     Raises:
-        ValueError: where both ``sharpness`` and an optimizer are given, or DeepSpeed makes the steps.
+        ValueError: where both ``sharpness`` and an optimizer are given, or DeepSpeed makes the steps, or FSDP1 shards.
         TypeError: where the optimizer is not sharpness-aware.
     """
 
@@ -70,6 +70,12 @@ class SharpnessAwareMixin(_ANYTHING):  # type: ignore[misc]
         if sharpness is not None and self.optimizer is not None:
             raise ValueError(
                 "SharpnessAwareTrainer: both sharpness= and optimizers= give an optimizer. Leave one of them out."
+            )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 1:
+            raise ValueError(
+                "SharpnessAwareTrainer: FSDP1's shards do not say that they are, so the norm would be each "
+                'process\'s own. Choose FSDP2: TrainingArguments(fsdp_config={"version": 2}).'
             )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
@@ -167,6 +173,6 @@ def _require_plain(optimizer: SharpnessAware, sync: bool | str, others: Mapping[
     if asked:
         raise TypeError(
             f"SharpnessAwareTrainer: {type(optimizer).__name__} asks for a pass with {', '.join(asked)}, and a "
-            "Trainer's pass takes the whole batch and reduces over all processes or none. Build it without scope='replica' and "
-            "ascent_fraction below 1; ESAM with gamma=1."
+            "Trainer's pass takes the whole batch and reduces over all processes or none. Build it without "
+            "scope='replica' and ascent_fraction below 1; ESAM with gamma=1."
         )

@@ -29,8 +29,8 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 
 
 class Net(nn.Module):
-    """Classifies points; as transformers' own models it averages over the labels that are not -100, of all micro-batches
-    where it is told how many those are."""
+    """Classifies points; as transformers' own models do, it averages over the labels that are not -100, of all
+    micro-batches where it is told how many those are."""
 
     def __init__(self, dropout: float, norm: bool) -> None:
         super().__init__()
@@ -243,9 +243,7 @@ def test_what_is_refused(seed: int, tmp_path: Path) -> None:
     assert_same(net, before)
 
 
-def test_the_example_learns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     before, after = re.findall(r"eval loss (\S+) before, (\S+) after", capsys.readouterr().out)[0]
