@@ -8,6 +8,7 @@ import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,6 +242,30 @@ def test_what_is_refused(seed: int, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=what):
             SharpnessAwareTrainer(net, arguments, train_dataset=data, sharpness=(method, own)).train()
     assert_same(net, before)
+
+
+@pytest.mark.parametrize("kind", ["FSDP1", "DeepSpeed"])
+def test_shards_that_do_not_say_so_are_refused(tmp_path: Path, kind: str) -> None:
+    from accelerate import DistributedType
+    from accelerate.state import AcceleratorState
+    from transformers import TrainingArguments
+
+    from lesam_dist.transformers import SharpnessAwareTrainer
+
+    class Pretends(SharpnessAwareTrainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if kind == "FSDP1":
+                self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+            else:
+                self.accelerator.state.distributed_type = DistributedType.DEEPSPEED
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    try:
+        with pytest.raises(ValueError, match=f"{kind}.* FSDP2"):
+            Pretends(Net(0.0, False), arguments, sharpness=(LESAM, {}))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
