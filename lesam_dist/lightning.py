@@ -93,7 +93,14 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
             pl_module.log_dict(telemetry, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the precision plugin its own step back, also after an exception."""
+        """Give the precision plugin its own step back."""
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As `teardown`, which Lightning then does not call."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._plugin is not None:
             del self._plugin.optimizer_step
             self._plugin = None

@@ -278,8 +278,10 @@ def test_what_is_refused(
     net = Module(**module)
     before = copy.deepcopy(net)
     budget = schedule if settings.get("max_epochs") == -1 else None
+    trainer = make_trainer(SharpnessAwareCallback(budget=budget), **settings)
     with pytest.raises(error, match=message):
-        make_trainer(SharpnessAwareCallback(budget=budget), **settings).fit(net, loader(batches()))
+        trainer.fit(net, loader(batches()))
+    assert "optimizer_step" not in vars(trainer.precision_plugin), "given back"
     for name, value in net.net.named_parameters():
         assert torch.equal(value, before.net.get_parameter(name))
 
