@@ -2,17 +2,18 @@
 
     accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 2 examples/accelerate_loop.py
 
-Model and optimizer are prepared together; the closure calls `accelerator.backward`.
+`prepare` is accelerate's, but for what it returns: the optimizer itself, which knows accelerate's scaler.
 """
 
 from __future__ import annotations
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lesam_dist import LESAM, CosineBudget
+from lesam_dist import LESAM, BatchPasses, CosineBudget
+from lesam_dist.accelerate import prepare
 
 EPOCHS, BATCH, SEED = 8, 64, 0  # BATCH: over all processes
 
@@ -34,27 +35,19 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(20, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 5))
     steps = EPOCHS * len(loader)
     optimizer = LESAM(model.parameters(), torch.optim.SGD, sigma=0.1, rho_max=0.3, lr=0.1, momentum=0.9)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    lesam = optimizer.optimizer  # inside accelerate's wrapper
-    lesam.grad_scaler = accelerator.scaler  # None but with fp16
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(lesam, T_max=steps)
-    budget = CosineBudget(lesam, total_steps=steps, anneal_steps=steps // 4)
+    model, optimizer, loader = prepare(accelerator, model, optimizer, loader)
+    criterion, scaler = nn.CrossEntropyLoss(), accelerator.scaler  # None but with fp16
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    budget = CosineBudget(optimizer, total_steps=steps, anneal_steps=steps // 4)
 
     for epoch in range(EPOCHS):
         losses = []
         for x, y in loader:
-
-            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-                loss = nn.functional.cross_entropy(model(x), y)
-                accelerator.backward(loss)
-                return loss.detach()
-
-            optimizer.step(closure)  # accelerate's wrapper returns nothing
-            losses.append(lesam.telemetry["loss"])
+            losses.append(optimizer.step(BatchPasses(model, criterion, x, y, scaler=scaler)))
             scheduler.step()
             budget.step()
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
-        accelerator.print(f"epoch {epoch + 1}  loss {float(loss):.6f}  rho {float(lesam.telemetry['rho']):.6f}")
+        accelerator.print(f"epoch {epoch + 1}  loss {float(loss):.6f}  rho {float(optimizer.telemetry['rho']):.6f}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ PACKAGES = {"lesam_dist": ROOT / "lesam_dist", "lesam_kernels": ROOT / "kernels"
 # From the top down: a layer imports what is below it. Parts of one layer may import each other, but not in circles.
 LAYERS = [
     {"cli"},
-    {"report", "guide", "doctor", "compat"},
+    {"report", "guide", "doctor", "compat", "lightning", "transformers", "accelerate"},
     {"experiments", "analysis", "planning"},
     {"train"},
     {"tasks"},

@@ -29,7 +29,7 @@ All commands: lesam-dist --help. All of one: lesam-dist COMMAND --help.
 GROUPS: Mapping[str, Sequence[str]] = {
     "train and compare": ("train", "compare", "sweep", "domains"),
     "data": ("scan", "index", "pack"),
-    "look at results": ("analyze", "report", "checkpoints", "export"),
+    "look at results": ("eval", "predict", "analyze", "report", "checkpoints", "export"),
     "this machine": ("doctor", "plan", "recipes", "methods", "completion"),
 }
 """The commands under the headings of `lesam-dist --help`."""

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from lesam_dist.optim.engine import capturing
 from lesam_dist.optim.engine.products import NotTwiceDifferentiableError, hessian_backward
 from lesam_dist.parallel.batch import Batch, parts, rows, samples_in, tensors
 from lesam_dist.parallel.bucket_rounding import rounding_of
 from lesam_dist.parallel.replicas import Sync, replica_average
-from lesam_dist.train.batchnorm import average_over, frozen_batchnorm
+from lesam_dist.train.alike import Alike
+from lesam_dist.train.batchnorm import average_over
 from lesam_dist.train.phases import AVERAGING, UPDATING
 
 LossOf = Callable[[nn.Module, Any], Tensor]
@@ -82,7 +82,7 @@ class Passes:
         self._resting = resting
         self._samples = samples_in(batch)
         self._device = tensors(batch)[0].device
-        self._rng: list[Tensor] | None = None
+        self._alike = Alike(model, self._device)
         self._on_pass, self._passes = on_pass, 0
         self._may_round = may_round
         self.forwards = self.backwards = 0
@@ -189,17 +189,6 @@ class Passes:
         if self._on_pass is not None:
             self._passes += 1
             self._on_pass(f"pass {self._passes}")
-
-    @contextmanager
-    def _alike(self) -> Iterator[None]:
-        """Inside, the same random numbers in every pass, and BatchNorm's statistics moved by the first alone."""
-        if self._rng is None:
-            self._rng = _rng_state(self._device)
-            yield
-            return
-        _set_rng_state(self._rng, self._device)
-        with frozen_batchnorm(self.model):
-            yield
 
     def _loss(self, loss_of: LossOf, model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None):
@@ -334,16 +323,3 @@ def unreduced(criterion: nn.Module) -> Iterator[None]:
         yield
     finally:
         criterion.reduction = before
-
-
-def _rng_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda" and not capturing.is_capturing(device):
-        states.append(torch.cuda.get_rng_state(device))  # kept on the host: no sync
-    return states
-
-
-def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

@@ -23,7 +23,7 @@ from lesam_dist.optim.engine.products import COST, NotTwiceDifferentiableError
 from lesam_dist.parallel.blocks import compile_in_place
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.parallel.wrapping import wrap
-from lesam_dist.train import passes
+from lesam_dist.train import alike
 from lesam_dist.train.batchnorm import average_batchnorm, frozen_batchnorm
 from lesam_dist.train.passes import BatchPasses
 from tests.parallel.hooks import counting_hook
@@ -59,9 +59,9 @@ def test_a_capture_leaves_the_devices_random_numbers_alone(monkeypatch: pytest.M
     monkeypatch.setattr(capturing, "is_capturing", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("read in a capture"))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("set in a capture"))
-    states = passes._rng_state(torch.device("cuda"))
+    states = alike._rng_state(torch.device("cuda"))
     drawn = torch.rand(3)
-    passes._set_rng_state(states, torch.device("cuda"))
+    alike._set_rng_state(states, torch.device("cuda"))
     assert torch.equal(torch.rand(3), drawn)
 
 
