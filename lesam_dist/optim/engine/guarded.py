@@ -106,18 +106,18 @@ class GuardedOptimizer(SharedOptimizer):
 
     def train(self) -> None:
         """The weights to train with, where the base optimizer has others to evaluate: schedule-free ones."""
-        self._require_exact_weights("train")
         self._switch("train")
 
     def eval(self) -> None:
         """The weights to evaluate and to save, where the base optimizer has others to train: schedule-free ones."""
-        self._require_exact_weights("eval")
         self._switch("eval")
 
     def _switch(self, mode: str) -> None:
         switch = getattr(self.base_optimizer, mode, None)
-        if switch is not None:
-            switch()
+        if switch is None or all(group.get("train_mode") is (mode == "train") for group in self.param_groups):
+            return  # Hugging Face's Trainer calls it in every pass
+        self._require_exact_weights(mode)
+        switch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; not while the weights are perturbed."""
