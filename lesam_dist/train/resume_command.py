@@ -6,6 +6,7 @@ command lines of the processes above it, which end with the same words: torchrun
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from lesam_dist.config.flags import words_without
 from lesam_dist.config.schema import Config
+from lesam_dist.config.values import get
 from lesam_dist.errors import DivergedError, PreemptedError
 from lesam_dist.parallel.peers import PeerError
 from lesam_dist.parallel.place import Place, find_place
@@ -29,6 +31,10 @@ _OF_SCRIPT = (
     *("SHUTDOWN_SECONDS", "PREEMPTED_STATUS", "OMP_NUM_THREADS"),
 )  # what launch/torchrun.sh reads
 _RESUME = ("--resume", "auto")
+_NOT_STRETCHED = (
+    *("optimizer.start_epoch", "optimizer.stop_epoch"),
+    *("long_tail.reweight_epoch", "schedule.image_size"),
+)  # what --epochs would stretch, and a run that is trained for longer must keep
 _MOST = 16  # processes above this one that are looked at
 
 
@@ -86,7 +92,9 @@ class RunCommand:
     def longer(self) -> str:
         """What to tell the user of a run that has finished."""
         epochs = 2 * self.config.epochs
-        return f"to train on, for {epochs} epochs in all: {self.again(epochs=epochs)}"
+        fixed = {path: get(self.config, path) for path in _NOT_STRETCHED}
+        given = {path: json.dumps(value) for path, value in fixed.items() if value not in (None, 0)}
+        return f"to train on, for {epochs} epochs in all: {self.again(epochs=epochs, **given)}"
 
 
 def run_command(words: Sequence[str], config: Config) -> RunCommand:

@@ -12,7 +12,9 @@ import pytest
 
 from lesam_dist.config.command_line import parse
 from lesam_dist.config.flags import words_without
+from lesam_dist.config.same_run import require_longer
 from lesam_dist.config.schema import Config
+from lesam_dist.config.values import flatten
 from lesam_dist.errors import DivergedError, PreemptedError, UserError
 from lesam_dist.parallel.peers import PeerError
 from lesam_dist.parallel.place import Place, find_place
@@ -118,6 +120,19 @@ def test_the_command_says_the_same_run_and_to_resume_it() -> None:
     assert parse(words[2:]) == Config(**{**vars(command.config), "resume": "auto"})
     longer = parse(shlex.split(command.longer().partition(": ")[2])[2:])
     assert (longer.epochs, longer.resume, longer.run_dir) == (6, "auto", "my runs/it's")
+
+
+def test_longer_keeps_what_a_recipe_would_stretch(tmp_path: Path) -> None:
+    """What --epochs moves beside the schedules would be refused."""
+    file = tmp_path / "config.yaml"
+    text = "epochs: 4\noptimizer:\n  start_epoch: 1\n  stop_epoch: 2\nschedule:\n"
+    file.write_text(f"{text}  lr_warmup_epochs: 1\n  image_size: [[0, 160], [2, 224]]\n")
+    words = ["--config", str(file), "--data.root", "x"]
+    config = parse(words)
+    longer = shlex.split(RunCommand("lesam-dist train", words, config).longer().partition(": ")[2])[2:]
+    require_longer(parse(longer), flatten(config), "then")
+    with pytest.raises(UserError, match=r"optimizer.start_epoch: 1.0 then, 2.0 now"):
+        require_longer(parse([*words, "--epochs", "8"]), flatten(config), "then")
 
 
 @pytest.mark.parametrize(
