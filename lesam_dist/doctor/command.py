@@ -24,7 +24,7 @@ from lesam_dist.doctor.images import check_decoder, check_folder, read_decoder, 
 from lesam_dist.doctor.kernels import check_kernels, read_kernels
 from lesam_dist.doctor.launcher import check_launcher
 from lesam_dist.doctor.versions import check_packages, check_versions, read_bounds, read_versions
-from lesam_dist.errors import UserError
+from lesam_dist.errors import UserError, one_line
 from lesam_dist.guide.arguments import Parser
 
 _TEXT = """See whether this machine has what a run needs: packages, GPUs, kernels, decoders, CPUs, shared memory, disk
@@ -106,8 +106,8 @@ def table(findings: Sequence[Finding]) -> Iterator[str]:
 
 def _folder(text: str) -> Path:
     if "://" in text:
-        raise UserError(f"--data is '{text}', an address: doctor looks at folders alone.")
+        raise UserError(f"--data is '{one_line(text)}', an address: doctor looks at folders alone.")
     root = Path(text).expanduser()
-    if not root.is_dir():
-        raise UserError(f"--data: folder '{root}' does not exist.")
+    if not os.path.isdir(root):  # False of a name that is too long, too
+        raise UserError(f"--data: folder '{one_line(text)}' does not exist.")
     return root

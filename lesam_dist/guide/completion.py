@@ -129,4 +129,4 @@ def _printed(command: Command, flag: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         command([flag])
-    return out.getvalue()
+    return re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # FORCE_COLOR colours helps in Python 3.14

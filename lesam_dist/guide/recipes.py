@@ -147,7 +147,7 @@ def _nothing(words: Sequence[str], wanted: Sequence[str]) -> UserError:
     unknown = [word for word in wanted if not any(_has(one, word) for one in all_about())]
     if not unknown:
         return UserError(f"no recipe has all of: {', '.join(map(one_line, words))}. Leave one of them out.")
-    names = {name for one in all_about() for name in re.findall(r"[a-z]\w+", one.text)} | {*methods()}
+    names = {name for one in all_about() for name in re.findall(r"[a-z]\w{3,}", one.text)} | {*methods()}
     if len(words) == 1 and (near := difflib.get_close_matches(words[0], [*recipes(), *bases()], n=1, cutoff=0.8)):
         return UserError(f"unknown recipe '{one_line(words[0])}': did you mean '{near[0]}'?")
     near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.5)

@@ -69,6 +69,7 @@ def test_without_the_trainers_packages(call: Command, monkeypatch: pytest.Monkey
     ("flags", "message"),
     [
         (("--data", "/nowhere"), "--data: folder '/nowhere' does not exist."),
+        (("--data", "x" * 5000), "does not exist."),
         (("--data", "s3://a/b"), "an address"),
         (("--run", "x"), "unrecognized arguments: --run x (lesam-dist doctor --help)"),
     ],
