@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lesam_dist.data.packed.layout import INDEX
 from lesam_dist.data.urls import is_url
-from lesam_dist.errors import UserError
+from lesam_dist.errors import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,11 +34,17 @@ def local_folder(text: str) -> Path:
     """A folder as the user gave it.
 
     Raises:
-        UserError: it is an address.
+        UserError: it is an address, or cannot be a path.
     """
     if is_url(text):
         raise UserError(f"'{text}' is an address, and this command works on folders alone: give a folder.")
-    return Path(text).expanduser()
+    folder = Path(text).expanduser()
+    try:
+        os.stat(folder)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"'{one_line(text)}' cannot be a folder: {getattr(error, 'strerror', error)}.") from None
+    return folder
 
 
 def class_folders(text: str) -> Path:

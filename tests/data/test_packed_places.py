@@ -39,6 +39,8 @@ def test_what_reads_class_folders_refuses_others(packed: Path, command: Callable
         command([str(packed)])
     with pytest.raises(UserError, match=r"'s3://b/x' is an address.*give a folder"):
         command(["s3://b/x"])
+    with pytest.raises(UserError, match=r"^'a{60}\.\.\.' cannot be a folder: File name too long\.$"):
+        command(["a" * 300])
 
 
 def test_where_shards_cannot_go(root: Path, packed: Path) -> None:
@@ -52,6 +54,7 @@ def test_where_shards_cannot_go(root: Path, packed: Path) -> None:
         (file, r"OUT is '.*file', a file: give a folder"),
         (packed, r"is not empty"),
         ("gs://b/x", r"is an address"),
+        ("a" * 300, r"cannot be a folder: File name too long"),
     ):
         with pytest.raises(UserError, match=message):
             pack([str(root), str(out), "--workers", "1"])
