@@ -223,9 +223,8 @@ def run(command: str) -> NoReturn:
         dump_on_signals(place)
         if command not in _COMMANDS:
             raise unknown_name("command", command, _COMMANDS)
-        if command not in _LOOKS and (
-            missing := _missing()
-        ):  # all at once, and before a run that would need the last of them at its end
+        missing = "" if command in _LOOKS else _missing()
+        if missing:  # all at once, and before a run that would need the last of them at its end
             raise UserError(f"lesam-dist {command} needs {missing}")
         with ends_with_any_thread(place):
             _COMMANDS[command][0](sys.argv[1:])
