@@ -40,6 +40,7 @@ class Board:
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self._store, self._rank = PrefixStore("peers", store.clone()), rank
         self._beats = [f"beat/{rank}" for rank in range(world_size)]
+        self._known = [f"known/{rank}" for rank in range(world_size)]
 
     def tell(self, beat: Beat) -> None:
         self._store.set(self._beats[self._rank], beat.dump())
@@ -57,6 +58,13 @@ class Board:
 
     def failure(self) -> Failure | None:
         return Failure(**json.loads(self._store.get("failure"))) if self._store.check(["failure"]) else None
+
+    def acknowledge(self) -> None:
+        """That this process knows the failure, so that the store is no longer needed for it."""
+        self._store.set(self._known[self._rank], "")
+
+    def has_acknowledged(self, rank: int) -> bool:
+        return bool(self._store.check([self._known[rank]]))
 
     def is_first(self, what: str) -> bool:
         """Whether no process has asked this about ``what`` before."""

@@ -96,9 +96,16 @@ class Peers:
         return self._failure is not None and not self._failure.shared
 
     def part(self) -> None:
-        """After `publish`: if the store ends with this process, wait until the others have had time to read it."""
-        if self._place.rank == 0 and not store_of_agent():
-            time.sleep(2 * _TICK)
+        """After a failure: if the store ends with this process, wait a little until all others have read there why."""
+        if self._place.rank != 0 or store_of_agent():
+            return
+        until = time.monotonic() + _SEARCH  # of another host's process that is lost nothing is heard
+        while not all(map(self._knows, range(1, len(self._members)))) and time.monotonic() < until:
+            time.sleep(_TICK / 20)
+
+    def _knows(self, rank: int) -> bool:
+        """Whether a process has read why the run ends, or is past that."""
+        return self._board.has_acknowledged(rank) or self._members[rank].state() == "gone"
 
     def publish(self, error: BaseException) -> None:
         """Tell the others why this process is about to leave; the first failure stands."""
@@ -137,9 +144,11 @@ class Peers:
     def _stand(self, failure: Failure) -> Failure:
         """Publish; returns what stands, or this where the store has gone."""
         try:
-            return self._board.publish(failure)
+            standing = self._board.publish(failure)
+            self._board.acknowledge()
         except RuntimeError:
             return failure
+        return standing
 
     def _peer_error(self, failure: Failure) -> PeerError:
         who, said = "", False
@@ -176,12 +185,14 @@ class Peers:
                     failure = failure and self._board.publish(failure)
                 if failure is not None:
                     self._learn(failure)
+                    self._board.acknowledge()
                     return
                 if stall.over():
                     _exit(1)  # the main thread waits in a collective
                 self._wake.wait(self._tick) if not self._lost.is_set() else self._over.wait(self._tick / 4)
         except RuntimeError:
-            self._learn(self._without_store())
+            if self._failure is None:
+                self._learn(self._without_store())
 
     def _learn(self, failure: Failure) -> None:
         if not self._over.is_set():

@@ -143,8 +143,8 @@ def process_group(
             raise PreemptedError(
                 f"stopped by {reason}, and other processes had left before: go on with --resume auto."
             ) from error
+        peers.part()
         if explained is error:
-            peers.part()
             raise
         raise explained from error
     finally:

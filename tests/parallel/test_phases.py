@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lesam_dist import parallel
 from lesam_dist.errors import UserError
+from lesam_dist.parallel.board import Board, Failure
 from tests.parallel.terminal import launch, srun_like, torchrun_like
 
 PHASES = ("before joining", "after joining", "first step", "in the middle", "alone", "in a thread", "after the group")
@@ -125,3 +126,28 @@ def test_any_fault_at_any_time(tmp_path: Path, seed: int, monkeypatch: pytest.Mo
             fault for fault in FAULTS if (phase, fault) != ("in a thread", "exit")
         ]  # which ends that thread alone
         check(tmp_path, world_size, draw.randrange(world_size), phase, draw.choice(faults), like)
+
+
+def reads_late(rank: int) -> None:
+    """On a machine with too much to do rank 2 looks at what the others say a second later than they do."""
+    if rank == 2:
+        look = Board.failure
+
+        def late(board: Board) -> Failure | None:
+            time.sleep(1)
+            return look(board)
+
+        Board.failure = late  # type: ignore[method-assign]
+    works(rank)
+
+
+def test_rank_0_does_not_take_the_store_from_who_has_not_read_it(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = {"rank": 1, "phase": "in the middle", "fault": random.Random(seed).choice(list(SILENT)), "timeout": 60}
+    Path("plan").write_text(json.dumps(plan))
+    statuses, err = launch(reads_late, tmp_path, srun_like, 3, others=45)
+    assert (statuses[0], statuses[2]) == (2, 2)
+    (line,) = (line for line in err.splitlines() if line.startswith("lesam-dist: error"))
+    assert "rank 1 is gone" in line
