@@ -1,49 +1,27 @@
-"""The command lines that pages show are read by the commands that they call, up to where these would start to work."""
+"""The command lines that pages show are read as they stand, by launchers and by what these start, up to its work.
+
+That they work too is shown by test_runs.py, by tests of the scripts, and by `.ci/run`, which is made of `make`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import shlex
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from lesam_dist import cli
 from lesam_dist.config.command_line import read_command_line
-from lesam_dist.doctor.command import parser as doctor_parser
-from lesam_dist.errors import UserError
 from lesam_dist.experiments.compare import compare
 from lesam_dist.experiments.domains import domains
 from lesam_dist.experiments.sweep import sweep
-from lesam_dist.guide import completion as guide_completion
-from lesam_dist.guide import methods as guide_methods
-from lesam_dist.guide import recipes as guide_recipes
 from lesam_dist.planning.command import plan
-from tests.docs.pages import PAGES, ROOT, blocks, name, prose
+from tests.docs.command_lines import commands, shown
+from tests.docs.pages import PAGES, ROOT
 
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command line: indented lines and blocks for a shell, without comments, variables and `...`."""
-    shell = [line for block in blocks(page, "(?:sh|bash)") for line in block.split("\n")]
-    text = "\n".join([prose(page), *("    " + line for line in shell)])
-    for line in re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.M):
-        command = re.match(r"(?:[A-Z_]+=\S* +)*([\w./-]+)(?= |$)", line)
-        if (
-            command and command[1] in COMMANDS
-        ):  # formulas are indented too, and have quotes that a shell would not close
-            words = [word for word in shlex.split(line[command.start(1) :].split("  #")[0]) if word != "..."]
-            yield words[: words.index(">")] if ">" in words else words
-
-
-LOOKING = {
-    "recipes": guide_recipes.parser(),
-    "methods": guide_methods.parser(),
-    "completion": guide_completion.parser(),
-    "doctor": doctor_parser(),
-}
+EXPERIMENTS = {"compare": compare, "sweep": sweep, "domains": domains, "plan": plan}
 
 
 class StartedError(Exception):
@@ -58,38 +36,17 @@ def check_trainer(command: str, arguments: list[str], monkeypatch: pytest.Monkey
         assert end.value.code == 0
         return
 
-    if command in LOOKING:
-        LOOKING[command].parse_args(arguments)
-        if command != "doctor":  # that looks at this machine, and takes seconds
-            cli._COMMANDS[command][0](arguments)
-        return
-
-    if command in (
-        "analyze",
-        "scan",
-        "index",
-        "pack",
-        "report",
-        "export",
-        "checkpoints",
-        "eval",
-        "predict",
-    ):  # what they name is not there
-        absent = r"does not exist|has no checkpoints|is no checkpoint|has no index|has no metrics.jsonl"
-        with pytest.raises(UserError, match=absent) as missing:
-            cli._COMMANDS[command][0](arguments)
-        assert "--help" not in str(missing.value), "its arguments are wrong"
+    if command not in EXPERIMENTS:  # their own arguments hold no others, and test_runs.py gives them as they are
         return
 
     def start(*_: object) -> None:
         raise StartedError
 
-    run = {"compare": compare, "sweep": sweep, "domains": domains, "plan": plan}[command]
     first = "planning.command.predict_and_report" if command == "plan" else f"experiments.{command}.run_all"
     monkeypatch.setattr(f"lesam_dist.{first}", start)
     monkeypatch.setattr("lesam_dist.experiments.domains._folders", lambda _: ["photo", "LabelMe", "SUN09"])
     with pytest.raises(StartedError):
-        run(arguments)
+        EXPERIMENTS[command](arguments)
 
 
 def check_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,16 +115,6 @@ COMMANDS = {
     "make": check_make,
     "pip": check_pip,
 }
-
-
-def shown() -> dict[str, str]:
-    """Each command line of all pages once, and the pages that show it."""
-    pages: dict[str, list[str]] = {}
-    for page in PAGES:
-        inline = re.findall(r"`((?:make|pip|python|torchrun) [^`]+|accelerate launch --[^`]+py)`", prose(page))
-        for words in [*commands(page), *map(shlex.split, inline)]:
-            pages.setdefault(shlex.join(words), []).append(name(page))
-    return {line: ", ".join(pages) for line, pages in pages.items()}
 
 
 @pytest.mark.parametrize("line", [pytest.param(line, id=f"{line} ({pages})") for line, pages in shown().items()])
