@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from lesam_dist.analysis.engine.arguments import Parser
+from lesam_dist.analysis.engine.arguments import AnalysisParser
 from lesam_dist.errors import unknown_name
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def run(analysis: Analysis | Comparison, argv: Sequence[str]) -> None:
     """Make an analysis, unless it has been made, and show what it found."""
     if isinstance(analysis, Analysis):
         analysis = _of_one(analysis)
-    parser = Parser(analysis.name, analysis.text, analysis.least, analysis.most, analysis.split)
+    parser = AnalysisParser(analysis.name, analysis.text, analysis.least, analysis.most, analysis.split)
     analysis.add_arguments(parser)
     arguments, flags = parser.parse_known_args(list(argv))
     parser.check(arguments, flags)

@@ -42,6 +42,23 @@ def read_flags(words: Sequence[str]) -> list[Flag]:
     return flags
 
 
+def divide(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own words, and the flags of `lesam-dist train` among them, whose names have a dot."""
+    own: list[str] = []
+    flags: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, given, _ = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            own.append(word)
+            continue
+        flags.append(word)
+        if not given and rest and not rest[0].startswith("--"):
+            flags.append(rest.pop(0))
+    return own, flags
+
+
 def require_values(flags: Sequence[Flag]) -> None:
     """Raise UserError for a flag with nothing behind it."""
     for path, text in flags:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lesam_dist.data.commands import Parser, class_folders, progress_bar
+from lesam_dist.config.parser import Parser
+from lesam_dist.data.commands import class_folders, progress_bar
 from lesam_dist.data.folder import below_root, remarks
 from lesam_dist.data.index import Split, find_index, index_files, open_index, scan_both, sizes_of, write_index
 from lesam_dist.errors import UserError
@@ -76,13 +77,12 @@ def _verify(root: Path, splits: Split, sizes: tuple[np.ndarray, np.ndarray]) -> 
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="lesam-dist index",
-        description="List the images of ROOT/train and ROOT/val into one file, ROOT/.lesam_index.safetensors (or, "
+        "index",
+        "List the images of ROOT/train and ROOT/val into one file, ROOT/.lesam_index.safetensors (or, "
         "where ROOT cannot be written, in ~/.cache/lesam_dist). A run then starts from it while no file has come or "
         "gone, and its processes share one copy. A run makes the index of a large data set itself; this does it "
         "beforehand.",
-        epilog="exit status: 0 done, 1 --verify found a file that has changed, 2 bad input",
-        allow_abbrev=False,
+        "exit status: 0 done, 1 --verify found a file that has changed, 2 bad input",
     )
     parser.add_argument("root", metavar="ROOT", help="folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     parser.add_argument("--verify", action="store_true", help="compare the files' sizes with the index; write nothing")

@@ -13,7 +13,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lesam_dist.data.commands import Parser, class_folders, cores
+from lesam_dist.config.parser import Parser, wrapped
+from lesam_dist.data.commands import class_folders, cores
 from lesam_dist.data.folder import below_root, remarks, scan_split
 from lesam_dist.data.scan_file import Verdict, has_dali
 from lesam_dist.data.scan_pool import examine_all
@@ -58,12 +59,13 @@ def scan(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="lesam-dist scan",
-        description="Decode every image of ROOT/train and ROOT/val as training does: with Pillow and, where it is "
+        "scan",
+        "Decode every image of ROOT/train and ROOT/val as training does: with Pillow and, where it is "
         "installed, with NVIDIA DALI on the CPU. An image that either refuses is broken.",
-        epilog="exit status: 0 no image is broken, 1 some are, 2 bad input. Ctrl-C and the same command again goes on: "
-        "what was decoded is in OUT.journal, and is decoded again if its size or time has changed.",
-        allow_abbrev=False,
+        wrapped(
+            "exit status: 0 no image is broken, 1 some are, 2 bad input. Ctrl-C and the same command again goes on: "
+            "what was decoded is in OUT.journal, and is decoded again if its size or time has changed.",
+        ),
     )
     parser.add_argument("root", metavar="ROOT", help="folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     parser.add_argument("--out", default="skip_list.json", help="the list for data.skip_list (default: skip_list.json)")

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.doctor.devices import check_cuda, read_cuda
 from lesam_dist.doctor.finding import Finding, guarded
 from lesam_dist.doctor.host import (
@@ -25,7 +26,6 @@ from lesam_dist.doctor.kernels import check_kernels, read_kernels
 from lesam_dist.doctor.launcher import check_launcher
 from lesam_dist.doctor.versions import check_packages, check_versions, read_bounds, read_versions
 from lesam_dist.errors import UserError, one_line
-from lesam_dist.guide.arguments import Parser
 
 _TEXT = """See whether this machine has what a run needs: packages, GPUs, kernels, decoders, CPUs, shared memory, disk
 and the launcher's environment. Each finding is ok, a warning or a problem, with what to do. Status 1 where there is a
@@ -58,7 +58,9 @@ def doctor(argv: Sequence[str], missing: Sequence[str] = ()) -> int:
 
 def parser() -> Parser:
     """Its arguments."""
-    found = Parser("doctor", _TEXT, "doctor", "doctor --run_dir /scratch/run --data /data/imagenet", "doctor --json")
+    found = Parser(
+        "doctor", _TEXT, examples("doctor", "doctor --run_dir /scratch/run --data /data/imagenet", "doctor --json")
+    )
     found.add_argument("--run_dir", metavar="DIR", default="runs", help="where runs would write (default: runs)")
     found.add_argument("--data", metavar="DIR", help="a data set to look at: class folders, or packed")
     found.add_argument("--json", action="store_true", help="print the findings as JSON")

@@ -88,7 +88,7 @@ def _parser() -> ExperimentParser:
         "hyper-parameter holds for those of the methods that have it.",
         config_help="DATA_MODEL, e.g. cifar100_resnet18, where each method has the hyper-parameters of its recipe; or "
         "a YAML file, whose own method is taken as it is, and any other with that method's usual hyper-parameters",
-        example="lesam-dist compare --config digits_noisy --methods sgd,sam,lesam --seeds 5",
+        example="compare --config digits_noisy --methods sgd,sam,lesam --seeds 5",
     )
     parser.add_argument(
         "--methods",

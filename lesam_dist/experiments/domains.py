@@ -79,7 +79,7 @@ def _parser() -> ExperimentParser:
         "a table by source domain and one of every pair (domains.md, domains.json), and a plot (domains.png). Every "
         "other flag is one of `lesam-dist train` and holds for all runs.",
         config_help="DATA_MODEL, e.g. pacs_resnet18_ermpp, or a YAML file with task: domains",
-        example="lesam-dist domains --config digit_domains_resnet8_ermpp --methods sgd,sam,lesam",
+        example="domains --config digit_domains_resnet8_ermpp --methods sgd,sam,lesam",
     )
     names = ", ".join(known_methods())
     parser.add_argument("--methods", required=True, help=f"with commas between: {names}, or package.module:Class")

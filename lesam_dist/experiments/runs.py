@@ -12,15 +12,15 @@ import argparse
 import copy
 import math
 import statistics
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from lesam_dist.config.checks import folder
 from lesam_dist.config.command_line import read_command_line, show_help
 from lesam_dist.config.methods import canonical
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.config.same_run import check_same_run
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import DivergedError, UserError
@@ -84,19 +84,17 @@ def _std(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
-class ExperimentParser(argparse.ArgumentParser):
+class ExperimentParser(Parser):
     """The flags that all experiments share; every other flag is one of `lesam-dist train`, for all runs."""
 
     def __init__(self, command: str, usage: str, description: str, config_help: str, example: str) -> None:
         start = f"torchrun --nproc-per-node 8 -m lesam_dist {command} ..."
         super().__init__(
-            prog=f"lesam-dist {command}",
-            usage=usage,
-            description=textwrap.fill(description, 100),
-            epilog=f"example:\n  {example}\n\non several GPUs:\n  {start}\n\nfields of the runs:\n"
+            command,
+            description,
+            f"{examples(example)}\n\non several GPUs:\n  {start}\n\nfields of the runs:\n"
             f"  lesam-dist {command} --help.optimizer, or another section of lesam-dist train --help; --help.all",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            usage,
         )
         self.add_argument("--config", required=True, help=config_help)
         self.add_argument("--seeds", type=int, default=3, help="number of seeds; they are 0, 1, ... (default: 3)")
@@ -128,9 +126,6 @@ class ExperimentParser(argparse.ArgumentParser):
         for name in names:
             if any(canonical(flag.removeprefix("--").split("=")[0]) == canonical(name) for flag in flags):
                 raise UserError(f"{self.prog} sets --{name} for each run: leave it out.")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_dir: Path, seeds: int) -> Setting:

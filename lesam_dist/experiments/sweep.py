@@ -62,7 +62,7 @@ def _parser() -> ExperimentParser:
         "final top-1 accuracy: a table (sweep.md, sweep.json) and a plot with error bars (sweep.png). Every other flag "
         "is one of `lesam-dist train` and holds for all runs.",
         config_help="a recipe's name, e.g. cifar100_resnet18_lesam, or a YAML file",
-        example="lesam-dist sweep --config digits_noisy_resnet8_lesam --field optimizer.sigma --values 0.05,0.1,0.2",
+        example="sweep --config digits_noisy_resnet8_lesam --field optimizer.sigma --values 0.05,0.1,0.2",
     )
     parser.add_argument("--field", required=True, help="the field, e.g. optimizer.sigma, as in lesam-dist train --help")
     help_values = "its values with commas between; lists in brackets: [0.1,1],[0.5,1]; null for none"

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from lesam_dist.config.methods import PLAIN, argument_paths
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.config.recipes import bases, recipes
 from lesam_dist.errors import UserError
-from lesam_dist.guide.arguments import Parser
 from lesam_dist.optim.engine.registry import methods
 
 Command = Callable[[Sequence[str]], None]
@@ -64,7 +64,7 @@ def completion(argv: Sequence[str], commands: Mapping[str, Command]) -> None:
 
 def parser() -> Parser:
     """Its arguments."""
-    found = Parser("completion", _TEXT, *(f"completion {shell} > ~/.lesam-dist.{shell}" for shell in SHELLS))
+    found = Parser("completion", _TEXT, examples(*(f"completion {shell} > ~/.lesam-dist.{shell}" for shell in SHELLS)))
     found.add_argument("shell", choices=SHELLS, help="the shell")
     return found
 

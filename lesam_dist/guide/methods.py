@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lesam_dist.config.help import argument_in_full, bounded
 from lesam_dist.config.methods import OF_BASE, OPTIONS, PLAIN, method_of
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.config.schema import OptimizerConfig
 from lesam_dist.config.values import flatten
-from lesam_dist.guide.arguments import Parser
 from lesam_dist.optim.engine.registry import Method, methods
 
 _TEXT = """List the methods: what each perturbs along, its passes a step, its hyper-parameters with their defaults.
@@ -44,7 +44,7 @@ def methods_command(argv: Sequence[str]) -> None:
 
 def parser() -> Parser:
     """Its arguments."""
-    found = Parser("methods", _TEXT, "methods", "methods lesam", "methods my_package.my_module:MyMethod")
+    found = Parser("methods", _TEXT, examples("methods", "methods lesam", "methods my_package.my_module:MyMethod"))
     found.add_argument("name", metavar="NAME", nargs="?", help="of a method, or one of its other names")
     return found
 

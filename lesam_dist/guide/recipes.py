@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.config.recipes import ALIASES, bases, compose, methods, methods_of, recipes, split
 from lesam_dist.errors import UserError, one_line, unknown_name
 from lesam_dist.guide.about import About, about, all_about, passes
-from lesam_dist.guide.arguments import Parser
 
 _TEXT = """List the recipes for --config of `lesam-dist train` and `compare`. WORDS take those that have all of them: in
 data set, network, method, base optimizer, what is needed, or the paper's table. The NAME of one recipe prints what it
@@ -40,8 +40,8 @@ def recipes_command(argv: Sequence[str]) -> None:
 
 def parser() -> Parser:
     """Its arguments."""
-    examples = ("recipes", "recipes table 1 wrn28_10", "recipes cifar100_resnet18_lesam > mine.yaml")
-    found = Parser("recipes", _TEXT, *examples)
+    epilog = examples("recipes", "recipes table 1 wrn28_10", "recipes cifar100_resnet18_lesam > mine.yaml")
+    found = Parser("recipes", _TEXT, epilog)
     found.add_argument("words", metavar="WORD", nargs="*", help="what to look for, or the NAME of one recipe")
     return found
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from lesam_dist.config.command_line import read_command_line
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.config.schema import Config
 from lesam_dist.errors import UserError, one_line
 from lesam_dist.planning.batch import check_batch
@@ -218,11 +218,6 @@ def _is_count(text: str, most: int) -> bool:
     return text.isdecimal() and len(text) < 100 and 0 < int(text) <= most
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def _above_zero(flag: str, at_most: float = math.inf) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:
@@ -246,20 +241,15 @@ def _count(flag: str) -> Callable[[str], int]:
     return read
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="lesam-dist plan",
+def _parser() -> Parser:
+    parser = Parser(
+        "plan",
+        "Predict what a run takes on any number of GPUs: time of a step and its parts, memory, epoch, run and price, "
+        "and what other settings would change. Needs no GPU and no images. Every other flag is one of "
+        "`lesam-dist train`. The model is in docs/planning.md.",
+        examples("plan --config imagenet_resnet50_lesam --gpus 8,64,512 --gpu h100 --hourly 2.5"),
         usage="lesam-dist plan --config NAME_OR_FILE --gpus N1,N2,... [--gpu NAME] [--interconnect BANDWIDTH] "
         "[--SECTION.FIELD VALUE ...]",
-        description=textwrap.fill(
-            "Predict what a run takes on any number of GPUs: time of a step and its parts, memory, epoch, run and "
-            "price, and what other settings would change. Needs no GPU and no images. Every other flag is one of "
-            "`lesam-dist train`. The model is in docs/planning.md.",
-            100,
-        ),
-        epilog="example:\n  lesam-dist plan --config imagenet_resnet50_lesam --gpus 8,64,512 --gpu h100 --hourly 2.5",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     flags: Iterable[tuple[str, dict[str, Any]]] = (
         ("--config", {"required": True, "help": "a recipe's name or a YAML file"}),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lesam_dist.analysis.engine.arguments import BareParser
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.parallel.place import find_place
 from lesam_dist.report.paths import NAME, check_packages, find_runs, target_of
 
@@ -15,10 +15,9 @@ _TEXT = (
     "the analyses in their folders, cost, speed and environment. It opens in any browser without a network, on a phone "
     "too, and can be printed. Runs that differ in the seed alone are one group."
 )
-_EPILOG = """examples:
-  lesam-dist report runs/digits
-  lesam-dist report runs/sgd runs/sam runs/lesam --output methods.html
-  lesam-dist report runs/compare"""
+_EXAMPLES = examples(
+    "report runs/digits", "report runs/sgd runs/sam runs/lesam --output methods.html", "report runs/compare"
+)
 
 
 def report(argv: Sequence[str]) -> None:
@@ -27,7 +26,7 @@ def report(argv: Sequence[str]) -> None:
     Raises:
         UserError: for anything wrong in ``argv`` or in a run, before anything is written.
     """
-    parser = BareParser("report", _TEXT, _EPILOG, prog="lesam-dist report")
+    parser = Parser("report", _TEXT, _EXAMPLES)
     parser.add_argument(
         "runs",
         metavar="run",

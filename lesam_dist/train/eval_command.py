@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from lesam_dist.config.flags import divide
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.data.loader import Loader
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed, process_group
@@ -21,16 +21,19 @@ from lesam_dist.tasks.images.task import ImageTask
 from lesam_dist.tasks.loading import build_task
 from lesam_dist.tasks.precision import autocast_dtype
 from lesam_dist.tasks.task import Task
-from lesam_dist.train.checkpoint.arguments import Parser
 from lesam_dist.train.numerics import numerics
-from lesam_dist.train.source import Source, model_of, read_source, unsharded
+from lesam_dist.train.source import Source, add_source, model_of, read_source, unsharded
 from lesam_dist.train.validation import Validation
 
 _TEXT = """
 Evaluate a checkpoint as its run does after each epoch: the same images, number formats and numbers. Other flags are
 those of `lesam-dist train`, over the run's own config: --data.root DIR, --data.eval_batch_size N, --parallel.device
-cpu. On several GPUs: torchrun --nproc-per-node 8 -m lesam_dist eval ...
+cpu.
 """
+_EPILOG = f"""{examples("eval runs/digits --json")}
+
+on several GPUs:
+  torchrun --nproc-per-node 8 -m lesam_dist eval runs/digits"""
 _OF_CLASSES = ("classification", "long_tail")  # tasks whose training images can be evaluated like the others
 
 
@@ -40,7 +43,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     Raises:
         UserError: for anything wrong in ``argv``, the checkpoint, or the data.
     """
-    parser = Parser("eval", _TEXT, "lesam-dist eval runs/digits --json")
+    parser = Parser("eval", _TEXT, _EPILOG)
     add_source(parser)
     parser.add_argument("--split", choices=("train", "val"), default="val", help="whose samples (default: val)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and all else to stderr")
@@ -54,31 +57,6 @@ def evaluate_command(argv: Sequence[str]) -> None:
     if world.is_main:
         about = {"checkpoint": source.name, "run": str(source.folder), "split": arguments.split, **source.about}
         print(json.dumps(about | found) if arguments.json else _shown(about, found))
-
-
-def divide(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's own words, and the flags of `lesam-dist train` among them, whose names have a dot."""
-    own: list[str] = []
-    flags: list[str] = []
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, given, _ = word.partition("=")
-        if not (name.startswith("--") and "." in name):
-            own.append(word)
-            continue
-        flags.append(word)
-        if not given and rest and not rest[0].startswith("--"):
-            flags.append(rest.pop(0))
-    return own, flags
-
-
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """The arguments by which a command on weights is told which."""
-    text = "folder of a run, for its latest checkpoint; of a checkpoint; or a file of a state_dict, with --config"
-    parser.add_argument("checkpoint", type=Path, help=text)
-    parser.add_argument("--config", help="recipe or YAML file that a file of weights is of")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run that keeps an average")
 
 
 def evaluate_source(source: Source, world: Distributed, split: str = "val") -> dict[str, float | None]:

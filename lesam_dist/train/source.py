@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,14 @@ class Source:
     def digest(self) -> str:
         """Of all weights: another checkpoint under the same name has another one."""
         return digest_of(self.weights)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The arguments by which a command on weights is told which."""
+    text = "folder of a run, for its latest checkpoint; of a checkpoint; or a file of a state_dict, with --config"
+    parser.add_argument("checkpoint", type=Path, help=text)
+    parser.add_argument("--config", help="recipe or YAML file that a file of weights is of")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run that keeps an average")
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:

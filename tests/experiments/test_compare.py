@@ -248,7 +248,7 @@ SWEEP = ("--config", "digits", "--field", "optimizer.sigma", "--values", "0.1,0.
         (
             "compare",
             (*COMPARE, "--seeds", "x"),
-            "argument --seeds: invalid int value: 'x' (see lesam-dist compare --help)",
+            "argument --seeds: invalid int value: 'x' (lesam-dist compare --help)",
         ),
         ("compare", (*COMPARE, "--seed", "3"), "lesam-dist compare sets --seed for each run: leave it out"),
         ("compare", (*COMPARE, "--optimizer.name=sam"), "sets --optimizer.name for each run"),

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from lesam_dist.config.command_line import parse
+from lesam_dist.config.flags import divide
 from lesam_dist.data.folder import scan_split
 from lesam_dist.data.in_memory import in_memory
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.data import build_evaluation_loader
-from lesam_dist.train.eval_command import divide
-from lesam_dist.train.predict_command import read_images
+from lesam_dist.train.predict import read_images
 from lesam_dist.train.run import train
 from lesam_dist.train.telemetry import read_metrics
 from tests.conftest import CLASSES, VAL, Command

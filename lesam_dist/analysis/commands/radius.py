@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesam_dist.analysis.commands.labels import reals
-from lesam_dist.analysis.engine.arguments import BareParser
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.parallel.place import find_place
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _LABELS = {
 
 def command(argv: Sequence[str]) -> None:
     """Write RUN_DIR/analysis/radius.json, .png and .svg, in place of what an earlier call wrote."""
-    parser = BareParser("radius", _TEXT, "example:\n  lesam-dist analyze radius runs/digits")
+    parser = Parser("analyze radius", _TEXT, examples("analyze radius runs/digits"))
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--output", type=Path, help="folder for the results (default: RUN_DIR/analysis)")
     arguments = parser.parse_args(list(argv))

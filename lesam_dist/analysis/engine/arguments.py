@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from lesam_dist.config.explain import unknown_key
 from lesam_dist.config.flags import read_flags
+from lesam_dist.config.parser import Parser
 from lesam_dist.errors import UserError
 
 _SPLITS = ("train", "val")
@@ -20,34 +19,12 @@ _EPILOG = """example:
 on several GPUs:
   torchrun --nproc-per-node 8 -m lesam_dist analyze {name} {checkpoints}
 
-Other flags are those of `lesam-dist train`, over the run's own config: --data.root DIR, --data.eval_batch_size N,
---parallel.device cpu. The same command again goes on where it was interrupted."""
+Other flags are those of `lesam-dist train`, over the run's own config:
+--data.root DIR, --data.eval_batch_size N, --parallel.device cpu. The same
+command again goes on where it was interrupted."""
 
 
-class BareParser(argparse.ArgumentParser):
-    """Arguments whose errors are `UserError`.
-
-    Args:
-        name: of the analysis.
-        text: what it does.
-        epilog: what stands at the end of its help.
-        prog: the command; of an analysis by default.
-    """
-
-    def __init__(self, name: str, text: str, epilog: str, prog: str | None = None) -> None:
-        super().__init__(
-            prog=prog or f"lesam-dist analyze {name}",
-            description=textwrap.fill(text, 100),
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help)")
-
-
-class Parser(BareParser):
+class AnalysisParser(Parser):
     """The arguments of an analysis of checkpoints.
 
     Args:
@@ -59,7 +36,7 @@ class Parser(BareParser):
 
     def __init__(self, name: str, text: str, least: int = 1, most: int | None = 1, split: str = "train") -> None:
         example = " ".join(["runs/digits", "runs/other"][: 1 if most == 1 else 2])
-        super().__init__(name, text, _EPILOG.format(name=name, checkpoints=example))
+        super().__init__(f"analyze {name}", text, _EPILOG.format(name=name, checkpoints=example))
         self._least, self._most = least, most
         self.add_argument(
             "checkpoints",

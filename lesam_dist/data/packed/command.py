@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from lesam_dist.data.commands import Parser, class_folders, cores, local_folder
+from lesam_dist.config.parser import Parser, wrapped
+from lesam_dist.data.commands import class_folders, cores, local_folder
 from lesam_dist.data.folder import remarks
 from lesam_dist.data.index import Split, scan_both
 from lesam_dist.data.packed.layout import SPLITS
@@ -55,13 +56,14 @@ def pack(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="lesam-dist pack",
-        description="Pack ROOT/train and ROOT/val into tar files of some thousand images, which WebDataset can read, "
+        "pack",
+        "Pack ROOT/train and ROOT/val into tar files of some thousand images, which WebDataset can read, "
         "with an index by which a run reads the same images in the same order as from ROOT: train with --data.root "
         "OUT.",
-        epilog="exit status: 0 done, 1 --verify found damage, 2 bad input. Ctrl-C and the same command again goes on "
-        "with the shards that are missing. The same images and settings give the same bytes.",
-        allow_abbrev=False,
+        wrapped(
+            "exit status: 0 done, 1 --verify found damage, 2 bad input. Ctrl-C and the same command again goes on "
+            "with the shards that are missing. The same images and settings give the same bytes.",
+        ),
     )
     parser.add_argument("root", metavar="ROOT", help="folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder for the shards; it is made")

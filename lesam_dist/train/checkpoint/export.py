@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.errors import UserError
 from lesam_dist.train.checkpoint import payload
-from lesam_dist.train.checkpoint.arguments import Parser
 from lesam_dist.train.checkpoint.weights import checkpoint_in, weights_of
 
 _TEXT = """
@@ -27,7 +27,7 @@ def export(argv: Sequence[str]) -> None:
     Raises:
         UserError: no checkpoint there, or a damaged one; no averages in it; the file exists or cannot be written.
     """
-    parser = Parser("export", _TEXT, "lesam-dist export runs/default model.safetensors --ema")
+    parser = Parser("export", _TEXT, examples("export runs/default model.safetensors --ema"))
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint; or of a run, for its latest one")
     parser.add_argument("output", type=Path, help="file to write, model.safetensors")
     parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run that keeps an average")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from lesam_dist.config.parser import Parser, examples
 from lesam_dist.errors import UserError
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.train.checkpoint import manifest
-from lesam_dist.train.checkpoint.arguments import Parser
 from lesam_dist.train.checkpoint.folder import Folder, folder_in, name_of, remove, result
 from lesam_dist.train.checkpoint.loading import verified
 from lesam_dist.train.checkpoint.manifest import DamagedError
@@ -43,7 +43,7 @@ def checkpoints(argv: Sequence[str]) -> None:
     Raises:
         UserError: no checkpoints there; one that cannot be removed.
     """
-    parser = Parser("checkpoints", _TEXT, "lesam-dist checkpoints runs/default --verify")
+    parser = Parser("checkpoints", _TEXT, examples("checkpoints runs/default --verify"))
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--verify", action="store_true", help="read all files; status 1 where one is damaged")
     parser.add_argument(
