@@ -16,11 +16,6 @@ from lesam_dist.data.urls import is_url
 from lesam_dist.errors import UserError, one_line
 
 
-def cores() -> int:
-    """Of this machine, as far as this process may use them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def local_folder(text: str) -> Path:
     """A folder as the user gave it.
 

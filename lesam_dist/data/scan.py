@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lesam_dist.config.parser import Parser, wrapped
-from lesam_dist.data.commands import class_folders, cores
+from lesam_dist.data.commands import class_folders
 from lesam_dist.data.folder import below_root, remarks, scan_split
 from lesam_dist.data.scan_file import Verdict, has_dali
 from lesam_dist.data.scan_pool import examine_all
 from lesam_dist.data.skip_list import Skipped, write_skip_list
 from lesam_dist.errors import UserError
+from lesam_dist.parallel.place import usable_cores
 
 _SHOWN = 20  # broken files, and pairs, that are printed; the rest is in the list
 _FORMAT = 1  # of the journal
@@ -69,7 +70,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("root", metavar="ROOT", help="folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     parser.add_argument("--out", default="skip_list.json", help="the list for data.skip_list (default: skip_list.json)")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: one per core)")
     return parser
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesam_dist.doctor.finding import Finding, gib
+from lesam_dist.parallel.place import usable_cores
 
 _SHM = Path("/dev/shm")
 _SHM_LEAST = 1 << 30  # workers hand over batches of 256 images of 224 pixels, 154 MB each
@@ -37,8 +38,7 @@ class Disk:
 
 def read_cpus(cgroups: Path = _CGROUPS) -> Cpus:
     """Ask the kernel."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Cpus(os.cpu_count() or 1, usable, _limit(cgroups))
+    return Cpus(os.cpu_count() or 1, usable_cores(), _limit(cgroups))
 
 
 def check_cpus(cpus: Cpus, gpus: int) -> Iterator[Finding]:

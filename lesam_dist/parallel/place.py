@@ -5,6 +5,7 @@ torchrun, accelerate launch and Kubernetes' operators set RANK and WORLD_SIZE; s
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class Place:
     local_world_size: int = 1
     launcher: str = ""
     address: str = ""
+
+
+def usable_cores() -> int:
+    """Of this machine, as far as this process may use them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_place(environ: Mapping[str, str]) -> Place:

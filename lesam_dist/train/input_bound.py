@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 
 from lesam_dist.config.schema import Config
+from lesam_dist.parallel.place import usable_cores
 from lesam_dist.parallel.processes import Distributed
 
 _SHARE = 0.2  # of the time, above which waiting is worth a warning
@@ -57,7 +57,7 @@ def remedy(config: Config, world: Distributed, share: float) -> str:
     data = config.data
     if config.on_device:
         return "The images are on the device itself: a larger data.batch_size has less to do per image."
-    cores = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
+    cores = max(1, usable_cores() // world.local_world_size)
     wanted = math.ceil(data.workers / (1 - min(share, 0.99)))  # as many more as the devices could take
     if data.workers < cores and world.device.type != "cpu":  # whose cores have the network to compute
         more = min(wanted, cores)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lesam_dist.config.parser import Parser, wrapped
-from lesam_dist.data.commands import class_folders, cores, local_folder
+from lesam_dist.data.commands import class_folders, local_folder
 from lesam_dist.data.folder import remarks
 from lesam_dist.data.index import Split, scan_both
 from lesam_dist.data.packed.layout import SPLITS
@@ -17,6 +17,7 @@ from lesam_dist.data.packed.verify import verify
 from lesam_dist.data.packed.writing import Resize
 from lesam_dist.data.skip_list import read_skip_list
 from lesam_dist.errors import UserError
+from lesam_dist.parallel.place import usable_cores
 
 _QUALITY = 90
 
@@ -71,7 +72,7 @@ def _parser() -> Parser:
     parser.add_argument("--quality", type=int, metavar="N", help=f"of their JPEGs, 1 to 100 (default: {_QUALITY})")
     parser.add_argument("--images_per_shard", type=int, default=2000, metavar="N", help="default: 2000")
     parser.add_argument("--skip_list", metavar="FILE", help="leave out what `lesam-dist scan` found broken")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: one per core)")
     parser.add_argument("--verify", action="store_true", help="ROOT is a packed data set: check every byte of it")
     return parser
 
