@@ -33,7 +33,7 @@ def compare(argv: Sequence[str]) -> None:
     parser.refuse(flags, ["optimizer.name"])
     names, run_dir = method_names(arguments.methods), arguments.run_dir
     settings = method_settings(arguments.config, names, flags, run_dir, arguments.seeds)
-    outcomes, metric, world = run_all(settings)
+    outcomes, metric, world = run_all(settings, "compare", argv)
     if not world.is_main:
         return
     reference = _PREFERRED if _PREFERRED in names else names[0]

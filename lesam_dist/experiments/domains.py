@@ -41,7 +41,7 @@ def domains(argv: Sequence[str]) -> None:
         for source in _sources(config, arguments.sources)
         for setting in method_settings(arguments.config, names, _from(source, flags), run_dir / source, seeds)
     }
-    outcomes, metric, world = run_all(list(settings.values()))
+    outcomes, metric, world = run_all(list(settings.values()), "domains", argv)
     if not world.is_main:
         return
     tested = {

@@ -140,8 +140,13 @@ def make_setting(name: str, sources: Sequence[str], flags: Sequence[str], run_di
     return Setting(name, runs, first.notes)
 
 
-def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Metric, Distributed]:
+def run_all(settings: Sequence[Setting], name: str, argv: Sequence[str]) -> tuple[list[Outcome], Metric, Distributed]:
     """Train every run that is not finished. A run that diverges has no result, and the others go on.
+
+    Args:
+        settings: all of them.
+        name: of the command, as "compare".
+        argv: behind its name. What ends it says how to go on, as its ``go_on``, once a run has a folder.
 
     Returns:
         The outcome of each setting, what they are compared by, and this process among all.
@@ -151,8 +156,10 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Metric, Distrib
     """
     from lesam_dist.experiments.cost import sgd_steps
     from lesam_dist.parallel.processes import process_group  # here: --help and what is refused need no torch
+    from lesam_dist.parallel.progress import Progress
     from lesam_dist.tasks.loading import task_class
     from lesam_dist.train.best import best_evaluation
+    from lesam_dist.train.resume_command import experiment_command, saying_how_to_go_on
     from lesam_dist.train.run import train_here
 
     metric = task_class(settings[0].runs[0].task).metric
@@ -161,7 +168,11 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Metric, Distrib
     best: dict[str, list[float]] = {setting.name: [] for setting in settings}
     seeds = len(settings[0].runs)
     parallel = settings[0].runs[0].parallel
-    with process_group(parallel.device, parallel.timeout_s) as world:
+    progress, command = Progress(), experiment_command(name, argv)
+    with (
+        saying_how_to_go_on(command, progress),
+        process_group(parallel.device, parallel.timeout_s, progress) as world,
+    ):
         if world.is_main:
             for line in [f"{setting.name}: {note}" for setting in settings for note in setting.notes]:
                 print(line, flush=True)
@@ -173,7 +184,7 @@ def run_all(settings: Sequence[Setting]) -> tuple[list[Outcome], Metric, Distrib
                 if world.is_main:
                     print(f"{label}: finished before" if evaluation else label, flush=True)
                 try:
-                    value = (evaluation or train_here(config, world))[metric.name]
+                    value = (evaluation or train_here(config, world, command=command))[metric.name]
                     found = best_evaluation(Path(config.run_dir), metric) if world.is_main else None
                     values[setting.name].append(value)
                     best[setting.name].append(found.value if found else value)

@@ -32,7 +32,7 @@ def sweep(argv: Sequence[str]) -> None:
     ]
     values = [get(setting.runs[0], field) for setting in settings]
     _check_distinct(field, values)
-    outcomes, metric, world = run_all(settings)
+    outcomes, metric, world = run_all(settings, "sweep", argv)
     if not world.is_main:
         return
     epochs = settings[0].runs[0].epochs

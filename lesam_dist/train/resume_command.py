@@ -1,6 +1,6 @@
-"""The command that goes on with a run, as its user typed it: the only place that makes it, for every way to end.
+"""The command that goes on with a run or with several, as its user typed it: the one place that makes it.
 
-What a process was given behind `lesam-dist train` it knows. What stood before, a launcher's own flags, stands in the
+What a process was given behind the command's name it knows. What stood before, a launcher's own flags, stands in the
 command lines of the processes above it, which end with the same words: torchrun, accelerate, a script around them.
 """
 
@@ -12,9 +12,10 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from lesam_dist.config.flags import words_without
 from lesam_dist.config.schema import Config
@@ -22,6 +23,7 @@ from lesam_dist.config.values import get
 from lesam_dist.errors import DivergedError, PreemptedError
 from lesam_dist.parallel.peers import PeerError
 from lesam_dist.parallel.place import Place, find_place
+from lesam_dist.parallel.progress import Progress
 from lesam_dist.train.out_of_memory import NoMemoryError
 
 _LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch", "torchrun.sh", "mpirun", "mpiexec")
@@ -85,9 +87,7 @@ class RunCommand:
                 f"with one of these changes as a flag behind it, go on with: {self.again()}  (another batch_size, "
                 "precision or strategy makes another run, which needs another --run_dir)"
             )
-        if isinstance(error, PreemptedError | PeerError | KeyboardInterrupt) or not isinstance(error, Exception):
-            return f"go on with: {self.again()}"
-        return f"when that is mended, go on with: {self.again()}"
+        return _go_on(error, self.again())
 
     def longer(self) -> str:
         """What to tell the user of a run that has finished."""
@@ -97,6 +97,26 @@ class RunCommand:
         return f"to train on, for {epochs} epochs in all: {self.again(epochs=epochs, **given)}"
 
 
+@dataclass(frozen=True)
+class ExperimentCommand:
+    """How several runs were started that belong together; ``text``: the same again goes on with all of them."""
+
+    text: str
+
+    def again(self) -> str:
+        return self.text
+
+    def after(self, error: BaseException) -> str:
+        """What to tell the user where an exception has ended one of the runs, in one line."""
+        return _go_on(error, self.text)
+
+    def longer(self) -> None:
+        """Nothing: the table compares runs of one length."""
+
+
+Command: TypeAlias = "RunCommand | ExperimentCommand"
+
+
 def run_command(words: Sequence[str], config: Config) -> RunCommand:
     """How this process was started, as far as it can be known.
 
@@ -104,23 +124,55 @@ def run_command(words: Sequence[str], config: Config) -> RunCommand:
         words: behind ``lesam-dist train``, or the same in another form.
         config: that they say.
     """
-    start = start_of(words, Started(sys.orig_argv), processes_above(), find_place(os.environ), os.environ)
-    return RunCommand(start, tuple(words), config)
+    return RunCommand(_started("train", words), tuple(words), config)
+
+
+def experiment_command(name: str, words: Sequence[str]) -> ExperimentCommand:
+    """The same for ``lesam-dist NAME`` and the words behind it."""
+    return ExperimentCommand(" ".join([_started(name, words), *map(shlex.quote, words)]))
+
+
+@contextmanager
+def saying_how_to_go_on(command: Command | None, progress: Progress) -> Iterator[None]:
+    """Within, an exception gets what to tell the user as its ``go_on``, once there is a run to go on with."""
+    try:
+        yield
+    except BaseException as error:
+        if command is not None and progress.resume:
+            error.go_on = command.after(error)  # type: ignore[attr-defined]
+        raise
+
+
+def _go_on(error: BaseException, again: str) -> str:
+    if isinstance(error, PreemptedError | PeerError | KeyboardInterrupt) or not isinstance(error, Exception):
+        return f"go on with: {again}"
+    return f"when that is mended, go on with: {again}"
+
+
+def _started(name: str, words: Sequence[str]) -> str:
+    own, place = Started(sys.orig_argv), find_place(os.environ)
+    return start_of(words, own, processes_above(), place, os.environ, name)
 
 
 def start_of(
-    words: Sequence[str], own: Started, above: Iterable[Started], place: Place, environ: Mapping[str, str]
+    words: Sequence[str],
+    own: Started,
+    above: Iterable[Started],
+    place: Place,
+    environ: Mapping[str, str],
+    name: str = "train",
 ) -> str:
-    """What the user typed before the trainer's words, quoted for a shell.
+    """What the user typed before the command's words, quoted for a shell.
 
     Args:
-        words: the trainer's.
+        words: behind the command's name.
         own: this process.
         above: its parent, the parent of that, and so on.
         place: of this process; says which launcher to write where none of ``above`` has the words.
         environ: of this process.
+        name: of the command.
     """
-    typed = own.words[: len(own.words) - len(words)] if _ends_with(own.words, words) else ["lesam-dist", "train"]
+    typed = own.words[: len(own.words) - len(words)] if _ends_with(own.words, words) else ["lesam-dist", name]
     found = Started([*typed, *words])
     for process in above:
         if not _ends_with(process.words, words) or not (words or _is_launcher(process.words)):

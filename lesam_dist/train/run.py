@@ -31,7 +31,7 @@ from lesam_dist.train.initial import start_from
 from lesam_dist.train.numerics import explain_nondeterminism, numerics
 from lesam_dist.train.out_of_memory import explain_memory
 from lesam_dist.train.preemption import preemption
-from lesam_dist.train.resume_command import RunCommand, run_command
+from lesam_dist.train.resume_command import Command, run_command, saying_how_to_go_on
 from lesam_dist.train.run_dir import claim
 from lesam_dist.train.trainer import Trainer
 
@@ -56,17 +56,19 @@ def train(config: Config, given: Collection[str] = (), words: Sequence[str] | No
     """
     command = None if words is None else run_command(words, config)
     progress = Progress()
-    try:
-        with process_group(config.parallel.device, config.parallel.timeout_s, progress) as world:
-            return train_here(config, world, given, command)
-    except BaseException as error:
-        if command is not None and progress.resume:
-            error.go_on = command.after(error)  # type: ignore[attr-defined]
-        raise
+    parallel = config.parallel
+    with (
+        saying_how_to_go_on(command, progress),
+        process_group(parallel.device, parallel.timeout_s, progress) as world,
+    ):
+        return train_here(config, world, given, command)
 
 
 def train_here(
-    config: Config, world: Distributed, given: Collection[str] = (), command: RunCommand | None = None
+    config: Config,
+    world: Distributed,
+    given: Collection[str] = (),
+    command: Command | None = None,
 ) -> dict[str, float]:
     """`train` in a process group that has been joined already, as for one run after the other."""
     config = checked(config)
@@ -82,7 +84,7 @@ def train_here(
 
 
 def _train_here(
-    config: Config, world: Distributed, given: Collection[str], command: RunCommand | None
+    config: Config, world: Distributed, given: Collection[str], command: Command | None
 ) -> dict[str, float]:
     world.move("comparing its settings with the others'")
     agree_on_setup(config, world)

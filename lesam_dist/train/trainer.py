@@ -41,7 +41,7 @@ from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import LOGGING, WAITING, Clock, Phases, event_of
 from lesam_dist.train.profiling import profiling
 from lesam_dist.train.readings import Readings
-from lesam_dist.train.resume_command import RunCommand
+from lesam_dist.train.resume_command import Command
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.saves import Saves
@@ -155,7 +155,7 @@ class Trainer:
         self.saves = Saves(self.checkpoints, state, self.guard, self.cadence, self.steps_per_epoch)
         self.log: RunLog | None = None
         self.curves: Curves | None = None  # on rank 0
-        self.command: RunCommand | None = None  # that started it, where one did
+        self.command: Command | None = None  # that started it, where one did
         self._outcome: Outcome = "failed"  # until it is known
 
     @property

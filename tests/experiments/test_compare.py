@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,7 +94,10 @@ def test_compare(
             return original(self, *args)
 
         patch.setattr(trainer.Trainer, "_step", cut)
-        assert experiment("compare", *flags)[0] == 130
+        status, _, err = experiment("compare", *flags)
+    assert (status, err.splitlines()[0]) == (130, "lesam-dist: interrupted")
+    told = err.splitlines()[1].removeprefix("lesam-dist: go on with: ")
+    assert shlex.split(told) == ["lesam-dist", "compare", *map(str, flags)]
     assert not (run_dir / "compare.md").exists()
     finished = sorted((run_dir / "lesam" / "seed_0").rglob("*")) + sorted((run_dir / "sam" / "seed_0").rglob("*"))
     before = [path.stat().st_mtime_ns for path in finished]

@@ -58,6 +58,16 @@ def test_what_was_typed(own: Started, above: list[Started], wanted: str) -> None
     assert start_of(WORDS, own, above, ALONE, {}).startswith(wanted)
 
 
+def test_what_was_typed_of_another_command() -> None:
+    own = started("lesam-dist", "compare", *WORDS)
+    assert start_of(WORDS, own, [SHELL], ALONE, {}, "compare") == "lesam-dist compare"
+    worker, torchrun = started(sys.executable, "-m", "lesam_dist", "compare", *WORDS), [*TORCHRUN[:-1], "lesam_dist"]
+    assert start_of(WORDS, worker, [started(*torchrun, "compare", *WORDS)], ALONE, {}, "compare") == shlex.join(
+        [*torchrun, "compare"]
+    )
+    assert start_of(WORDS, started("python", "mine.py"), [SHELL], ALONE, {}, "sweep") == "lesam-dist sweep"
+
+
 def test_what_was_typed_without_words() -> None:
     """Every command line ends with no words: only a launcher counts."""
     own = started("python", "-m", "lesam_dist.train")
