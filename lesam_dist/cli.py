@@ -15,7 +15,13 @@ from lesam_dist import __version__
 from lesam_dist.errors import PreemptedError, UserError, unknown_name
 from lesam_dist.guide.welcome import WELCOME, usage
 from lesam_dist.parallel.place import Place, find_place
-from lesam_dist.parallel.report import end_with_launcher, ends_with_any_thread, report_failure, report_remedy
+from lesam_dist.parallel.report import (
+    end_with_launcher,
+    ends_with_any_thread,
+    report_failure,
+    report_remedy,
+    report_stop,
+)
 from lesam_dist.parallel.signals import preempted_status
 from lesam_dist.parallel.stacks import dump_on_signals
 
@@ -229,9 +235,7 @@ def run(command: str) -> NoReturn:
         with ends_with_any_thread(place):
             _COMMANDS[command][0](sys.argv[1:])
     except PreemptedError as error:
-        if place.rank == 0:
-            print(f"lesam-dist: {error}", file=sys.stderr, flush=True)
-        report_remedy(place, error)
+        report_stop(place, str(error), error)
         _leave(preempted_status(), at_once=place.world_size > 1)
     except UserError as error:
         if not getattr(error, "same_node", False):
@@ -239,9 +243,7 @@ def run(command: str) -> NoReturn:
         report_remedy(place, error)
         _leave(2)
     except KeyboardInterrupt as error:
-        if place.rank == 0:
-            print("lesam-dist: interrupted", file=sys.stderr)
-        report_remedy(place, error)
+        report_stop(place, "interrupted", error)
         _leave(130)
     except SystemExit as left:  # by --help, or with a status of the command's own
         if isinstance(left.code, str):

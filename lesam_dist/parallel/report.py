@@ -12,8 +12,9 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from lesam_dist.errors import SharedError, UserError
 from lesam_dist.parallel.place import Place
@@ -41,19 +42,15 @@ def report_failure(place: Place, error: BaseException) -> None:
     text = message = " ".join(str(error).splitlines())  # a path may have line breaks
     if not isinstance(error, UserError):
         text, message = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
-    if place.world_size > 1 and not _first_on_this_node(place, message):
-        return
     if place.rank and not isinstance(error, SharedError):
         several_hosts = place.world_size > place.local_world_size
         text = f"{name_of(place.rank, socket.gethostname(), several_hosts)}: {text}"
-    print(f"lesam-dist: error: {text}", file=sys.stderr, flush=True)
+    _print_once(place, message, f"lesam-dist: error: {text}")
 
 
 def report_once(place: Place, text: str) -> None:
     """Print a line to stderr, unless another process of this node has done so."""
-    line = f"lesam-dist: {text}"
-    if place.world_size == 1 or _first_on_this_node(place, line):
-        print(line, file=sys.stderr, flush=True)
+    _print_once(place, f"lesam-dist: {text}", f"lesam-dist: {text}")
 
 
 def report_remedy(place: Place, error: BaseException) -> None:
@@ -62,28 +59,59 @@ def report_remedy(place: Place, error: BaseException) -> None:
         report_once(place, text)
 
 
-def _first_on_this_node(place: Place, message: str) -> bool:
-    """Whether no other child of this process's launcher has had this to say: they keep a list in a file.
+def report_stop(place: Place, text: str, error: BaseException) -> None:
+    """Print why all processes stop, which is no failure, and behind it how to go on: rank 0 does, the last to leave.
 
-    It works before a process group is joined, and when joining it fails.
+    Another one, where it has lost rank 0 by then, says how to go on unless that has been said.
     """
+    if place.rank == 0:
+        remedy = getattr(error, "go_on", "")
+        _print_once(place, f"lesam-dist: {remedy}", f"lesam-dist: {text}" + f"\nlesam-dist: {remedy}" * bool(remedy))
+    elif error.__cause__ is not None:
+        report_remedy(place, error)
+
+
+def _print_once(place: Place, what: str, text: str) -> None:
+    """Print to stderr, unless another child of this process's launcher has said the same: they keep a list in a file.
+
+    It works before a process group is joined, and when joining it fails. Who does not print comes back when the other
+    one has: what it prints next stands behind that.
+    """
+    with _turn_of(place, what) as is_first:
+        if is_first:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _turn_of(place: Place, message: str) -> Iterator[bool]:
+    """Whether nobody had this to say before; within, nobody else has the turn."""
+    if place.world_size == 1:
+        yield True
+        return
     what = f"{place.address} {message}".encode(errors="surrogateescape")  # two runs at one time have two addresses
     digest = hashlib.blake2b(what, digest_size=16).hexdigest()
-    try:
-        folder = _folder()
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with open(folder / f"failure-{digest}", "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            ranks = file.read().split()
-            age = time.time() - os.fstat(file.fileno()).st_mtime
-            if str(place.rank) in ranks or age > _RUN_AGO:  # the same launcher, a shell perhaps, started them again
-                file.truncate(0)
-                ranks = []
-            file.write(f"{place.rank} ")
-            return not ranks
-    except OSError:
-        return True  # rather twice than never
+    with ExitStack() as stack:
+        try:
+            folder = _folder()
+            folder.mkdir(mode=0o700, exist_ok=True)
+            file = stack.enter_context(open(folder / f"failure-{digest}", "a+"))
+            is_first = _add_to(file, place.rank)
+        except OSError:
+            is_first = True  # rather twice than never
+        yield is_first
+
+
+def _add_to(file: TextIO, rank: int) -> bool:
+    """Lock the list until the file is closed, and write this process down; whether it is the first."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.seek(0)
+    ranks = file.read().split()
+    age = time.time() - os.fstat(file.fileno()).st_mtime
+    if str(rank) in ranks or age > _RUN_AGO:  # the same launcher, a shell perhaps, started them again
+        file.truncate(0)
+        ranks = []
+    file.write(f"{rank} ")
+    return not ranks
 
 
 def _folder() -> Path:

@@ -155,7 +155,7 @@ def test_no_flag_is_the_beginning_of_one_of_torchruns() -> None:
     """torchrun takes such a flag for its own, or calls it ambiguous, though it stands behind the module's name."""
     from torch.distributed.run import get_args_parser
 
-    from lesam_dist.analysis.command import ANALYSES, Parser, import_module
+    from lesam_dist.analysis.command import ANALYSES, AnalysisParser, import_module
 
     theirs = [flag for action in get_args_parser()._actions for flag in action.option_strings]
     for name in ANALYSES:
@@ -163,7 +163,7 @@ def test_no_flag_is_the_beginning_of_one_of_torchruns() -> None:
         if name == "radius":  # which reads a log, in one process
             continue
         analysis = module.ANALYSIS
-        parser = Parser(name, analysis.text)
+        parser = AnalysisParser(name, analysis.text)
         analysis.add_arguments(parser)
         ours = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         assert len(ours) > 5

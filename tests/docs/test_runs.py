@@ -88,6 +88,7 @@ def shortened(command: str, arguments: list[str]) -> list[str]:
         further = short_training(arguments)
     elif command in EXPERIMENTS:
         further = [*data(command, arguments), *SHORT, "--seeds", "1"]
+        further += ["--methods", "lesam"] if command == "domains" else []  # with a run for each domain
     elif command == "plan":
         further = [*NET, "--decode_rate", "300"]
     elif command == "analyze":

@@ -178,14 +178,16 @@ def preempted(rank: int) -> None:
 
 
 def test_one_line_for_all_processes(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two processes, stopped by the alarm of one: the last line of stderr is the command, once."""
+    """Of two processes, stopped by the alarm of one: the last line of stderr is the command, once, behind why."""
     monkeypatch.chdir(tmp_path)
     flags = [*small, "--run_dir", "a run", "--parallel.device", "cpu", "--epochs", "500", "--data.workers", "1"]
     Path("flags").write_text("\n".join(flags))
     statuses, err = launch(stops_itself, tmp_path, torchrun_like)
     assert statuses == [75, 75], err
     assert err.count("go on with: ") == 1
-    told = shlex.split(err.strip().splitlines()[-1].partition("go on with: ")[2])
+    reason, command = err.strip().splitlines()[-2:]
+    assert reason.startswith("lesam-dist: stopped by "), err
+    told = shlex.split(command.partition("go on with: ")[2])
     assert told[:2] == ["lesam-dist", "train"]
     assert told[-4:] == ["--run_dir", "a run", "--resume", "auto"]
 
