@@ -30,7 +30,7 @@ class Curves:
     """
 
     def __init__(self, run_dir: Path, metric: Metric, clock: Callable[[], float] = time.monotonic) -> None:
-        self.run_dir, self._metric, self._clock = run_dir, metric, clock
+        self.run_dir, self.metric, self._clock = run_dir, metric, clock
         self._took, self._since, self._failed = _FIRST, clock(), False
 
     def refresh(self) -> str | None:
@@ -44,7 +44,7 @@ class Curves:
         begin = self._clock()
         problem: Exception | None = None
         try:
-            plot_curves(self.run_dir, self._metric)
+            plot_curves(self.run_dir, self.metric)
         except Exception as error:  # of matplotlib, of its fonts, or of the disk
             problem = error
         self._since = self._clock()

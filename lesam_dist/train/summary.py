@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-
 from torch import nn
 
 from lesam_dist.config.adversarial_checks import attack_steps
@@ -13,8 +10,7 @@ from lesam_dist.config.methods import PLAIN
 from lesam_dist.config.schema import Config
 from lesam_dist.parallel.processes import Distributed
 from lesam_dist.tasks.images.task import ImageTask
-from lesam_dist.tasks.task import Metric, Task
-from lesam_dist.train.best import Best, best_evaluation
+from lesam_dist.tasks.task import Task
 from lesam_dist.train.perturbed_samples import samples_per_perturbation
 from lesam_dist.train.phases import COMMUNICATION, DRAW, OPTIMIZER, PASS_1, PASS_2
 
@@ -51,40 +47,6 @@ def _lr(config: Config) -> str:
     if optimizer.lr_scaling == "none":
         return ""
     return f" (lr {optimizer.lr:g} for {optimizer.lr_reference_batch}, {optimizer.lr_scaling}: {peak_lr(config):g})"
-
-
-def describe_results(evaluation: Mapping[str, float], epoch: int, metric: Metric, best: Best | None = None) -> str:
-    """The last evaluation, which was made after so many epochs, and the best one of the run."""
-    beside = {"acc5": "top-5", "robust_acc1": "under attack"}
-    others = "".join(f", {text} {evaluation[name]:.2f} %" for name, text in beside.items() if name in evaluation)
-    samples = f"{evaluation['samples']:.0f} validation {metric.samples} after epoch {epoch}"
-    text = f"{metric.label} {_number(evaluation[metric.name], metric)}{others} of {samples}"
-    if best is None:
-        return text
-    if best.epoch == epoch:
-        return f"{text}, the best of all"
-    return f"{text}; best after epoch {best.epoch:g}: {_number(best.value, metric)}, chosen on the same ones"
-
-
-def describe_end(
-    run_dir: Path, evaluation: Mapping[str, float] | None, epoch: int, metric: Metric, *, drawn: bool
-) -> Iterator[str]:
-    """The last evaluation, if it is known, which was made after so many epochs; and where the run's files are."""
-    if evaluation:
-        yield describe_results(evaluation, epoch, metric, best_evaluation(run_dir, metric))
-    yield f"results: {run_dir}  (metrics.jsonl, {'curves.png, ' * drawn}checkpoints/, tensorboard/)"
-
-
-def _number(value: float, metric: Metric) -> str:
-    return f"{value:.2f} {metric.unit}" if metric.unit else f"{value:.4g}"
-
-
-def replay_verdict(images_per_s: float) -> str:
-    """What the speed of a run without input is for."""
-    return (
-        f"data.replay: {images_per_s:.4g} images/s without reading any. Compare images_per_s in metrics.jsonl of the "
-        "same command without data.replay: what is missing there is lost to the input."
-    )
 
 
 def shares_of(config: Config, world: Distributed) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from lesam_dist.train.cadence import Cadence
 from lesam_dist.train.checkpoint import Checkpointer
 from lesam_dist.train.curves import Curves
 from lesam_dist.train.divergence import NonFiniteSteps
+from lesam_dist.train.ending import draw_and_describe, replay_verdict
 from lesam_dist.train.flatness import Flatness, LabelledBatch
 from lesam_dist.train.flops import Flops
 from lesam_dist.train.formats import in_format
@@ -45,7 +46,7 @@ from lesam_dist.train.resume_command import Command
 from lesam_dist.train.run_dir import RunDir
 from lesam_dist.train.run_state import RunState, seed_step
 from lesam_dist.train.saves import Saves
-from lesam_dist.train.summary import describe_end, describe_run, replay_verdict, shares_of
+from lesam_dist.train.summary import describe_run, shares_of
 from lesam_dist.train.telemetry import RunLog
 from lesam_dist.train.updates import Updates
 from lesam_dist.train.validation import Validation
@@ -220,13 +221,10 @@ class Trainer:
             seconds = 5.0 if self.world.agreed.stopping else min(20.0, self.config.parallel.timeout_s / 4)
             self.log.close(self._outcome, seconds)
             if self.curves:
-                drawn = not self.world.agreed.stopping  # else there are seconds left
-                warning = self.curves.draw() if drawn else None
-                longer = self.command.longer() if self.command and self._outcome == "finished" else None
-                told = describe_end(
-                    self.curves.run_dir, self.last_evaluation, self.epoch, self.task.metric, drawn=drawn
-                )
-                for line in filter(None, [warning, *told, longer]):
+                command = self.command if self._outcome == "finished" else None
+                stopping = self.world.agreed.stopping
+                told = draw_and_describe(self.curves, self.last_evaluation, self.epoch, command, stopping=stopping)
+                for line in told:
                     self.log.print(line)
             self.log = None
         if self._claim:

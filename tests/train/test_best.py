@@ -9,7 +9,7 @@ from lesam_dist.tasks.classification.task import ACC1
 from lesam_dist.tasks.task import Metric
 from lesam_dist.train.best import best_evaluation
 from lesam_dist.train.boards.board import Outcome
-from lesam_dist.train.summary import describe_results
+from lesam_dist.train.ending import describe_results
 from lesam_dist.train.telemetry import METRICS, RunLog
 from tests.conftest import Command
 
