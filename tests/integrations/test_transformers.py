@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import runpy
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from lesam_dist import ESAM, LESAM, CosineBudget, frozen_batchnorm
 from lesam_dist.parallel.processes import Distributed
+from tests.integrations.two_processes import assert_steps_of_one, start
 from tests.parallel.processes import free_port, run
 
 pytest.importorskip("transformers")
@@ -283,19 +283,11 @@ def test_two_processes_take_the_steps_of_one(seed: int, tmp_path: Path) -> None:
     net, data = Net(dropout=0.0, norm=False), Points(seed)
     results = run(in_two_processes, 2, seed, copy.deepcopy(net.state_dict()), str(tmp_path), free_port())
     by_hand(net, data, parts_of(1))
-    for kind in KINDS:
-        (first, rho), (second, other_rho) = (rank[kind] for rank in results)
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        if kind == "local":
-            assert rho != other_rho, "each process perturbs by its own gradient"
-        else:
-            torch.testing.assert_close(first, dict(net.state_dict()), **TOLERANCE)
-            assert rho == other_rho
+    assert_steps_of_one(KINDS, results, dict(net.state_dict()), TOLERANCE)
 
 
 def in_two_processes(world: Distributed, seed: int, state: Any, folder: str, port: int) -> dict[str, Any]:
-    os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    start(world, port)
     results = {}
     for kind in KINDS:
         net = Net(dropout=0.0, norm=False)
