@@ -12,8 +12,9 @@ from typing import Any
 
 from lesam_dist.doctor.finding import Finding
 
+# As `lesam_dist.data.packed.layout` has them, which cannot be imported where packages of the trainer are missing.
 _SPLITS = ("train", "val")
-_PACKED = "index.safetensors"  # that of `lesam-dist pack`
+_PACKED = "index.safetensors"
 
 
 @dataclass(frozen=True)

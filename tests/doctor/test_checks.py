@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lesam_dist.data.packed.layout import INDEX
 from lesam_dist.doctor.devices import Cuda, Gpu, check_cuda
 from lesam_dist.doctor.finding import Finding, gib, guarded
 from lesam_dist.doctor.host import (
@@ -127,6 +128,9 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "val" / "b" / "0.png").touch()
     (found,) = check_folder(read_folder(tmp_path))
     assert (found.status, found.text.split(";")[0]) == ("ok", "2 classes")
+    (tmp_path / INDEX).touch()
+    (found,) = check_folder(read_folder(tmp_path))
+    assert found.text.startswith(f"{tmp_path} is packed")
 
 
 def test_host(tmp_path: Path, seed: int) -> None:
