@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lesam_dist import cli
 from lesam_dist.cli import run
 from lesam_dist.config.command_line import parse
 from lesam_dist.experiments.compare import compared
@@ -25,6 +24,7 @@ from lesam_dist.tasks.classification.task import ACC1
 from lesam_dist.train import trainer
 from lesam_dist.train.telemetry import read_metrics
 from tests.conftest import Command
+from tests.parallel.terminal import launch, torchrun_like
 from tests.train.test_trainer import timeless
 
 Run = Callable[..., tuple[int, str, str]]
@@ -287,23 +287,21 @@ def test_help(experiment: Run) -> None:
             assert flag in out
 
 
-def test_compare_on_two_processes(tiny: tuple[str, ...], tmp_path: Path) -> None:
+def compares(rank: int) -> None:
+    cli._compare(Path("flags").read_text().splitlines())
+
+
+def test_compare_on_two_processes(tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several runs in one process group, and a second start that finds them finished."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    arguments = [*COMPARE, "--seeds", "1", "--run_dir", str(tmp_path / "runs"), *tiny]
-    arguments += ["--methods", "sgd,tests.halves:Halved"]  # the second has no recipe
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(tmp_path)
+    flags = [*COMPARE, "--seeds", "1", "--run_dir", "runs", *tiny, "--parallel.device", "cpu"]
+    flags += ["--methods", "sgd,tests.halves:Halved"]  # the second has no recipe
+    Path("flags").write_text("\n".join(flags))
     outputs = []
     for _ in range(2):
-        result = subprocess.run(
-            [*torchrun, "--rdzv-endpoint", "localhost:0", "-m", "lesam_dist", "compare", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            env=environment,
-        )
-        assert result.returncode == 0, result.stderr
-        outputs.append(result.stdout)
+        statuses, output = launch(compares, tmp_path, torchrun_like)
+        assert statuses == [0, 0], output
+        outputs.append(output)
     assert "2 x cpu, ddp" in outputs[0]
     assert outputs[0].count("| sgd ") == outputs[1].count("| sgd ") == 1, "rank 0 alone prints"
     assert outputs[1].count(": finished before") == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,7 @@ from lesam_dist import LESAM
 from tests.parallel.test_optimizers import BATCH, CASES, RHO_MAX, SIGMA, STEPS, make_net, make_problem
 
 
-def main(seed: int, folder: Path) -> None:
+def train(seed: int, folder: Path) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         # accelerate forgets the launcher's FSDP settings on CPU hosts; what prepare() does with them is the same.
@@ -55,8 +56,11 @@ def main(seed: int, folder: Path) -> None:
     weights = {n: p.detach().numpy() for n, p in whole.items()}
     result = {"weights": weights, "kind": type(next(model.parameters())).__name__, "world": world}
     result["precision"] = accelerator.mixed_precision
-    (folder / f"rank{rank}").write_bytes(pickle.dumps(result))
+    (folder / f"{accelerator.mixed_precision}_rank{rank}").write_bytes(pickle.dumps(result))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    train(int(sys.argv[1]), Path(sys.argv[2]))
+    AcceleratorState._reset_state()  # the processes' group stays
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # what the launcher makes of `mixed_precision` in its file
+    train(int(sys.argv[1]), Path(sys.argv[2]))
