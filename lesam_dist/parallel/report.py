@@ -13,8 +13,8 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from lesam_dist.errors import SharedError, UserError
 from lesam_dist.parallel.place import Place
@@ -94,23 +94,24 @@ def _turn_of(place: Place, message: str) -> Iterator[bool]:
         try:
             folder = _folder()
             folder.mkdir(mode=0o700, exist_ok=True)
-            file = stack.enter_context(open(folder / f"failure-{digest}", "a+"))
+            # Not buffered: a disk that is full shows when it is written, and not when it is closed.
+            file = stack.enter_context(open(folder / f"failure-{digest}", "a+b", buffering=0))
             is_first = _add_to(file, place.rank)
         except OSError:
             is_first = True  # rather twice than never
         yield is_first
 
 
-def _add_to(file: TextIO, rank: int) -> bool:
+def _add_to(file: FileIO, rank: int) -> bool:
     """Lock the list until the file is closed, and write this process down; whether it is the first."""
     fcntl.flock(file, fcntl.LOCK_EX)
     file.seek(0)
-    ranks = file.read().split()
+    ranks = file.read().decode().split()
     age = time.time() - os.fstat(file.fileno()).st_mtime
     if str(rank) in ranks or age > _RUN_AGO:  # the same launcher, a shell perhaps, started them again
         file.truncate(0)
         ranks = []
-    file.write(f"{rank} ")
+    file.write(f"{rank} ".encode())
     return not ranks
 
 
