@@ -72,6 +72,7 @@ def is_optional(path: str) -> bool:
     return type(None) in get_args(_kinds()[path])
 
 
+@cache
 def sections() -> dict[str, str]:
     """The config's groups of fields by dotted path, each with its first field."""
     return dict(_sections(Config, ""))

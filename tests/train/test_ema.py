@@ -154,6 +154,7 @@ def test_buffers_are_averaged_too(seed: int) -> None:
 def test_average_of_a_real_run_is_worth_what_it_is_with_statistics_estimated_anew(tmp_path: Path) -> None:
     """Three epochs on the digits with a decay of which 0.27 would be left of the initial weights without a warm-up."""
     flags = ("--config", "digits", "--epochs", "3", "--ema.decay", "0.99")
+    flags += ("--data.image_size", "16", "--data.val_resize", "16")
     places = ("--data.root", str(tmp_path / "digits"), "--run_dir", str(tmp_path / "run"))
     this = build_trainer(parse([*flags, *places]), ALONE)
     evaluation = this.fit()
